@@ -1,0 +1,43 @@
+# Every target sets up what it needs; nothing but Python 3.11+ and make is assumed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+NAME   ?=
+
+.PHONY: train test check bench ui lock clean help
+
+help:            ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked requirements into $(VENV) (about 2 GB; a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+train: $(STAMP)  ## train the default experiment; ARGS="experiment=… optimizer.lr=0.1"
+	@$(BIN)/descent train $(ARGS)
+
+ui: $(STAMP)     ## open the MLflow UI on the embedded store
+	@$(BIN)/descent ui $(ARGS)
+
+test: $(STAMP)   ## all tests; ARGS="-k name" selects
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## ruff, mypy (strict), import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP)  ## benchmarks; NAME="step_loop startup" selects
+	@$(BIN)/python -m tests.bench $(NAME)
+
+lock: $(STAMP)   ## rewrite requirements.lock from the current environment
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
+
+clean:           ## remove what the targets made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .descent
