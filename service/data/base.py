@@ -1,0 +1,244 @@
+"""What a data set is to Descent, data in memory, and seeded splits."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from service.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+Pair = tuple[Tensor, Tensor]
+
+SPLITS = ("train", "evaluate", "all")
+_CHUNK_BYTES = 16 << 20  # hashing goes piecewise, so that a memory-mapped array stays on disk
+
+
+@runtime_checkable
+class Data(Protocol):
+    """A data set that reads whole batches."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str:
+        """Where it came from: a path, or a package."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change when the content does."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch dimension."""
+        ...
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Classes, vocabulary size or regression values; None where it can't be known."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def gather(self, indices: Indices) -> Pair:
+        """Inputs [n, *input_shape] and targets [n, ...] of the samples, in the order asked."""
+        ...
+
+
+class TensorData(Dataset[Pair]):
+    """Samples held as two tensors.
+
+    inputs: [num_samples, *input_shape]; targets: [num_samples, ...].
+    Raises DataError when the two disagree in length or hold nothing.
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, *, num_outputs: int, name: str, source: str
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise DataError(f"{name}: {len(inputs)} inputs but {len(targets)} targets ({source})")
+        if len(inputs) == 0:
+            raise DataError(f"{name}: no samples at all ({source})")
+        self.inputs = inputs
+        self.targets = targets
+        self.num_outputs = num_outputs
+        self.name = name
+        self.source = source
+        self._digest: str | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.inputs.shape[1:])
+
+    @property
+    def digest(self) -> str:
+        if self._digest is None:
+            self._digest = digest_of([self.inputs, self.targets], self.decoding())
+        return self._digest
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Pair:
+        inputs, targets = self.decode(self.inputs[index, None], self.targets[index, None])
+        return inputs[0], targets[0]
+
+    def gather(self, indices: Indices) -> Pair:
+        """Inputs [n, *input_shape] and targets [n, ...]; raises IndexError outside the data."""
+        at = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
+        return self.decode(self.inputs.index_select(0, at), self.targets.index_select(0, at))
+
+    def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
+        """From what is stored to what a model takes, batch by batch; here nothing to do."""
+        return inputs, targets
+
+    def decoding(self) -> str:
+        """Settings of `decode` that change the samples: they are part of the digest."""
+        return ""
+
+
+class Subset(Dataset[Pair]):
+    """A view on some samples of a data set, in the order of `indices`; nothing is copied."""
+
+    def __init__(self, data: Data, indices: Indices) -> None:
+        self.data = data
+        self.indices: Indices = np.ascontiguousarray(indices, dtype=np.int64)
+        if len(self.indices) and not (
+            self.indices.min() >= 0 and self.indices.max() < len(data)
+        ):
+            raise DataError(
+                f"{data.name}: subset indices {self.indices.min()} to {self.indices.max()} "
+                f"don't lie within its {len(data)} samples"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    @property
+    def source(self) -> str:
+        return self.data.source
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.data.input_shape
+
+    @property
+    def num_outputs(self) -> int | None:
+        return self.data.num_outputs
+
+    @property
+    def digest(self) -> str:
+        return digest_of([torch.from_numpy(self.indices)], self.data.digest)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.data[int(self.indices[index])]
+
+    def gather(self, indices: Indices) -> Pair:
+        return self.data.gather(self.indices[indices])
+
+
+def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:
+    """16 hexadecimal digits of the SHA-256 over type, shape and bytes of the tensors.
+
+    >>> digest_of([torch.arange(4)]) == digest_of([torch.arange(4).view(2, 2)])
+    False
+    """
+    content = hashlib.sha256("\0".join(settings).encode())
+    for tensor in tensors:
+        content.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel() == 0:
+            continue
+        step = max(1, _CHUNK_BYTES * len(tensor) // (tensor.numel() * tensor.element_size()))
+        for piece in tensor.split(step):
+            content.update(piece.contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()[:16]
+
+
+def split_indices(length: int, holdout: float, seed: int) -> tuple[Indices, Indices]:
+    """Numbers of the samples to train on and of those to evaluate on, each ascending.
+
+    A pure function: raw PCG64 output is the part of NumPy's random numbers that is promised to
+    stay the same across versions and machines, hence the argsort instead of a shuffle.
+
+    >>> train, evaluate = split_indices(10, 0.2, seed=0)
+    >>> len(train), len(evaluate), sorted({*train.tolist(), *evaluate.tolist()}) == list(range(10))
+    (8, 2, True)
+    """
+    if not 0.0 < holdout < 1.0:
+        raise DataError(f"data.holdout={holdout}: give a share between 0 and 1, such as 0.1")
+    if seed < 0:
+        raise DataError(f"seed={seed} of the split: give 0 or more")
+    num_held = int(length * holdout + 0.5)
+    if num_held < 1 or num_held >= length:
+        left = "evaluate" if num_held < 1 else "train"
+        remedy = f"choose a share from {1 / length:.3g} to {1 - 1 / length:.3g}"
+        if length < 2:
+            remedy = "at least 2 samples are needed"
+        raise DataError(
+            f"data.holdout={holdout} of {length} samples leaves none to {left} on: {remedy}"
+        )
+    order = np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable").astype(np.int64)
+    return np.sort(order[num_held:]), np.sort(order[:num_held])
+
+
+def split(data: Data, holdout: float, seed: int) -> tuple[Subset, Subset]:
+    """(train, evaluate): disjoint views that together are the whole data set.
+
+    Depends on (len(data), holdout, seed) only. Raises DataError when one would be empty.
+    """
+    train, evaluate = split_indices(len(data), holdout, seed)
+    return Subset(data, train), Subset(data, evaluate)
+
+
+def check_split(name: str, chosen: str, allowed: tuple[str, ...] = SPLITS) -> None:
+    """Refuse a `split` argument that a data set doesn't know."""
+    if chosen not in allowed:
+        raise DataError(f"{name}: split={chosen!r} is none of {', '.join(allowed)}")
+
+
+def rows_of(length: int, chosen: str, holdout: float, seed: int) -> Indices:
+    """Numbers of the samples in one split: 'train', 'evaluate' or 'all'."""
+    check_split("data", chosen)
+    if chosen == "all":
+        return np.arange(length, dtype=np.int64)
+    return split_indices(length, holdout, seed)[SPLITS.index(chosen)]
+
+
+def standardized(
+    values: npt.NDArray[np.float64], train: Indices
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """([n, columns] standardised, mean [columns], std [columns]) by the training rows' statistics.
+
+    The population's standard deviation; a column that is constant in training is only centred.
+    """
+    mean = values[train].mean(axis=0)
+    std = values[train].std(axis=0)
+    # rounding leaves a constant column a spread of about 1e-16 of its size: not a spread to divide by
+    std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)
+    return (values - mean) / std, mean, std
+
+
+def describe(data: Data) -> dict[str, Any]:
+    """What tracking records of a data set; plain values only."""
+    return {
+        "name": data.name,
+        "source": data.source,
+        "digest": data.digest,
+        "num_samples": len(data),
+        "input_shape": list(data.input_shape),
+        "num_outputs": data.num_outputs,
+    }

