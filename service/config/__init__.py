@@ -1,0 +1,21 @@
+"""The configuration: the one place that knows Hydra.
+
+`compose(overrides)` gives a typed, frozen `RunConfig`; `build(spec)` turns a
+`_target_` into an object through the one gate of trusted modules.
+"""
+
+from service.config.build import build, resolve_target
+from service.config.compose import Composed, compose, groups, recompose
+from service.config.schema import RunConfig, WorkerRange, flatten
+
+__all__ = [
+    "Composed",
+    "RunConfig",
+    "WorkerRange",
+    "build",
+    "compose",
+    "flatten",
+    "groups",
+    "recompose",
+    "resolve_target",
+]

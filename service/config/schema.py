@@ -1,0 +1,211 @@
+"""`RunConfig`: what a composed configuration must look like, typed and frozen.
+
+Objects that are built from a `_target_` (model, data sets, optimizer, schedule,
+loss) stay mappings here; their arguments are checked when they are built, which
+happens before any worker starts.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def _has_target(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("_target_"), str):
+        raise ValueError("needs a `_target_`, the dotted path of a class")
+    return value
+
+
+Spec = dict[str, Any]
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Section(BaseModel):
+    """Unknown keys and wrong types are errors; nothing is converted in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class WorkerRange(Section):
+    min: Positive = 1
+    max: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is larger than max={self.max}")
+        return self
+
+
+class Resources(Section):
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores of one worker; also its number of threads (at least one)."""
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+
+
+class Data(BaseModel):
+    """`train` and `evaluate` are built; other keys serve as interpolation targets."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+    train: Spec
+    evaluate: Spec | None = None
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @field_validator("train", "evaluate")
+    @classmethod
+    def _target(cls, value: Spec | None) -> Spec | None:
+        return value if value is None else _has_target(value)
+
+
+class Batch(Section):
+    size: Literal["full"] | Positive
+    micro_size: Literal["auto"] | Positive = "auto"
+
+
+class Clip(Section):
+    norm: Annotated[float, Field(gt=0)] | None = None
+    value: Annotated[float, Field(gt=0)] | None = None
+
+
+class EmaConfig(Section):
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class Evaluate(Section):
+    every: Literal["epoch", "end"] | Positive = "epoch"
+    batch_size: Positive = 256
+
+
+class Checkpoint(Section):
+    dir: str | None = None
+    every: Positive | str | None = "1m"
+    keep_last: Positive = 2
+
+    @field_validator("every")
+    @classmethod
+    def _cadence(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str) and value != "epoch" and not _DURATION.match(value):
+            raise ValueError("is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, or null")
+        return value
+
+    @property
+    def every_s(self) -> float | None:
+        """The cadence in seconds, if it was given as a duration."""
+        match = _DURATION.match(self.every) if isinstance(self.every, str) else None
+        return float(match[1]) * _UNIT_S[match[2]] if match else None
+
+
+class Tracking(Section):
+    uri: str | None = None
+    experiment: str = "descent"
+    every: Positive = 1
+    system_metrics: bool = True
+
+    @field_validator("uri")
+    @classmethod
+    def _scheme(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"^(https?|sqlite|postgresql|mysql)(\+\w+)?://", value):
+            raise ValueError("is an MLflow tracking URI such as http://host:5000, or null")
+        return value
+
+
+class Diagnostics(Section):
+    every: Positive = 10
+
+
+class Ray(Section):
+    address: str | None = None
+
+
+class Regroup(Section):
+    heartbeat_s: Seconds = 10.0
+    stall_s: Seconds = 300.0
+    wait_s: Seconds = 60.0
+    max_failures: Annotated[int, Field(ge=0)] = 8
+    max_bad_steps: Positive = 10
+
+
+class RunConfig(Section):
+    """One run, whole. The comments in configs/config.yaml say what each key does."""
+
+    name: str | None
+    output_dir: str
+    steps: Positive | None
+    epochs: Annotated[float, Field(gt=0)] | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    model: Spec
+    data: Data
+    loss: Spec
+    optimizer: Spec
+    schedule: Spec
+    batch: Batch
+    precision: Literal["fp32", "bf16"]
+    clip: Clip
+    compile: bool
+    ema: EmaConfig
+    workers: Literal["auto"] | Positive | WorkerRange
+    slots: Literal["auto"] | Positive
+    reduction: Literal["exact", "fast"]
+    device: Literal["auto", "cpu", "cuda"]
+    resources: Resources
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    tracking: Tracking
+    diagnostics: Diagnostics
+    regroup: Regroup
+    ray: Ray
+    trusted_modules: list[str]
+    resume: str | None
+
+    @field_validator("model", "loss", "optimizer", "schedule")
+    @classmethod
+    def _target(cls, value: Spec) -> Spec:
+        return _has_target(value)
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", value):
+            raise ValueError("is used as a folder: letters, digits, '.', '_' and '-' only")
+        return value
+
+    @field_validator("trusted_modules")
+    @classmethod
+    def _module_names(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+                raise ValueError(f"{name!r} is not the dotted name of a module")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "RunConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs}: set one of them and the other to null"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, fit for JSON and for `RunConfig(**…)`."""
+        return self.model_dump(mode="json")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay values.
+
+    >>> flatten({"a": {"b": 1}, "c": [1, 2]})
+    {'a.b': 1, 'c': [1, 2]}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, name + "."))
+        else:
+            flat[name] = value
+    return flat

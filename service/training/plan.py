@@ -1,0 +1,281 @@
+"""From a config to what a run will do: data, model and every derived number, checked before any actor starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from service.config import RunConfig, WorkerRange, build, resolve_target
+from service.data.base import BatchDataset, MapStyle, split
+from service.errors import ConfigError, DataError, DescentError
+from service.training.objective import Objective
+from service.training.optimizers import build_optimizer
+
+_ALL_LABELS = 1 << 22
+"""Labels up to this many are all checked; of larger data sets an even sample is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The derived numbers of a run; plain values, so that it crosses processes as a dict."""
+
+    total_steps: int
+    batch_size: int
+    num_samples: int
+    num_evaluation: int
+    steps_per_epoch: int
+    slots: int
+    min_workers: int
+    max_workers: int
+    micro_size: int
+    nominal: float
+    """Loss terms in a global batch, if none is ignored."""
+    threads: int
+    device: str
+    num_parameters: int
+    changing_buffers: tuple[str, ...] = ()
+    unused_parameters: bool = False
+    random: bool = False
+    """Whether the model draws random numbers in training (dropout …)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
+        return cls(**{**saved, "changing_buffers": tuple(saved["changing_buffers"])})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config's objects, built: what the preflight looks at and the export uses."""
+
+    plan: Plan
+    model: nn.Module
+    train: BatchDataset
+    evaluate: BatchDataset | None
+    objective: Objective
+    sample: Tensor
+    """A few evaluation (else training) inputs, [n, *input_shape]."""
+
+
+def _adapt(data: Any, where: str) -> BatchDataset:
+    if hasattr(data, "gather") and hasattr(data, "__len__"):
+        return data  # type: ignore[no-any-return]
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise ConfigError(f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset")
+    return MapStyle(data)
+
+
+def build_data(config: RunConfig) -> tuple[BatchDataset, BatchDataset | None]:
+    """The training and the held-out set. Raises ConfigError or DataError."""
+    trusted = config.trusted_modules
+    train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
+    if len(train) == 0:
+        raise DataError(f"data.train: {config.data.name} has no samples")
+    if config.data.evaluate is not None:
+        held_out = _adapt(build(config.data.evaluate, trusted, "data.evaluate"), "data.evaluate")
+        if len(held_out) == 0:
+            raise DataError(f"data.evaluate: {config.data.name} has no samples to evaluate on")
+        return train, held_out
+    if config.data.holdout == 0:
+        return train, None
+    kept, held_out = split(train, config.data.holdout, config.seed)
+    return kept, held_out
+
+
+def _filled(spec: Mapping[str, Any], data: BatchDataset, where: str) -> dict[str, Any]:
+    """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
+    filled = dict(spec)
+    for key in ("input_shape", "num_outputs"):
+        if key in filled and filled[key] is None:
+            value = getattr(data, key, None)
+            if value is None:
+                raise ConfigError(f"{where}.{key}=null: the data set doesn't say; set {where}.{key}=…")
+            filled[key] = list(value) if isinstance(value, tuple) else value
+    return filled
+
+
+def build_model(config: RunConfig, data: BatchDataset) -> nn.Module:
+    """The network with its initial weights, which `seed` alone decides."""
+    torch.manual_seed(config.seed)
+    model = build(_filled(config.model, data, "model"), config.trusted_modules, "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
+    return model
+
+
+def build_optimizer_for(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the config on this model's parameters."""
+    options = {k: v for k, v in config.optimizer.items() if k != "_target_"}
+    factory = resolve_target(config.optimizer["_target_"], config.trusted_modules, "optimizer._target_")
+    return build_optimizer(model, factory, options, device)
+
+
+def build_schedule(config: RunConfig, total_steps: int) -> Any:
+    """The schedule, with `total_steps: null` filled in."""
+    spec = dict(config.schedule)
+    if spec.get("total_steps", 0) is None:
+        spec["total_steps"] = total_steps
+    return build(spec, config.trusted_modules, "schedule")
+
+
+def pick_device(config: RunConfig, gpus: float) -> str:
+    """`cuda` or `cpu`; `gpus` is what the cluster has. Raises ConfigError for what isn't there."""
+    if config.device == "cuda" and gpus < 1:
+        raise ConfigError("device=cuda: the cluster has no GPU; use device=cpu or auto")
+    device = "cuda" if config.device != "cpu" and gpus >= 1 else "cpu"
+    if config.resources.gpus not in ("auto", 0) and device == "cpu":
+        raise ConfigError(f"resources.gpus={config.resources.gpus}: the cluster has no GPU to give; use auto or 0")
+    return device
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device computes in bfloat16 itself (a CPU that only emulates it is slower than fp32)."""
+    if device == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def worker_range(config: RunConfig, *, cores: float, gpus: float, device: str) -> tuple[int, int]:
+    """(min, max) workers; `auto` is one per GPU, or on CPU one per core up to 4."""
+    if isinstance(config.workers, WorkerRange):
+        return config.workers.min, config.workers.max
+    if config.workers != "auto":
+        return 1, int(config.workers)
+    if device == "cuda":
+        return 1, max(1, int(gpus))
+    return 1, max(1, min(4, int(cores / config.resources.cpus)))
+
+
+def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
+    """Build everything once and derive the plan; raises for whatever the user has to mend.
+
+    `cores` and `gpus` are what the cluster has in all.
+    """
+    device = pick_device(config, gpus)
+    if config.precision == "bf16" and not has_bf16(device):
+        raise ConfigError(f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32")
+    low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
+    train, evaluate = build_data(config)
+    batch = len(train) if config.batch.size == "full" else int(config.batch.size)
+    slots = high if config.slots == "auto" else int(config.slots)
+    if slots < high:
+        raise ConfigError(f"slots={slots}: fewer than workers={high}, so a worker would have nothing to do; use slots=auto or workers={slots}")
+    if batch < slots:
+        raise ConfigError(f"batch.size={batch}: smaller than slots={slots} (one for each of {high} workers); use workers={batch} or a larger batch")
+    if config.batch.size != "full" and batch > len(train):
+        raise ConfigError(f"batch.size={batch}: the training set has {len(train)} samples; use batch=full or a smaller size")
+    objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
+    model = build_model(config, train)
+    steps_per_epoch = max(1, math.ceil(len(train) / batch))
+    total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
+    largest_slot = -(-batch // slots)
+    micro = largest_slot if config.batch.micro_size == "auto" else min(int(config.batch.micro_size), largest_slot)
+    plan = Plan(
+        total_steps=total, batch_size=batch, num_samples=len(train),
+        num_evaluation=len(evaluate) if evaluate is not None else 0,
+        steps_per_epoch=steps_per_epoch, slots=slots, min_workers=low, max_workers=high,
+        micro_size=micro, nominal=1.0, threads=max(1, int(config.resources.cpus)), device=device,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )  # fmt: skip
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    if config.reduction == "exact" and len(kinds) > 1:
+        raise ConfigError(f"reduction=exact: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; use reduction=fast")
+    build_optimizer_for(config, model, torch.device("cpu"))
+    build_schedule(config, total)
+    plan = _try_one(config, plan, model, objective, train)
+    for name, data in (("data.train", train), ("data.evaluate", evaluate)):
+        if data is not None:
+            _check_labels(config, model, objective, data, name)
+    source = evaluate if evaluate is not None else train
+    sample = source.gather(np.arange(min(4, len(source)), dtype=np.int64))[0]
+    return Prepared(plan, model, train, evaluate, objective, sample)
+
+
+def _try_one(config: RunConfig, plan: Plan, model: nn.Module, objective: Objective, data: BatchDataset) -> Plan:
+    """One forward and backward on a sample or two; returns the plan with what was seen."""
+    # Two samples where there are two: batch norm can't train on a single one.
+    count = min(2, len(data), max(1, plan.micro_size))
+    inputs, targets = data.gather(np.arange(count, dtype=np.int64))
+    target_name = config.model["_target_"]
+    shape = tuple(inputs.shape[1:])
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
+    model.train()
+    try:
+        output = model(inputs)
+    except DescentError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model._target_={target_name}: can't take this data: inputs of shape {list(shape)}, {inputs.dtype}: "
+            f"{type(error).__name__}: {_one_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"model._target_={target_name}: forward gives a {type(output).__name__}, Descent needs one tensor")
+    random = not torch.equal(drawn, torch.get_rng_state())
+    if objective.by_class and not targets.is_floating_point():
+        _labels_in_range(targets, output.shape[-1], "data.train", config)
+    try:
+        loss = objective(output, targets)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ConfigError(
+            f"loss._target_={config.loss['_target_']}: can't compare outputs {list(output.shape)}, {output.dtype} "
+            f"with targets {list(targets.shape)}, {targets.dtype}: {_one_line(error)}"
+        ) from error
+    if loss.dim() != 0:
+        raise ConfigError(f"loss._target_={config.loss['_target_']}: gives shape {list(loss.shape)}, Descent needs one number a batch")
+    with torch.no_grad():
+        changed = tuple(n for n, b in model.named_buffers() if not torch.equal(b, before[n]))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    terms = objective.count(targets) / count
+    return replace(plan, changing_buffers=changed, random=random, unused_parameters=unused, nominal=terms * plan.batch_size)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:240]
+
+
+def _labels_in_range(targets: Tensor, classes: int, where: str, config: RunConfig) -> None:
+    ignored = config.loss.get("ignore_index", -100)
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)
+    if bool(wrong.any()):
+        row = int(wrong.reshape(len(targets), -1).any(1).nonzero()[0])
+        label = int(targets[wrong][0])
+        raise DataError(
+            f"{where}: sample {row} has label {label}, but the model has {classes} outputs "
+            f"(0 to {classes - 1}); set model.num_outputs={max(label + 1, classes)} or mend the data"
+        )
+
+
+def _check_labels(config: RunConfig, model: nn.Module, objective: Objective, data: BatchDataset, where: str) -> None:
+    """Every label (of very large sets: an even sample) against the model's outputs."""
+    if not objective.by_class:
+        return
+    inputs, targets = data.gather(np.arange(1, dtype=np.int64))
+    if targets.is_floating_point():
+        return
+    model.eval()
+    with torch.no_grad():
+        classes = model(inputs).shape[-1]
+    model.train()
+    in_memory = getattr(data, "targets", None)
+    if isinstance(in_memory, Tensor):
+        _labels_in_range(in_memory, classes, where, config)
+        return
+    wanted = min(len(data), max(1, min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536) // max(1, targets[0].numel())))
+    indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
+    _labels_in_range(data.gather(indices)[1], classes, where, config)
+

@@ -1,0 +1,114 @@
+"""Which samples make up which step: pure functions of (seed, step), no state, no list.
+
+An epoch's order is a keyed bijection on 0 … n-1, computed where it is needed, so it
+costs no memory whatever n is, and any step of any epoch can be asked for at once.
+Step s (the first is 1) takes the positions (s-1)*batch … s*batch-1 of the endless
+sequence epoch 0, epoch 1, …: every step is full, and over an epoch each sample comes up
+exactly once, also where the batch doesn't divide n.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+_ROUNDS = 4
+_BLOCK = 1 << 14
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele et al. 2014): each output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
+    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
+    return x ^ (x >> np.uint64(31))
+
+
+def stream_seed(seed: int, *path: int) -> int:
+    """A 63-bit seed for the random stream named by `path`, e.g. (step, slot).
+
+    >>> stream_seed(0, 1, 0) == stream_seed(0, 1, 0), stream_seed(0, 1, 0) == stream_seed(0, 0, 1)
+    (True, False)
+    """
+    mask = (1 << 64) - 1
+    x = seed & mask
+    for part in path:
+        x = (x + 0x9E3779B97F4A7C15 * (part + 1)) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+    return x >> 1
+
+
+def permute(positions: Indices, n: int, key: int) -> Indices:
+    """Where a keyed bijection on 0 … n-1 sends `positions`.
+
+    A Feistel network (Luby and Rackoff 1988) on the smallest power of two that holds n;
+    what falls outside 0 … n-1 is sent on until it falls inside (cycle walking, Black and
+    Rogaway 2002), fewer than twice on average.
+
+    >>> sorted(permute(np.arange(10), 10, key=7).tolist())
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    if n <= 2:
+        return (positions ^ (key & 1)) % n if n == 2 else np.zeros_like(positions)
+    bits = (n - 1).bit_length()
+    low = np.uint64(bits // 2)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    keys = [np.uint64(stream_seed(key, r)) for r in range(2 * _ROUNDS)]
+
+    def once(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> low, x & low_mask
+        for r in range(_ROUNDS):
+            left = left ^ (_mix(right ^ keys[2 * r]) & high_mask)
+            right = right ^ (_mix(left ^ keys[2 * r + 1]) & low_mask)
+        return (left << low) | right
+
+    with np.errstate(over="ignore"):
+        x = once(positions.astype(np.uint64))
+        while (outside := np.flatnonzero(x >= np.uint64(n))).size:
+            x[outside] = once(x[outside])
+    return x.astype(np.int64)
+
+
+def order(start: int, stop: int, n: int, seed: int) -> Indices:
+    """The samples at positions start … stop-1 of the endless sequence of epochs."""
+    pieces = []
+    while start < stop:
+        epoch, offset = divmod(start, n)
+        count = min(stop - start, n - offset)
+        pieces.append(permute(np.arange(offset, offset + count), n, stream_seed(seed, epoch)))
+        start += count
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class SampleOrder:
+    """`samples_of(step)` with the last block kept, so that a small batch costs little."""
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self._steps_per_block = max(1, min(_BLOCK, 4 * num_samples) // batch_size)
+        self._block = -1
+        self._indices: Indices = np.empty(0, np.int64)
+
+    def samples_of(self, step: int) -> Indices:
+        """The sample numbers of step >= 1, [batch_size]."""
+        assert step >= 1, "step 0 is the initial state and has no samples"
+        block, row = divmod(step - 1, self._steps_per_block)
+        if block != self._block:
+            start = block * self._steps_per_block * self.batch_size
+            stop = start + self._steps_per_block * self.batch_size
+            self._indices = order(start, stop, self.num_samples, self.seed)
+            self._block = block
+        return self._indices[row * self.batch_size : (row + 1) * self.batch_size]
+
+
+def slot_bounds(batch_size: int, slots: int) -> list[tuple[int, int]]:
+    """The half-open range of the global batch that each slot takes; sizes differ by one at most.
+
+    >>> slot_bounds(10, 4)
+    [(0, 2), (2, 5), (5, 7), (7, 10)]
+    """
+    return [(batch_size * s // slots, batch_size * (s + 1) // slots) for s in range(slots)]

@@ -1,0 +1,192 @@
+"""One optimizer step: slots and their micro-batches, the reduction, clipping, the update.
+
+The step commits on all replicas or on none: everything that can fail happens before
+the update, and what decides about it (losses, votes) travels to every rank in one
+small vector beside the gradients.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from service.training.collectives import Group
+from service.training.objective import Objective
+from service.training.reduction import Reducer
+from service.training.sampling import stream_seed
+
+Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one rank computes in one step."""
+
+    step: int
+    seed: int
+    slots: Sequence[tuple[int, tuple[int, int]]]
+    """(slot, its range within the global batch) for the slots of this rank."""
+    num_slots: int
+    micro_size: int
+    nominal: float
+    """What the gradient is divided by: the expected number of loss terms in the global batch."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The same on every rank."""
+
+    loss: float
+    """Mean loss over the global batch."""
+    gradient_norm: float
+    """Before clipping; inf or nan where a gradient isn't finite."""
+    committed: bool
+    votes: tuple[int, ...]
+    slot_losses: tuple[float, ...]
+
+
+class Buffers:
+    """Buffers that the forward changes (batch norm's statistics): per slot from the step's start, then averaged.
+
+    Each slot starts from the same values, as it would on a rank of its own, and the step
+    ends with the mean over slots, summed in slot order; whole numbers (counters) take
+    slot 0's. So they don't depend on who computed which slot.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        owned = dict(model.named_buffers())
+        self._buffers = [owned[name] for name in names]
+        self.size = sum(b.numel() for b in self._buffers)
+        self._start: list[Tensor] = []
+
+    def begin(self) -> None:
+        self._start = [b.clone() for b in self._buffers]
+
+    def restart(self) -> None:
+        """Back to the values of the step's start."""
+        for buffer, start in zip(self._buffers, self._start, strict=True):
+            buffer.copy_(start)
+
+    def pack(self) -> Tensor:
+        return torch.cat([b.reshape(-1).to(torch.float64) for b in self._buffers])
+
+    def unpack(self, rows: Tensor) -> None:
+        """Take the mean of [slots, size]."""
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        mean, offset = total / rows.shape[0], 0
+        for buffer in self._buffers:
+            piece = slice(offset, offset + buffer.numel())
+            source = mean if buffer.is_floating_point() else rows[0]
+            buffer.copy_(source[piece].view_as(buffer))
+            offset += buffer.numel()
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, reducer: Reducer,
+    group: Group, buffers: Buffers, fetch: Fetch, given: StepInput, *,
+    autocast: Callable[[], torch.autocast], random: bool, votes: Sequence[int],
+    clip_norm: float | None, clip_value: float | None,
+) -> StepResult:  # fmt: skip
+    """Compute this rank's slots, reduce with the others, and update unless something isn't finite.
+
+    Raises PeerLost when a collective can't be finished; the model is then still at the
+    last committed step.
+    """
+    # Per slot: loss sum, count, buffers; then the votes. Each entry has one owner and the
+    # others add zero, so the sum is exact whatever way it is computed.
+    width = 2 + buffers.size
+    side = torch.zeros(given.num_slots * width + len(votes), dtype=torch.float64, device=group.device)
+    rows = side[: given.num_slots * width].view(given.num_slots, width)
+    if any(votes):
+        side[given.num_slots * width :] = torch.tensor(votes, dtype=torch.float64)
+    pending: list[object] = []
+    if buffers.size:
+        buffers.begin()
+    reducer.begin()
+    for index, (slot, (lo, hi)) in enumerate(given.slots):
+        last_slot = index == len(given.slots) - 1
+        if random:
+            torch.manual_seed(stream_seed(given.seed, given.step, slot))
+        if buffers.size and index:
+            buffers.restart()
+        for start in range(lo, hi, given.micro_size):
+            stop = min(start + given.micro_size, hi)
+            last = last_slot and stop == hi
+            inputs, targets = fetch(start, stop)
+
+            def loss(inputs: Tensor = inputs, targets: Tensor = targets, slot: int = slot) -> Tensor:
+                with autocast():
+                    output = reducer.forward(inputs)
+                value = objective(output, targets)
+                rows[slot, 0] += value.detach()
+                rows[slot, 1] += objective.count(targets)
+                return value / given.nominal
+
+            def send_side(slot: int = slot) -> None:
+                if buffers.size:
+                    rows[slot, 2:] = buffers.pack()
+                pending.append(group.sum_async(side))
+
+            reducer.backward(loss, last, send_side)
+        if buffers.size and not last_slot:
+            rows[slot, 2:] = buffers.pack()
+        reducer.end_slot(slot, last_slot)
+    group.wait(pending[0])
+    reducer.finish()
+    return _commit(model, optimizer, buffers, rows, side, given, clip_norm, clip_value)
+
+
+def _commit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, buffers: Buffers, rows: Tensor, side: Tensor,
+    given: StepInput, clip_norm: float | None, clip_value: float | None,
+) -> StepResult:  # fmt: skip
+    """The step's last act: everyone holds the same sums, so everyone decides the same."""
+    numbers = side.tolist()
+    width = rows.shape[1]
+    losses = numbers[0 : given.num_slots * width : width]
+    count = sum(numbers[1 : given.num_slots * width : width])
+    votes = tuple(int(v) for v in numbers[given.num_slots * width :])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if count != given.nominal:
+        torch._foreach_mul_(gradients, given.nominal / max(count, 1))
+    norm = gradient_norm(gradients)
+    loss = sum(losses) / max(count, 1)
+    committed = norm < float("inf") and loss - loss == 0.0
+    if committed:
+        if clip_norm is not None and norm > clip_norm:
+            torch._foreach_mul_(gradients, clip_norm / (norm + 1e-6))
+        if clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -clip_value)
+            torch._foreach_clamp_max_(gradients, clip_value)
+        optimizer.step()
+        if buffers.size:
+            buffers.unpack(rows[:, 2:])
+    elif buffers.size:
+        buffers.restart()
+    return StepResult(loss, norm, committed, votes, tuple(losses))
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """The 2-norm over all entries; not finite if one of them isn't."""
+    if not gradients:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+
+
+def layer_norms(model: nn.Module) -> dict[str, float]:
+    """Gradient 2-norm per layer (the module that owns the parameters), in the model's order."""
+    names, gradients = [], []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            names.append(name.rpartition(".")[0] or name)
+            gradients.append(p.grad)
+    if not gradients:
+        return {}
+    squares: dict[str, float] = {}
+    for name, norm in zip(names, torch.stack(torch._foreach_norm(gradients)).tolist(), strict=True):
+        squares[name] = squares.get(name, 0.0) + norm * norm
+    return {name: total**0.5 for name, total in squares.items()}
