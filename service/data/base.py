@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ SPLITS = ("train", "evaluate", "all")
 _CHUNK_BYTES = 16 << 20  # hashing goes piecewise, so that a memory-mapped array stays on disk
 
 
-@runtime_checkable
 class Data(Protocol):
     """A data set that reads whole batches."""
 
@@ -113,9 +112,7 @@ class Subset(Dataset[Pair]):
     def __init__(self, data: Data, indices: Indices) -> None:
         self.data = data
         self.indices: Indices = np.ascontiguousarray(indices, dtype=np.int64)
-        if len(self.indices) and not (
-            self.indices.min() >= 0 and self.indices.max() < len(data)
-        ):
+        if len(self.indices) and not (self.indices.min() >= 0 and self.indices.max() < len(data)):
             raise DataError(
                 f"{data.name}: subset indices {self.indices.min()} to {self.indices.max()} "
                 f"don't lie within its {len(data)} samples"

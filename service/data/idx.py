@@ -5,10 +5,10 @@ as a big-endian 32-bit number, and then the values, last dimension fastest.
 """
 
 import gzip
+import io
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package pu
 
 _PREFIX = {"train": "train", "evaluate": "t10k"}
 _UNSIGNED_BYTE = 8
+Content = gzip.GzipFile | io.BufferedReader
 _MAX_DEFLATE_RATIO = 1032  # deflate can't shrink more: a bound on what a header may promise
 
 
@@ -101,16 +102,14 @@ def read_idx(file: Path, num_dims: int) -> npt.NDArray[np.uint8]:
     Raises DataError with the byte (of the unpacked content) at which the file goes wrong.
     """
     try:
-        opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-        # the two only share a Protocol in the type stubs; reading is all that is done with them
-        with cast(BinaryIO, opened) as content:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
             shape = _read_header(file, content, num_dims)
             return _read_values(file, content, shape)
     except OSError as error:  # gzip.BadGzipFile is one
         raise DataError(f"{file} can't be read: {error}") from error
 
 
-def _read_header(file: Path, content: BinaryIO, num_dims: int) -> tuple[int, ...]:
+def _read_header(file: Path, content: Content, num_dims: int) -> tuple[int, ...]:
     length = 4 + 4 * num_dims
     header = np.zeros(length, dtype=np.uint8)
     got = _fill(content, header)
@@ -126,7 +125,7 @@ def _read_header(file: Path, content: BinaryIO, num_dims: int) -> tuple[int, ...
     return shape
 
 
-def _read_values(file: Path, content: BinaryIO, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def _read_values(file: Path, content: Content, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     start = 4 + 4 * len(shape)
     promised = int(np.prod(shape, dtype=object))
     # a broken header may promise terabytes: look before allocating
@@ -136,7 +135,7 @@ def _read_values(file: Path, content: BinaryIO, shape: tuple[int, ...]) -> npt.N
     if got < promised:
         raise DataError(
             f"{file}, byte {start + got}: the file ends here, but its header promises "
-            f"{start + promised} bytes ({' × '.join(map(str, shape))} values)"
+            f"{start + promised} bytes ({' x '.join(map(str, shape))} values)"
         )
     try:
         rest = content.read(1)
@@ -145,18 +144,18 @@ def _read_values(file: Path, content: BinaryIO, shape: tuple[int, ...]) -> npt.N
     if rest:
         raise DataError(
             f"{file}, byte {start + promised}: more bytes follow than the header's "
-            f"{' × '.join(map(str, shape))} values"
+            f"{' x '.join(map(str, shape))} values"
         )
     return values.reshape(shape)
 
 
-def _fill(content: BinaryIO, buffer: npt.NDArray[np.uint8]) -> int:
+def _fill(content: Content, buffer: npt.NDArray[np.uint8]) -> int:
     """Read until the buffer is full or the content ends, also where gzip ends too early."""
-    view = memoryview(buffer)
+    view = buffer.data
     got = 0
     while got < len(view):
         try:
-            count = content.readinto(view[got:])  # type: ignore[attr-defined]
+            count = content.readinto(view[got:])
         except (EOFError, zlib.error):
             break
         if not count:

@@ -1,7 +1,8 @@
 """Any map-style PyTorch Dataset, as the data set protocol of Descent."""
 
 from collections.abc import Sequence
-from typing import Any
+from inspect import getattr_static
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,12 +12,17 @@ from torch.utils.data import Dataset, default_collate
 from service.data.base import Data, Indices, Pair, digest_of
 from service.errors import DataError
 
+_PROTOCOL = ("gather", "input_shape", "num_outputs", "name", "source", "digest")
 _PROBES = 16  # samples that the digest of a user's data set looks at
 
 
 def adapt(dataset: Any) -> Data:
     """The data set itself if it follows the protocol, else wrapped; DataError if neither goes."""
-    return dataset if isinstance(dataset, Data) else MapStyle(dataset)
+    # looked up without running properties: asking for `digest` would hash the whole data
+    missing = object()
+    if all(getattr_static(dataset, name, missing) is not missing for name in _PROTOCOL):
+        return cast(Data, dataset)
+    return MapStyle(dataset)
 
 
 class MapStyle(Dataset[Pair]):

@@ -52,7 +52,8 @@ class StdlibBytes(TensorData):
         chosen = [
             file
             for number, file in enumerate(files)
-            if split == "all" or (number % evaluate_every == evaluate_every - 1) == (split == "evaluate")
+            if split == "all"
+            or (number % evaluate_every == evaluate_every - 1) == (split == "evaluate")
         ]
         text = _read(chosen, max_bytes)
         num_windows = (len(text) - 1) // block
