@@ -159,8 +159,9 @@ def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:
         content.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel() == 0:
             continue
-        step = max(1, _CHUNK_BYTES * len(tensor) // (tensor.numel() * tensor.element_size()))
-        for piece in tensor.split(step):
+        rows = tensor if tensor.dim() else tensor.view(1)
+        step = max(1, _CHUNK_BYTES * len(rows) // (rows.numel() * rows.element_size()))
+        for piece in rows.split(step):
             content.update(piece.contiguous().view(-1).view(torch.uint8).numpy())
     return content.hexdigest()[:16]
 

@@ -109,7 +109,7 @@ class MapStyle(Dataset[Pair]):
             for index in indices:  # one by one, to tell which sample it was
                 self._read(index)
             raise DataError(
-                f"samples {indices[0]}, … of {self.source}: __getitems__ failed with "
+                f"samples {indices[0]} … {indices[-1]} of {self.source}: __getitems__ failed with "
                 f"{type(error).__name__}: {error}"
             ) from error
         if len(samples) != len(indices):
@@ -128,17 +128,19 @@ class MapStyle(Dataset[Pair]):
 
     def _collate(self, samples: list[tuple[Any, Any]], indices: list[int]) -> Pair:
         parts: list[Tensor] = []
+        where = (
+            f"sample {indices[0]}" if len(indices) == 1 else f"samples {indices[0]} … {indices[-1]}"
+        )
         for part, values in zip(("input", "target"), zip(*samples, strict=True), strict=True):
             try:
                 batch = default_collate(list(values))
             except (TypeError, RuntimeError) as error:
                 raise DataError(
-                    f"{part}s of samples {indices[0]} to {indices[-1]} of {self.source} don't make "
-                    f"a batch: {_first_line(error)}"
+                    f"{part} of {where} of {self.source} can't be made a batch: {_first_line(error)}"
                 ) from error
             if not isinstance(batch, Tensor):
                 raise DataError(
-                    f"{part} of sample {indices[0]} of {self.source} is a "
+                    f"{part} of {where} of {self.source} is of type "
                     f"{type(values[0]).__name__}: give a tensor, a NumPy array or a number"
                 )
             parts.append(batch.float() if batch.dtype == torch.float64 else batch)

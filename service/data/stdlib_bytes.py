@@ -1,5 +1,6 @@
 """A byte-level language model's text: the source files of Python's own standard library."""
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -79,12 +80,14 @@ class StdlibBytes(TensorData):
 def source_files(folder: Path, include_tests: bool) -> list[Path]:
     """The library's *.py files, sorted by relative path, without what was installed into it."""
     left_out = _ADDED if include_tests else _ADDED | _TESTS
-    found = [
-        (relative.as_posix(), file)
-        for file in folder.rglob("*.py")
-        if left_out.isdisjoint((relative := file.relative_to(folder)).parts[:-1])
-        and not file.name.startswith(_MACHINE)
-    ]
+    found: list[tuple[str, Path]] = []
+    # os.walk, since it can be told not to descend: site-packages may hold a million files
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in left_out]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(_MACHINE):
+                file = Path(parent, name)
+                found.append((file.relative_to(folder).as_posix(), file))
     if not found:
         raise DataError(
             f"no *.py files under {folder}: this Python ships its library without sources, "
