@@ -18,7 +18,7 @@ MAX_PARAMS = 100
 FLUSH_EVERY_S = 0.5  # how long a record waits for company
 SYNC_EVERY_S = 1.0
 FIRST_BACKOFF_S = 0.25
-LONGEST_BACKOFF_S = 10.0
+LONGEST_BACKOFF_S = 5.0
 
 Record = dict[str, Any]
 Metric = tuple[str, float, int, int]  # key, value, timestamp in ms, step

@@ -69,11 +69,15 @@ def _curve(points: Sequence[tuple[int, float]]) -> Curve:
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     if np.any(np.diff(array[:, 0]) < 0):
         array = array[np.argsort(array[:, 0], kind="stable")]
-    return array[:, 0], array[:, 1]
+    steps, values = array[:, 0], array[:, 1]
+    # a training that diverges passes this on its way to infinity; tick marks can't follow it
+    values = np.where(np.abs(values) < 1e30, values, np.nan)
+    return steps, np.where(np.abs(values) < 1e-30, 0.0, values)
 
 
 def _axes(title: str, ylabel: str, xlabel: str = "step (optimizer updates)") -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH_PX / DPI, HEIGHT_PX / DPI), dpi=DPI, layout="constrained")
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=17, fontweight="bold", pad=14)
     axes.set_xlabel(xlabel, fontsize=13)
@@ -135,6 +139,7 @@ def _loss(curves: dict[str, Curve]) -> Figure | None:
                 ha="right",
                 fontsize=12,
                 color=ORANGE,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
                 arrowprops={"arrowstyle": "-", "color": ORANGE},
             )
     if _span_decades(*(curve[1] for curve in (train, evaluation) if curve is not None)) > 2:

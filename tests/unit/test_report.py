@@ -1,0 +1,79 @@
+"""Plots: which there are, at what size, and that downsampling loses no extreme."""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.artifacts.report import downsample, plots
+
+
+def history(steps: int = 200) -> dict[str, list[tuple[int, float]]]:
+    rng = np.random.default_rng(0)
+    values = {
+        "train/loss": lambda i: 100 * 0.9**i + 0.01,
+        "train/learning_rate": lambda i: 0.1 / (i + 1),
+        "perf/samples_per_second": lambda i: 900 + i * rng.normal(),
+        "grad/norm": lambda i: 1.0 + i,
+        **{f"grad/norm/layer{d}": (lambda i, d=d: 10.0 ** (-d) * (i + 1)) for d in range(30)},
+    }
+    curves = {name: [(i, float(f(i))) for i in range(steps)] for name, f in values.items()}
+    curves["eval/loss"] = [(i, 1.0 / (i + 1)) for i in range(0, steps, 50)]
+    curves["cluster/world_size"] = [(0, 2.0), (50, 1.0), (100, 2.0)]
+    return curves
+
+
+def test_a_full_history_gives_all_plots(tmp_path):
+    paths = plots(history(), tmp_path / "new")
+    assert [path.name for path in paths] == [
+        "loss.png",
+        "learning_rate.png",
+        "gradient_norms.png",
+        "gradient_depth.png",
+        "throughput.png",
+    ]
+    for path in paths:
+        image = matplotlib.image.imread(path)
+        assert image.shape[:2] == (700, 1200)
+        assert image[..., :3].std() > 0.02  # not blank
+
+
+def test_a_plot_without_values_is_left_out(tmp_path):
+    assert plots({}, tmp_path) == []
+    paths = plots({"eval/loss": [(0, 1.0)], "train/loss": []}, tmp_path)
+    assert [path.name for path in paths] == ["loss.png"]
+
+
+@pytest.mark.parametrize(
+    "bad", [[np.nan] * 3, [np.inf, 1.0, 2.0], [0.0, 0.0, 0.0], [1e-300, 1e300, 1.0], [-1.0, 0, 2]]
+)
+def test_odd_values_are_drawn_all_the_same(tmp_path, bad):
+    names = [*history(3), "grad/norm/a", "grad/norm/b"]
+    assert plots({name: list(enumerate(bad)) for name in names}, tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32), max_size=300), st.integers(1, 20))
+def test_downsampling_keeps_the_extremes_and_the_order(values, buckets):
+    array = np.array(values, dtype=np.float64)
+    steps, kept = downsample(np.arange(len(array)), array, buckets)
+    assert len(kept) <= max(2 * buckets, 0)
+    assert np.all(np.diff(steps) > 0)
+    np.testing.assert_array_equal(array[steps], kept)
+    finite = array[np.isfinite(array)]
+    if len(finite):
+        assert kept.max() == finite.max()
+        assert kept.min() == finite.min()
+
+
+def test_drawing_does_not_load_pyplot(tmp_path):
+    code = (
+        "import sys, pathlib; from service.artifacts.report import plots;"
+        "plots({'train/loss': [(0, 1.0), (1, .5)]}, pathlib.Path(sys.argv[1]));"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
