@@ -24,7 +24,7 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
-    "--window-size=1400,900",
+    "--window-size=1900,1000",
     "--remote-debugging-port=0",
 ]
 

@@ -37,7 +37,7 @@ def test_the_run_page_shows_metrics_and_plots(tmp_path):
 
         look(
             tracker.url,
-            ["train/loss", "eval/loss", "train/learning_rate"],
+            ["train/loss", "eval/loss", "train/learning_rate", "main-svg"],
             pictures / "metrics.png",
         )
         page = f"{server.uri}/#/experiments/{tracker.experiment_id}/runs/{tracker.run_id}"
