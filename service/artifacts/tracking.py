@@ -38,8 +38,6 @@ MAX_KEY_LENGTH = 250
 OPEN_TIMEOUT_S = 4
 CALL_TIMEOUT_S = 20
 SYSTEM_METRICS_EVERY_S = 10.0
-# without it MLflow's UI opens an experiment on its GenAI side
-_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 _T = TypeVar("_T")
 _UNFIT = re.compile(r"[^\w\-. :/]")
 
@@ -261,9 +259,7 @@ class _MlflowSink:
         if found is None:
             embedded = artifact_root is not None and not uri.startswith(("http://", "https://"))
             location = artifact_root.absolute().as_uri() if embedded and artifact_root else None
-            experiment_id = client.create_experiment(
-                experiment, artifact_location=location, tags=_MODEL_TRAINING
-            )
+            experiment_id = client.create_experiment(experiment, artifact_location=location)
         else:
             experiment_id = found.experiment_id
         return cls(client, client.create_run(experiment_id, run_name=run_name))
