@@ -55,13 +55,17 @@ def _locate(path: str, where: str) -> Any:
             ) from error
         break
     if module is None:
-        raise ConfigError(f"{where}={path}: {failure}; is its folder the current one, or installed?")
+        raise ConfigError(
+            f"{where}={path}: {failure}; is its folder the current one, or installed?"
+        )
     found: Any = module
     for part in parts[cut:]:
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, [n for n in dir(found) if n[0] != "_"], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{where}={path}: {getattr(found, '__name__', found)} has no {part!r}{hint}")
+            raise ConfigError(
+                f"{where}={path}: {getattr(found, '__name__', found)} has no {part!r}{hint}"
+            )
         found = getattr(found, part)
     return found
 
@@ -112,7 +116,11 @@ def _explain(target: Any, kwargs: Mapping[str, Any], error: TypeError, where: st
         for key in kwargs:
             if key not in parameters:
                 near = difflib.get_close_matches(key, parameters, 1)
-                hint = f"did you mean {where}.{near[0]}?" if near else f"it takes {', '.join(parameters)}"
+                hint = (
+                    f"did you mean {where}.{near[0]}?"
+                    if near
+                    else f"it takes {', '.join(parameters)}"
+                )
                 return f"{where}.{key}: {target.__name__} has no such argument; {hint}"
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind in (

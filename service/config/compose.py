@@ -44,12 +44,13 @@ def _search_path(config_dirs: Iterable[str]) -> list[Path]:
 
 
 def groups(config_dirs: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-    """Group -> option -> its one line of description (the file's first comment)."""
+    """Group -> option -> its one line of description (the file's first comment but for `# @package`, which Hydra wants on top)."""
     found: dict[str, dict[str, str]] = {}
     for root in _search_path(config_dirs):
         for file in sorted(root.glob("*/*.yaml")):
-            first = file.read_text(encoding="utf-8").split("\n", 1)[0]
-            line = first.lstrip("# ").strip() if first.startswith("#") else ""
+            lines = file.read_text(encoding="utf-8").splitlines()
+            comments = [x for x in lines if x.startswith("#") and not x.startswith("# @")]
+            line = comments[0].lstrip("# ").strip() if comments else ""
             found.setdefault(file.parent.name, {}).setdefault(file.stem, line)
     return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
 
@@ -107,13 +108,19 @@ def _explain(error: Exception, overrides: Sequence[str], dirs: tuple[str, ...]) 
     if culprit is not None:
         keys = _keys_without(culprit, overrides, dirs)
         parent, _, leaf = name.rpartition(".")
-        names = [k[len(parent) + 1 if parent else 0 :].split(".")[0] for k in keys if k.startswith(f"{parent}." if parent else "")]
+        names = [
+            k[len(parent) + 1 if parent else 0 :].split(".")[0]
+            for k in keys
+            if k.startswith(f"{parent}." if parent else "")
+        ]
         if names and leaf not in names:
             known_names = sorted(set(names) | (set(known) if not parent else set()))
             where = f"{parent}." if parent else ""
             hint = _near(leaf, known_names)
             add = f" (to add a new argument: +{culprit})" if parent.split(".")[0] in known else ""
-            raise ConfigError(f"override {culprit!r}: there is no key {where}{leaf!r}; {hint}{add}") from error
+            raise ConfigError(
+                f"override {culprit!r}: there is no key {where}{leaf!r}; {hint}{add}"
+            ) from error
         if parent and not names:
             top = _near(parent.split(".")[0], {k.split(".")[0] for k in keys})
             raise ConfigError(f"override {culprit!r}: there is no key {parent!r}; {top}") from error
@@ -128,7 +135,7 @@ def _keys_without(culprit: str, overrides: Sequence[str], dirs: tuple[str, ...])
     for kept in ([o for o in overrides if o != culprit], []):
         try:
             node = _hydra_compose(kept, dirs)
-        except Exception:  # noqa: S112 — a second wrong override: fall back to the defaults' keys
+        except Exception:
             continue
         plain = OmegaConf.to_container(node, resolve=False)
         assert isinstance(plain, dict)
@@ -137,7 +144,12 @@ def _keys_without(culprit: str, overrides: Sequence[str], dirs: tuple[str, ...])
     return []
 
 
-def _where(loc: tuple[Any, ...], composed: Mapping[str, str], overrides: Sequence[str], dirs: tuple[str, ...]) -> str:
+def _where(
+    loc: tuple[Any, ...],
+    composed: Mapping[str, str],
+    overrides: Sequence[str],
+    dirs: tuple[str, ...],
+) -> str:
     key = ".".join(str(part) for part in loc)
     for override in reversed(overrides):
         name = _key_of(override)
@@ -148,13 +160,18 @@ def _where(loc: tuple[Any, ...], composed: Mapping[str, str], overrides: Sequenc
     file = _file_of(top, composed[top], dirs) if top in composed else None
     if file is None and composed.get("experiment") not in (None, "null"):
         candidate = _file_of("experiment", composed["experiment"], dirs)
-        if candidate is not None and re.search(rf"^\s*{re.escape(str(loc[-1]) if loc else '')}:", candidate.read_text(), re.M):
+        if candidate is not None and re.search(
+            rf"^\s*{re.escape(str(loc[-1]) if loc else '')}:", candidate.read_text(), re.M
+        ):
             file = candidate
     return f"{(file or config_dir() / 'config.yaml').name}: {key}"
 
 
 def _typed(
-    plain: dict[str, Any], choices: Mapping[str, str], overrides: Sequence[str], dirs: tuple[str, ...]
+    plain: dict[str, Any],
+    choices: Mapping[str, str],
+    overrides: Sequence[str],
+    dirs: tuple[str, ...],
 ) -> RunConfig:
     try:
         return RunConfig(**plain)
@@ -170,7 +187,9 @@ def _typed(
             message = f"there is no such key; {_near(str(loc[-1]), names)}"
         elif len({e["loc"][:1] for e in found}) == 1 and len(found) > 1:
             message = " or ".join(
-                dict.fromkeys(e["msg"].removeprefix("Value error, ").removeprefix("Input ") for e in found)
+                dict.fromkeys(
+                    e["msg"].removeprefix("Value error, ").removeprefix("Input ") for e in found
+                )
             )
         where = _where(loc, choices, overrides, dirs) if loc else "config"
         shown = "" if isinstance(value, dict) else f"={value!r}"
@@ -222,14 +241,18 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
         del node["hydra"]
         missing = sorted(OmegaConf.missing_keys(node))
         if missing:
-            raise ConfigError(f"{missing[0]} is not set: add {missing[0]}=… (see descent config --groups)")
+            raise ConfigError(
+                f"{missing[0]} is not set: add {missing[0]}=… (see descent config --groups)"
+            )
         plain = OmegaConf.to_container(node, resolve=True)
         yaml = OmegaConf.to_yaml(node, resolve=True)
     except ConfigError:
         raise
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key or 'config'}: {' '.join(str(error).split('full_key')[0].split())}") from error
+        raise ConfigError(
+            f"{key or 'config'}: {' '.join(str(error).split('full_key')[0].split())}"
+        ) from error
     except Exception as error:  # Hydra raises many kinds; all of them are the config's
         _explain(error, overrides, dirs)
     assert isinstance(plain, dict)

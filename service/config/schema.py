@@ -90,7 +90,9 @@ class Checkpoint(Section):
     @classmethod
     def _cadence(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, str) and value != "epoch" and not _DURATION.match(value):
-            raise ValueError("is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, or null")
+            raise ValueError(
+                "is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, or null"
+            )
         return value
 
     @property
@@ -109,7 +111,9 @@ class Tracking(Section):
     @field_validator("uri")
     @classmethod
     def _scheme(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"^(https?|sqlite|postgresql|mysql)(\+\w+)?://", value):
+        if value is not None and not re.match(
+            r"^(https?|sqlite|postgresql|mysql)(\+\w+)?://", value
+        ):
             raise ValueError("is an MLflow tracking URI such as http://host:5000, or null")
         return value
 

@@ -7,25 +7,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from service.data.base import BatchDataset
+from service.data.base import Data, Subset, TensorData
 from service.training.sampling import Indices, SampleOrder
 
 _DEPTH = 4
 Pair = tuple[Tensor, Tensor]
 
 
+def _in_memory(data: object) -> bool:
+    while isinstance(data, Subset):
+        data = data.data
+    return isinstance(data, TensorData)
+
+
 class Feed:
     """Gives a step's micro-batches on the device.
 
-    A data set with `in_memory` is indexed on the spot: handing a few microseconds of
+    A data set in memory is indexed on the spot: handing a few microseconds of
     work to a thread would cost more than it saves. Any other is read one step ahead.
     """
 
-    def __init__(self, data: BatchDataset, order: SampleOrder | None, device: torch.device) -> None:
+    def __init__(self, data: Data, order: SampleOrder | None, device: torch.device) -> None:
         self._data = data
         self._order = order
         self._device = device
-        self._ahead = None if getattr(data, "in_memory", False) else ThreadPoolExecutor(1, "feed")
+        self._ahead = None if _in_memory(data) else ThreadPoolExecutor(1, "feed")
         self._queue: deque[tuple[int, int, int]] = deque()
         self._waiting: dict[tuple[int, int, int], Future[Pair]] = {}
 
@@ -36,13 +42,19 @@ class Feed:
     def _to_device(self, pair: Pair) -> Pair:
         if self._device.type == "cpu":
             return pair
-        return pair[0].to(self._device, non_blocking=True), pair[1].to(self._device, non_blocking=True)
+        return pair[0].to(self._device, non_blocking=True), pair[1].to(
+            self._device, non_blocking=True
+        )
 
-    def prepare(self, step: int, slots: Sequence[tuple[int, tuple[int, int]]], micro_size: int) -> None:
+    def prepare(
+        self, step: int, slots: Sequence[tuple[int, tuple[int, int]]], micro_size: int
+    ) -> None:
         """Say what this step will fetch, so that it and the next step's first reads run ahead."""
         if self._ahead is None:
             return
-        pieces = [(f, min(f + micro_size, hi)) for _, (lo, hi) in slots for f in range(lo, hi, micro_size)]
+        pieces = [
+            (f, min(f + micro_size, hi)) for _, (lo, hi) in slots for f in range(lo, hi, micro_size)
+        ]
         known = {*self._waiting, *self._queue}
         for wanted in (step, step + 1):
             self._queue.extend(key for p in pieces if (key := (wanted, *p)) not in known)

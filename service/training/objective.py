@@ -28,10 +28,14 @@ class Objective:
     @classmethod
     def of(cls, loss: object) -> "Objective":
         if not callable(loss):
-            raise ConfigError(f"loss._target_: {type(loss).__name__} can't be called with (output, target)")
+            raise ConfigError(
+                f"loss._target_: {type(loss).__name__} can't be called with (output, target)"
+            )
         if hasattr(loss, "reduction"):
             if loss.reduction not in ("mean", "sum", "batchmean"):
-                raise ConfigError(f"loss.reduction={loss.reduction}: Descent needs one number a batch; leave it out")
+                raise ConfigError(
+                    f"loss.reduction={loss.reduction}: Descent needs one number a batch; leave it out"
+                )
             loss.reduction = "sum"
             return cls(loss, True)
         return cls(loss, False)
@@ -58,7 +62,9 @@ class Objective:
             return self.loss(output, target) * target.shape[0]
         if self.by_class and output.dim() == 3 and target.shape == output.shape[:2]:
             output, target = output.flatten(0, 1), target.flatten()
-        elif not self.by_class and output.shape != target.shape and output.numel() == target.numel():
+        elif (
+            not self.by_class and output.shape != target.shape and output.numel() == target.numel()
+        ):
             # [n, 1] against [n] would broadcast to [n, n] and train on nonsense
             output = output.view_as(target)
         return self.loss(output, target)

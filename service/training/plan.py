@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from service.config import RunConfig, WorkerRange, build, resolve_target
-from service.data.base import BatchDataset, MapStyle, split
+from service.data.base import Data, split
+from service.data.map_style import MapStyle, adapt
 from service.errors import ConfigError, DataError, DescentError
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
@@ -56,22 +57,22 @@ class Prepared:
 
     plan: Plan
     model: nn.Module
-    train: BatchDataset
-    evaluate: BatchDataset | None
+    train: Data
+    evaluate: Data | None
     objective: Objective
     sample: Tensor
     """A few evaluation (else training) inputs, [n, *input_shape]."""
 
 
-def _adapt(data: Any, where: str) -> BatchDataset:
-    if hasattr(data, "gather") and hasattr(data, "__len__"):
-        return data  # type: ignore[no-any-return]
+def _adapt(data: Any, where: str) -> Data:
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise ConfigError(f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset")
-    return MapStyle(data)
+        raise ConfigError(
+            f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset"
+        )
+    return adapt(data)
 
 
-def build_data(config: RunConfig) -> tuple[BatchDataset, BatchDataset | None]:
+def build_data(config: RunConfig) -> tuple[Data, Data | None]:
     """The training and the held-out set. Raises ConfigError or DataError."""
     trusted = config.trusted_modules
     train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
@@ -88,33 +89,41 @@ def build_data(config: RunConfig) -> tuple[BatchDataset, BatchDataset | None]:
     return kept, held_out
 
 
-def _filled(spec: Mapping[str, Any], data: BatchDataset, where: str) -> dict[str, Any]:
+def _filled(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
     """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
     filled = dict(spec)
     for key in ("input_shape", "num_outputs"):
         if key in filled and filled[key] is None:
             value = getattr(data, key, None)
             if value is None:
-                raise ConfigError(f"{where}.{key}=null: the data set doesn't say; set {where}.{key}=…")
+                raise ConfigError(
+                    f"{where}.{key}=null: the data set doesn't say; set {where}.{key}=…"
+                )
             filled[key] = list(value) if isinstance(value, tuple) else value
     return filled
 
 
-def build_model(config: RunConfig, data: BatchDataset) -> nn.Module:
+def build_model(config: RunConfig, data: Data) -> nn.Module:
     """The network with its initial weights, which `seed` alone decides."""
     torch.manual_seed(config.seed)
     model = build(_filled(config.model, data, "model"), config.trusted_modules, "model")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module")
+        raise ConfigError(
+            f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
     return model
 
 
-def build_optimizer_for(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer_for(
+    config: RunConfig, model: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
     """The optimizer of the config on this model's parameters."""
     options = {k: v for k, v in config.optimizer.items() if k != "_target_"}
-    factory = resolve_target(config.optimizer["_target_"], config.trusted_modules, "optimizer._target_")
+    factory = resolve_target(
+        config.optimizer["_target_"], config.trusted_modules, "optimizer._target_"
+    )
     return build_optimizer(model, factory, options, device)
 
 
@@ -132,14 +141,18 @@ def pick_device(config: RunConfig, gpus: float) -> str:
         raise ConfigError("device=cuda: the cluster has no GPU; use device=cpu or auto")
     device = "cuda" if config.device != "cpu" and gpus >= 1 else "cpu"
     if config.resources.gpus not in ("auto", 0) and device == "cpu":
-        raise ConfigError(f"resources.gpus={config.resources.gpus}: the cluster has no GPU to give; use auto or 0")
+        raise ConfigError(
+            f"resources.gpus={config.resources.gpus}: the cluster has no GPU to give; use auto or 0"
+        )
     return device
 
 
 def has_bf16(device: str) -> bool:
     """Whether the device computes in bfloat16 itself (a CPU that only emulates it is slower than fp32)."""
     if device == "cuda":
-        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -161,23 +174,39 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     """
     device = pick_device(config, gpus)
     if config.precision == "bf16" and not has_bf16(device):
-        raise ConfigError(f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32")
+        raise ConfigError(
+            f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32"
+        )
     low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
     train, evaluate = build_data(config)
     batch = len(train) if config.batch.size == "full" else int(config.batch.size)
     slots = high if config.slots == "auto" else int(config.slots)
     if slots < high:
-        raise ConfigError(f"slots={slots}: fewer than workers={high}, so a worker would have nothing to do; use slots=auto or workers={slots}")
+        raise ConfigError(
+            f"slots={slots}: fewer than workers={high}, so a worker would have nothing to do; use slots=auto or workers={slots}"
+        )
     if batch < slots:
-        raise ConfigError(f"batch.size={batch}: smaller than slots={slots} (one for each of {high} workers); use workers={batch} or a larger batch")
+        raise ConfigError(
+            f"batch.size={batch}: smaller than slots={slots} (one for each of {high} workers); use workers={batch} or a larger batch"
+        )
     if config.batch.size != "full" and batch > len(train):
-        raise ConfigError(f"batch.size={batch}: the training set has {len(train)} samples; use batch=full or a smaller size")
+        raise ConfigError(
+            f"batch.size={batch}: the training set has {len(train)} samples; use batch=full or a smaller size"
+        )
     objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
     model = build_model(config, train)
     steps_per_epoch = max(1, math.ceil(len(train) / batch))
-    total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
+    total = (
+        config.steps
+        if config.steps is not None
+        else math.ceil(float(config.epochs or 0) * len(train) / batch)
+    )
     largest_slot = -(-batch // slots)
-    micro = largest_slot if config.batch.micro_size == "auto" else min(int(config.batch.micro_size), largest_slot)
+    micro = (
+        largest_slot
+        if config.batch.micro_size == "auto"
+        else min(int(config.batch.micro_size), largest_slot)
+    )
     plan = Plan(
         total_steps=total, batch_size=batch, num_samples=len(train),
         num_evaluation=len(evaluate) if evaluate is not None else 0,
@@ -187,7 +216,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     )  # fmt: skip
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     if config.reduction == "exact" and len(kinds) > 1:
-        raise ConfigError(f"reduction=exact: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; use reduction=fast")
+        raise ConfigError(
+            f"reduction=exact: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; use reduction=fast"
+        )
     build_optimizer_for(config, model, torch.device("cpu"))
     build_schedule(config, total)
     plan = _try_one(config, plan, model, objective, train)
@@ -199,7 +230,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     return Prepared(plan, model, train, evaluate, objective, sample)
 
 
-def _try_one(config: RunConfig, plan: Plan, model: nn.Module, objective: Objective, data: BatchDataset) -> Plan:
+def _try_one(
+    config: RunConfig, plan: Plan, model: nn.Module, objective: Objective, data: Data
+) -> Plan:
     """One forward and backward on a sample or two; returns the plan with what was seen."""
     # Two samples where there are two: batch norm can't train on a single one.
     count = min(2, len(data), max(1, plan.micro_size))
@@ -220,20 +253,24 @@ def _try_one(config: RunConfig, plan: Plan, model: nn.Module, objective: Objecti
             f"{type(error).__name__}: {_one_line(error)}"
         ) from error
     if not isinstance(output, Tensor):
-        raise ConfigError(f"model._target_={target_name}: forward gives a {type(output).__name__}, Descent needs one tensor")
+        raise ConfigError(
+            f"model._target_={target_name}: forward gives a {type(output).__name__}, Descent needs one tensor"
+        )
     random = not torch.equal(drawn, torch.get_rng_state())
     if objective.by_class and not targets.is_floating_point():
         _labels_in_range(targets, output.shape[-1], "data.train", config)
     try:
         loss = objective(output, targets)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()
     except Exception as error:
         raise ConfigError(
             f"loss._target_={config.loss['_target_']}: can't compare outputs {list(output.shape)}, {output.dtype} "
             f"with targets {list(targets.shape)}, {targets.dtype}: {_one_line(error)}"
         ) from error
     if loss.dim() != 0:
-        raise ConfigError(f"loss._target_={config.loss['_target_']}: gives shape {list(loss.shape)}, Descent needs one number a batch")
+        raise ConfigError(
+            f"loss._target_={config.loss['_target_']}: gives shape {list(loss.shape)}, Descent needs one number a batch"
+        )
     with torch.no_grad():
         changed = tuple(n for n, b in model.named_buffers() if not torch.equal(b, before[n]))
         for name, buffer in model.named_buffers():
@@ -241,7 +278,13 @@ def _try_one(config: RunConfig, plan: Plan, model: nn.Module, objective: Objecti
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
     model.zero_grad(set_to_none=True)
     terms = objective.count(targets) / count
-    return replace(plan, changing_buffers=changed, random=random, unused_parameters=unused, nominal=terms * plan.batch_size)
+    return replace(
+        plan,
+        changing_buffers=changed,
+        random=random,
+        unused_parameters=unused,
+        nominal=terms * plan.batch_size,
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -260,7 +303,9 @@ def _labels_in_range(targets: Tensor, classes: int, where: str, config: RunConfi
         )
 
 
-def _check_labels(config: RunConfig, model: nn.Module, objective: Objective, data: BatchDataset, where: str) -> None:
+def _check_labels(
+    config: RunConfig, model: nn.Module, objective: Objective, data: Data, where: str
+) -> None:
     """Every label (of very large sets: an even sample) against the model's outputs."""
     if not objective.by_class:
         return
@@ -275,7 +320,13 @@ def _check_labels(config: RunConfig, model: nn.Module, objective: Objective, dat
     if isinstance(in_memory, Tensor):
         _labels_in_range(in_memory, classes, where, config)
         return
-    wanted = min(len(data), max(1, min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536) // max(1, targets[0].numel())))
+    wanted = min(
+        len(data),
+        max(
+            1,
+            min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536)
+            // max(1, targets[0].numel()),
+        ),
+    )
     indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
     _labels_in_range(data.gather(indices)[1], classes, where, config)
-

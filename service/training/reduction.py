@@ -20,10 +20,12 @@ _BUCKET_BYTES = 8 << 20
 class Reducer(Protocol):
     """One step: `begin`, then per slot some `backward`s and `end_slot`, then `finish`."""
 
-    forward: Callable[..., Tensor]
-
+    @property
+    def forward(self) -> Callable[..., Tensor]: ...
     def begin(self) -> None: ...
-    def backward(self, loss: Callable[[], Tensor], last: bool, before: Callable[[], None]) -> None: ...
+    def backward(
+        self, loss: Callable[[], Tensor], last: bool, before: Callable[[], None]
+    ) -> None: ...
     def end_slot(self, slot: int, last: bool) -> None: ...
     def finish(self) -> None: ...
 
@@ -43,7 +45,7 @@ class Solo:
         value = loss()
         if last:
             before()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
 
     def end_slot(self, slot: int, last: bool) -> None:
         pass
@@ -71,7 +73,7 @@ class Fast:
             if last:
                 before()
             try:
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
             except RuntimeError as error:
                 if is_lost_peer(error):
                     raise PeerLost(str(error).splitlines()[0]) from error
@@ -144,7 +146,9 @@ class Exact:
     gathered. Collectives start in the order of buckets on every rank.
     """
 
-    def __init__(self, model: nn.Module, group: Group, shares: Sequence[tuple[int, int]], slots: int) -> None:
+    def __init__(
+        self, model: nn.Module, group: Group, shares: Sequence[tuple[int, int]], slots: int
+    ) -> None:
         self.forward = model
         self._group = group
         self._slots = slots
@@ -163,7 +167,9 @@ class Exact:
             p.register_post_accumulate_grad_hook(self._ready(b)) for p, b in self._bucket_of
         ]
 
-    def _layout(self, parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device) -> None:
+    def _layout(
+        self, parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device
+    ) -> None:
         world = self._group.world_size
         limit = _BUCKET_BYTES // dtype.itemsize
         self._bounds: list[tuple[int, int]] = []
@@ -207,7 +213,7 @@ class Exact:
         if last:
             before()
             self._sending = self._group.world_size > 1
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
 
     def end_slot(self, slot: int, last: bool) -> None:
         """Put a finished slot's gradient into the tree and make room for the next."""
@@ -269,7 +275,10 @@ class Exact:
             send = stacked.view(len(self._mine), world, piece).transpose(0, 1).reshape(-1)
         received = self._flat.new_empty(piece * sum(map(len, self._nodes)))
         work = self._group.exchange_async(
-            received, send, [piece * len(nodes) for nodes in self._nodes], [piece * len(self._mine)] * world
+            received,
+            send,
+            [piece * len(nodes) for nodes in self._nodes],
+            [piece * len(self._mine)] * world,
         )
         self._works[bucket] = (work, received)
 
@@ -314,7 +323,13 @@ class Exact:
 
 @contextlib.contextmanager
 def reducer_for(
-    model: nn.Module, group: Group, *, kind: str, shares: Sequence[tuple[int, int]], slots: int, find_unused: bool
+    model: nn.Module,
+    group: Group,
+    *,
+    kind: str,
+    shares: Sequence[tuple[int, int]],
+    slots: int,
+    find_unused: bool,
 ) -> Iterator[Reducer]:
     """The reducer for one generation; its hooks are gone when the generation ends."""
     if group.world_size == 1 and (slots == 1 or kind == "fast"):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from service.errors import CheckpointError
 from service.training.collectives import Group
 from service.training.ema import Ema
-from service.training.optimizers import load_named_state, named_state
-from service.training.schedules import Plateau
+from service.training.optimizer_state import load_named_state, named_state
+from service.training.plateau import Plateau
 
 MODEL, OPTIMIZER, EMA = "model/", "optimizer/", "ema/"
 
@@ -54,16 +54,23 @@ class TrainState:
         """Take over a state. Raises CheckpointError when names or shapes don't fit this model."""
         own = dict(_module_tensors(self.model))
         given = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
-        wrong = sorted(own.keys() ^ given.keys()) or sorted(n for n in own if own[n].shape != given[n].shape)
+        wrong = sorted(own.keys() ^ given.keys()) or sorted(
+            n for n in own if own[n].shape != given[n].shape
+        )
         if wrong:
-            raise CheckpointError(f"the state doesn't fit this model: {wrong[0]} is missing, unknown or of another shape")
+            raise CheckpointError(
+                f"the state doesn't fit this model: {wrong[0]} is missing, unknown or of another shape"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
             if self.ema is not None:
                 for name, shadow in self.ema.shadow.items():
                     shadow.copy_(tensors[EMA + name])
-        load_named_state(self.optimizer, {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)})
+        load_named_state(
+            self.optimizer,
+            {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)},
+        )
         if isinstance(self.schedule, Plateau):
             memory = {k: v for k, v in scalars.items() if k not in ("evaluated", "bad_steps")}
             self.schedule.load_state_dict(memory)
@@ -97,7 +104,9 @@ class TrainState:
         group.broadcast_([raw])
         described = json.loads(bytes(raw.cpu().numpy().tobytes()))
         received = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+            name: torch.empty(
+                shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device
+            )
             for name, dtype, shape, _ in described["tensors"]
         }
         group.broadcast_(list(received.values()))

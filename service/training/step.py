@@ -99,7 +99,9 @@ def train_step(
     # Per slot: loss sum, count, buffers; then the votes. Each entry has one owner and the
     # others add zero, so the sum is exact whatever way it is computed.
     width = 2 + buffers.size
-    side = torch.zeros(given.num_slots * width + len(votes), dtype=torch.float64, device=group.device)
+    side = torch.zeros(
+        given.num_slots * width + len(votes), dtype=torch.float64, device=group.device
+    )
     rows = side[: given.num_slots * width].view(given.num_slots, width)
     if any(votes):
         side[given.num_slots * width :] = torch.tensor(votes, dtype=torch.float64)
@@ -118,7 +120,9 @@ def train_step(
             last = last_slot and stop == hi
             inputs, targets = fetch(start, stop)
 
-            def loss(inputs: Tensor = inputs, targets: Tensor = targets, slot: int = slot) -> Tensor:
+            def loss(
+                inputs: Tensor = inputs, targets: Tensor = targets, slot: int = slot
+            ) -> Tensor:
                 with autocast():
                     output = reducer.forward(inputs)
                 value = objective(output, targets)
@@ -170,7 +174,7 @@ def _commit(
     return StepResult(loss, norm, committed, votes, tuple(losses))
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> float:
+def gradient_norm(gradients: list[Tensor]) -> float:
     """The 2-norm over all entries; not finite if one of them isn't."""
     if not gradients:
         return 0.0

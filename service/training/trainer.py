@@ -19,14 +19,14 @@ from service.artifacts import checkpoint
 from service.config import RunConfig, build
 from service.messages import Membership, PartWritten, StepRecord
 from service.training import collectives
-from service.training.collectives import Group, PeerLost
+from service.training.collectives import Group
 from service.training.ema import Ema
 from service.training.feed import Feed
 from service.training.objective import Objective
 from service.training.plan import Plan, build_data, build_model, build_optimizer_for, build_schedule
 from service.training.reduction import Reducer, reducer_for
 from service.training.sampling import SampleOrder, slot_bounds
-from service.training.schedules import Plateau
+from service.training.plateau import Plateau
 from service.training.state import TrainState
 from service.training.step import Buffers, StepInput, StepResult, layer_norms, train_step
 
@@ -65,7 +65,9 @@ class Control:
 class Trainer:
     """One replica of the model and everything it needs to take steps in any generation."""
 
-    def __init__(self, config: RunConfig, plan: Plan, run_dir: Path, device: torch.device, control: Control) -> None:
+    def __init__(
+        self, config: RunConfig, plan: Plan, run_dir: Path, device: torch.device, control: Control
+    ) -> None:
         torch.set_num_threads(plan.threads)
         self.config, self.plan, self.device, self.control = config, plan, device, control
         train, self.evaluation = build_data(config)
@@ -76,13 +78,17 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
         ema = Ema(model, config.ema.decay) if config.ema.decay is not None else None
         self.state = TrainState(model, optimizer, build_schedule(config, plan.total_steps), ema)
-        self._forward = torch.compile(model) if config.compile else model
+        self._forward: Any = torch.compile(model) if config.compile else model
         self.order = SampleOrder(plan.num_samples, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device)
-        self.evaluation_feed = None if self.evaluation is None else Feed(self.evaluation, None, device)
+        self.evaluation_feed = (
+            None if self.evaluation is None else Feed(self.evaluation, None, device)
+        )
         self.buffers = Buffers(model, plan.changing_buffers)
-        self.saver = checkpoint.Saver(checkpoint.folder(run_dir, config.checkpoint.dir), self._saved)
+        self.saver = checkpoint.Saver(
+            checkpoint.folder(run_dir, config.checkpoint.dir), self._saved
+        )
         self._multiplier = float("nan")
         self._window = (time.perf_counter(), 0)
 
@@ -139,7 +145,9 @@ class Trainer:
             return step * batch // n > (step - 1) * batch // n
         return isinstance(every, int) and self.state.step % every == 0
 
-    def _step(self, group: Group, reducer: Reducer, mine: list[tuple[int, tuple[int, int]]], micro: int) -> StepResult:
+    def _step(
+        self, group: Group, reducer: Reducer, mine: list[tuple[int, tuple[int, int]]], micro: int
+    ) -> StepResult:
         step = self.state.step + 1
         self.control.enter("step")
         learning_rate = self._set_learning_rate(step - 1)
@@ -159,7 +167,7 @@ class Trainer:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise OutOfMemory(str(error)) from error
             raise
-        self._record(step, result, learning_rate, group)
+        self._record(step, result, learning_rate)
         return result
 
     def _set_learning_rate(self, step: int) -> float:
@@ -170,7 +178,7 @@ class Trainer:
             self._multiplier = multiplier
         return float(self.state.optimizer.param_groups[0]["lr"])
 
-    def _record(self, step: int, result: StepResult, learning_rate: float, group: Group) -> None:
+    def _record(self, step: int, result: StepResult, learning_rate: float) -> None:
         metrics = {
             "train/loss": result.loss,
             "train/learning_rate": learning_rate,
@@ -184,17 +192,23 @@ class Trainer:
         else:
             self.state.bad_steps = 0
             if self.state.ema is not None:
-                self.state.ema.update(self.state.model)
+                self.state.ema.update(self.state.model, step - 1)
         if step % self.config.diagnostics.every == 0 or step == 1:
             for layer, norm in layer_norms(self.state.model).items():
                 metrics[f"grad/norm/{layer}"] = norm
             now = time.perf_counter()
             then, at = self._window
             if step > at > 0:
-                metrics["perf/samples_per_second"] = (step - at) * self.plan.batch_size / (now - then)
+                metrics["perf/samples_per_second"] = (
+                    (step - at) * self.plan.batch_size / (now - then)
+                )
             self._window = (now, step)
         self.state.step = self.control.step = step
-        if step % self.config.tracking.every == 0 or step == self.plan.total_steps or len(metrics) > 3:
+        if (
+            step % self.config.tracking.every == 0
+            or step == self.plan.total_steps
+            or len(metrics) > 3
+        ):
             self.control.records.append(StepRecord(step, metrics, int(time.time() * 1000)))
 
     def _why_bad(self, step: int, result: StepResult) -> str:
@@ -206,7 +220,9 @@ class Trainer:
         )
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
 
     # -- evaluation -------------------------------------------------------------------
 

@@ -1,0 +1,260 @@
+"""The command line: parses, calls, prints."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from service.errors import DescentError
+
+_STARTED = time.time()
+
+app = typer.Typer(
+    name="descent",
+    help="Distributed training that never loses a step, gives the same bits on any number of workers, and explains itself.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
+
+
+def _complete(incomplete: str) -> list[str]:
+    from service.config.compose import completion_keys
+
+    return [word for word in completion_keys() if word.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Hydra overrides: a group (model=resnet), a key (optimizer.lr=0.1), a new key (+model.width=64).",
+        autocompletion=_complete,
+        show_default=False,
+    ),
+]
+ConfigDirs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--config-dir", "-c", help="A folder with your own groups; may be given more than once."
+    ),
+]
+
+
+def _fail(error: DescentError) -> NoReturn:
+    Console(stderr=True).print(
+        f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
+    )
+    raise typer.Exit(error.exit_code)
+
+
+def _composed(overrides: list[str] | None, config_dirs: list[Path] | None) -> Any:
+    from service.config import compose
+
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return compose(overrides or [], [str(p) for p in config_dirs or []])
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config_dir: ConfigDirs = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the summary as one JSON object on stdout; progress goes to stderr.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model: on this machine, or on the Ray cluster at ray.address.
+
+    Examples:
+
+      descent train
+
+      descent train experiment=fashion_mnist optimizer=sgd optimizer.lr=0.1
+
+      descent train model=gpt_tiny data=stdlib steps=500 workers=2
+
+      descent train resume=RUN            (a run id, a run's name or its folder)
+
+    Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 stopped by Ctrl-C or SIGTERM.
+    """
+    console = Console(stderr=as_json)
+    try:
+        from service.cluster.run import Run
+
+        summary = Run(_composed(overrides, config_dir), console, _STARTED).execute()
+    except DescentError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        console.print("stopped at once; what was not in a checkpoint is lost")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(summary.to_dict()))
+    else:
+        _print_summary(console, summary)
+    raise typer.Exit(_EXIT[str(summary.outcome.state)])
+
+
+def _print_summary(console: Console, summary: Any) -> None:
+    outcome, figures = summary.outcome, summary.figures
+    color = {"FINISHED": "green", "FAILED": "red"}.get(str(outcome.state), "yellow")
+    if outcome.failure is not None and outcome.failure.by_user:
+        print(outcome.failure.traceback.rstrip(), file=sys.stderr)
+    console.print()
+    reason = f": {escape(outcome.reason)}" if outcome.reason else ""
+    console.print(
+        f"[{color}]{outcome.state}[/{color}] at step {outcome.step:,}{reason}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table.grid(padding=(0, 3))
+    for name, unit in (("eval/accuracy", "{:.2%}"), ("eval/loss", "{:.4f}")):
+        if name in figures:
+            best = unit.format(figures[f"best {name}"])
+            table.add_row(name, unit.format(figures[name]), f"best {best}")
+    if "train/loss" in figures:
+        table.add_row("train/loss", f"{figures['train/loss']:.4f}", "")
+    table.add_row(
+        "throughput",
+        f"{summary.samples_per_second:,.0f} samples/s",
+        f"{outcome.wall_s:.1f} s in all",
+    )
+    if outcome.incidents:
+        lost = sum(i.steps_lost for i in outcome.incidents)
+        table.add_row("incidents", str(len(outcome.incidents)), f"{lost} steps lost")
+    if outcome.state_sha256:
+        table.add_row("state sha256", outcome.state_sha256[:16] + "…", "")
+    console.print(table)
+    console.print(f"run         {summary.run_id}", highlight=False, soft_wrap=True)
+    console.print(f"folder      {summary.run_dir}", highlight=False, soft_wrap=True)
+    if outcome.checkpoint:
+        console.print(f"checkpoint  {outcome.checkpoint}", highlight=False, soft_wrap=True)
+    if summary.undelivered:
+        console.print(
+            f"[yellow]![/yellow] {summary.undelivered} records wait for the tracking server in {summary.run_dir / 'spool'}; "
+            "the next descent train or descent ui delivers them", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if str(outcome.state) != "FINISHED":
+        console.print(
+            f"\nTo go on:   descent train resume={summary.run_dir.name}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"\nNext:       descent ui{'' if summary.url is None else '   or open ' + summary.url}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def config(
+    overrides: Overrides = None,
+    config_dir: ConfigDirs = None,
+    show_groups: Annotated[
+        bool, typer.Option("--groups", help="List every group with its options, one line each.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
+) -> None:
+    """Print the composed configuration, checked but not run."""
+    console = Console()
+    try:
+        if show_groups:
+            from service.config import groups
+
+            found = groups([str(p) for p in config_dir or []])
+            if as_json:
+                print(json.dumps(found))
+                return
+            for group, options in found.items():
+                table = Table.grid(padding=(0, 2))
+                for option, line in options.items():
+                    table.add_row(f"  {group}={option}", escape(line))
+                console.print(f"[bold]{group}[/bold]")
+                console.print(table, highlight=False)
+            return
+        composed = _composed(overrides, config_dir)
+    except DescentError as error:
+        _fail(error)
+    print(json.dumps(composed.config.to_dict()) if as_json else composed.yaml.rstrip())
+
+
+@app.command()
+def ui(
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; anything but this machine needs authentication in front."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 5000,
+    output_dir: Annotated[Path, typer.Option(help="The folder that runs were written to.")] = Path(
+        ".descent"
+    ),
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Open the MLflow UI on the embedded store of this folder."""
+    from service.artifacts.ui import serve
+
+    try:
+        raise typer.Exit(serve(output_dir.expanduser().resolve(), host, port, browser))
+    except DescentError as error:
+        _fail(error)
+
+
+@app.command()
+def submit(
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+            help="Where the cluster's Jobs API listens: http://HEAD:8265.",
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder to upload with the job, for your own modules; nothing is uploaded unless you say so."
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="Return after handing over, without following the log."),
+    ] = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Hand a training to a Ray cluster and follow its log.
+
+    The overrides are checked here first. Ctrl-C stops following, not the job.
+    """
+    from service.cluster import jobs
+
+    try:
+        _composed(overrides, config_dir)
+        code = jobs.submit(
+            overrides or [],
+            address=address,
+            working_dir=working_dir,
+            follow=not no_wait,
+            console=Console(),
+        )
+    except DescentError as error:
+        _fail(error)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The entry point `descent`."""
+    app()

@@ -1,0 +1,155 @@
+"""The live view of a run on a terminal; plain lines where there is no terminal."""
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from service.messages import Incident, StepRecord
+
+_LINE_EVERY_S = 5.0
+_DRAW_EVERY_S = 0.2
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    """A curve in one line of text; what isn't finite is left out.
+
+    >>> sparkline([0.0, 1.0, 2.0, 3.0], width=4)
+    '▁▃▆█'
+    """
+    values = [v for v in values if math.isfinite(v)]
+    if not values:
+        return ""
+    stride = max(1, len(values) // width)
+    values = values[::stride][-width:]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_SPARKS[round((v - low) / span * (len(_SPARKS) - 1))] for v in values)
+
+
+class Display:
+    """Progress, losses, throughput, world size and incidents; see `controller.Listener`."""
+
+    def __init__(
+        self, console: Console, title: str, total_steps: int, batch_size: int, first_step: int = 0
+    ) -> None:
+        self._console, self._title = console, title
+        self._total, self._batch = total_steps, batch_size
+        self._step = self._window_step = first_step
+        self._loss = self._eval_loss = self._accuracy = math.nan
+        self._best_accuracy, self._best_loss = -math.inf, math.inf
+        self._rate = 0.0
+        self._world = 0
+        self._incidents = 0
+        self._losses: list[float] = []
+        self._window_at = time.monotonic()
+        self._drawn = self._lined = 0.0
+        self._progress = Progress(
+            TextColumn("step"), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step)
+        self._live: Live | None = None
+        self._status = "starting"
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._live = Live(
+                self._render(), console=self._console, auto_refresh=False, transient=True
+            )
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._live is not None:
+            self._live.update(self._render(), refresh=True)
+            self._live.__exit__(*exc)
+            self._live = None
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        table.add_row("loss", f"{self._loss:.4f}" if self._losses else "–", sparkline(self._losses))
+        if not math.isnan(self._eval_loss):
+            accuracy = f"accuracy {self._accuracy:.2%}" if not math.isnan(self._accuracy) else ""
+            table.add_row("evaluation", f"{self._eval_loss:.4f}", accuracy)
+        workers = (
+            f"{self._world} worker{'s' if self._world != 1 else ''}"
+            if self._world
+            else self._status
+        )
+        if self._incidents:
+            workers += f", {self._incidents} incident{'s' if self._incidents > 1 else ''}"
+        table.add_row("speed", f"{self._rate:,.0f} samples/s", workers)
+        return Group(Text(self._title, style="bold"), self._progress, table)
+
+    def status(self, line: str) -> None:
+        """What is being waited for before the first step."""
+        self._status = line
+        self._draw(force=True)
+
+    def record(self, record: StepRecord, world_size: int) -> None:
+        metrics = record.metrics
+        self._world = world_size
+        if "eval/loss" in metrics:
+            self._eval_loss = metrics["eval/loss"]
+            self._best_loss = min(self._best_loss, self._eval_loss)
+            self._accuracy = metrics.get("eval/accuracy", math.nan)
+            self._best_accuracy = max(self._best_accuracy, metrics.get("eval/accuracy", -math.inf))
+            return
+        self._step, self._loss = record.step, metrics["train/loss"]
+        self._losses.append(self._loss)
+        if len(self._losses) > 4096:
+            self._losses = self._losses[::2]
+
+    def incident(self, incident: Incident) -> None:
+        self._incidents += 1
+        who = f" {incident.worker}" if incident.worker else ""
+        where = f" on {incident.host}" if incident.host else ""
+        self.note(
+            f"incident at step {incident.step}: {incident.kind}{who}{where}: {incident.detail}"
+        )
+
+    def world(self, generation: int, world_size: int, step: int) -> None:
+        self._world = world_size
+        if generation > 1:
+            self.note(f"generation {generation}: {world_size} workers from step {step + 1} on")
+
+    def note(self, line: str) -> None:
+        self._console.print(f"[yellow]![/yellow] {line}", highlight=False, soft_wrap=True)
+
+    def tick(self) -> None:
+        self._draw(force=False)
+
+    def _draw(self, force: bool) -> None:
+        now = time.monotonic()
+        if not force and now - self._drawn < _DRAW_EVERY_S:
+            return
+        self._drawn = now
+        if now - self._window_at >= 1.0:
+            self._rate = (self._step - self._window_step) * self._batch / (now - self._window_at)
+            self._window_at, self._window_step = now, self._step
+        if self._live is not None:
+            self._progress.update(self._task, completed=self._step)
+            self._live.update(self._render(), refresh=True)
+        elif self._losses and now - self._lined >= _LINE_EVERY_S:
+            self._lined = now
+            evaluation = f", eval {self._eval_loss:.4f}" if not math.isnan(self._eval_loss) else ""
+            accuracy = f" ({self._accuracy:.2%})" if not math.isnan(self._accuracy) else ""
+            self._console.print(
+                f"step {self._step:,}/{self._total:,}: loss {self._loss:.4f}{evaluation}{accuracy}, "
+                f"{self._rate:,.0f} samples/s, {self._world} workers", highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The last and best evaluation figures of this process's part of the run."""
+        found = {"eval/loss": self._eval_loss, "best eval/loss": self._best_loss}
+        if not math.isnan(self._accuracy):
+            found |= {"eval/accuracy": self._accuracy, "best eval/accuracy": self._best_accuracy}
+        return {k: v for k, v in found.items() if math.isfinite(v)}

@@ -1,0 +1,109 @@
+"""Getting a Ray cluster: a private one on this machine, or one that is there already."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from service.errors import ClusterError
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What was found."""
+
+    host: str
+    """Address of this process as the workers reach it."""
+    loopback: bool
+    """Whether everything stays on this machine, bound to 127.0.0.1."""
+    cores: float
+    gpus: float
+
+
+def local_resources() -> tuple[float, float]:
+    """(CPU cores, GPUs) of this machine."""
+    import torch
+
+    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+
+
+def connect(address: str | None, cores: float, gpus: float) -> Cluster:
+    """Start a private cluster (address None) or join the one at `address`.
+
+    The private one listens on the loopback address only, wants a token that lives in
+    this process and its children alone, and ends with `disconnect`.
+    Raises ClusterError if there is none at `address`.
+    """
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    try:
+        if address is None:
+            ray.init(
+                address="local", num_cpus=int(cores), num_gpus=int(gpus), include_dashboard=False,
+                _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
+                logging_level="ERROR", log_to_driver=True,
+            )  # fmt: skip
+            return Cluster("127.0.0.1", True, cores, gpus)
+        ray.init(address=address, logging_level="ERROR", log_to_driver=True)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"ray.address={address}" if address else "a local Ray cluster"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ClusterError(
+            f"{where}: can't connect: {first}; is it running (ray status), and does RAY_AUTH_MODE fit it?"
+            if address
+            else f"{where}: can't start: {first}"
+        ) from error
+    total = ray.cluster_resources()
+    host = str(ray.util.get_node_ip_address())
+    return Cluster(
+        host, host.startswith("127."), float(total.get("CPU", 0)), float(total.get("GPU", 0))
+    )
+
+
+def disconnect() -> None:
+    """Leave the cluster; a private one ends with all its processes."""
+    import ray
+
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def connected(address: str | None, cores: float, gpus: float) -> Iterator[Cluster]:
+    """`connect` for a block."""
+    try:
+        yield connect(address, cores, gpus)
+    finally:
+        disconnect()
+
+
+def check_fits(*, workers: int, cpus: float, gpus: float, wanted: str) -> None:
+    """Raise ClusterError if `workers` of this size can't ever be placed on the nodes there are."""
+    import ray
+
+    nodes: list[dict[str, Any]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    room = 0
+    for node in nodes:
+        by_cpu = int(node.get("CPU", 0) / cpus + 1e-9)
+        by_gpu = int(node.get("GPU", 0) / gpus + 1e-9) if gpus > 0 else by_cpu
+        room += min(by_cpu, by_gpu)
+    if workers > room:
+        total = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
+        need = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        raise ClusterError(
+            f"{wanted}: the cluster can place {room} workers of {need} each (it has {total}); "
+            f"use workers={max(room, 1)} or smaller resources.cpus"
+        )

@@ -1,0 +1,549 @@
+"""One run from a composed config to its outcome: check, start everything side by side, train, keep the results.
+
+Ray's start, the imports, the data and the tracking server don't wait for each other; but
+no actor starts before everything that the user could have got wrong has been looked at.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from service.artifacts import checkpoint
+from service.cluster import run_log
+from service.cluster.display import Display
+from service.cluster.run_log import RunLog
+from service.config import Composed, RunConfig, compose, flatten
+from service.errors import CheckpointError, ConfigError, DescentError, TrackingError
+from service.messages import Incident, RunState, StepRecord, WorkerSpec
+
+if TYPE_CHECKING:
+    from service.artifacts.tracking import Tracker
+    from service.cluster.controller import Controller, Outcome
+    from service.training.plan import Prepared
+
+MAY_CHANGE = (
+    "steps", "epochs", "workers", "resources", "device", "evaluate", "checkpoint", "tracking",
+    "diagnostics", "regroup", "ray", "trusted_modules", "resume", "output_dir", "name", "data.path",
+)  # fmt: skip
+"""Keys in which a resumed run may differ from the run it goes on with: not the mathematics."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `descent train` says at the end."""
+
+    run_dir: Path
+    run_id: str | None
+    url: str | None
+    outcome: "Outcome"
+    plan: dict[str, Any]
+    figures: dict[str, float]
+    samples_per_second: float
+    undelivered: int
+    tracking_uri: str
+    first_step_s: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        o = self.outcome
+        return {
+            "state": str(o.state), "reason": o.reason, "step": o.step, "run_id": self.run_id,
+            "run_dir": str(self.run_dir), "url": self.url, "tracking_uri": self.tracking_uri,
+            "checkpoint": str(o.checkpoint) if o.checkpoint else None,
+            "state_sha256": o.state_sha256, "incidents": len(o.incidents), "wall_s": o.wall_s,
+            "samples_per_second": self.samples_per_second, "first_step_s": self.first_step_s,
+            "peak_rss_mb": o.peak_rss_mb, **self.figures,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The run that is gone on with."""
+
+    run_dir: Path
+    run_id: str | None
+    checkpoint: Path
+    step: int
+    slots: int
+    skipped: tuple[str, ...]
+
+
+def config_sha256(config: RunConfig) -> str:
+    """A hash over what decides the mathematics of a run."""
+    fixed = {k: v for k, v in flatten(config.to_dict()).items() if not _may_change(k)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _may_change(key: str) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
+
+
+def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
+    """For `resume=…`: the run's own overrides first, then the new ones; refuses what would change its course.
+
+    Raises CheckpointError naming the keys that disagree.
+    """
+    config = composed.config
+    if config.resume is None:
+        return composed, None
+    run_dir = run_log.find_run(config.resume, Path(config.output_dir).expanduser())
+    saved = run_log.read_run_file(run_dir)
+    merged = compose(
+        [*saved["overrides"], *composed.overrides],
+        [*saved.get("config_dirs", ()), *composed.config_dirs],
+    )
+    before, now = flatten(saved["config"]), flatten(merged.config.to_dict())
+    differ = sorted(
+        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not _may_change(k)
+    )
+    if differ:
+        shown = ", ".join(f"{k}={now.get(k)} (the run has {before.get(k)})" for k in differ[:5])
+        raise CheckpointError(
+            f"resume={config.resume}: the config disagrees in {shown}; leave these out, or start a new run"
+        )
+    root = checkpoint.folder(run_dir, merged.config.checkpoint.dir)
+    wanted = Path(config.resume).expanduser()
+    skipped: list[str] = []
+    if (wanted / checkpoint.MANIFEST).is_file():
+        target = wanted.resolve()
+    else:
+        target, skipped = checkpoint.newest(root)
+    manifest = checkpoint.read_manifest(target)
+    if manifest.config_sha256 != saved["config_sha256"]:
+        raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
+    kept = replace(merged, config=merged.config.model_copy(update={"name": run_dir.name}))
+    return kept, Resumed(
+        run_dir, saved.get("run_id"), target, manifest.step, int(saved["slots"]), tuple(skipped)
+    )
+
+
+def name_of(composed: Composed) -> str:
+    """The run's name: given, or data, model and the time."""
+    if composed.config.name:
+        return composed.config.name
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    model = composed.choices.get("model", "model")
+    return f"{composed.config.data.name}-{model}-{stamp}-{os.urandom(2).hex()}"
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Create `folder` and write a file in it. Raises ConfigError naming the key."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder}: can't write there: {error.strerror}; choose another folder"
+        ) from error
+
+
+def check_tracking(uri: str | None) -> None:
+    """Whether an http tracking server answers at all; the run itself is opened later. Raises TrackingError."""
+    if uri is None or not uri.startswith("http"):
+        return
+    from service.artifacts.provenance import redact
+
+    shown = redact(uri)
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5):
+            pass
+    except urllib.error.HTTPError:
+        return  # it answers; whether it lets us in, opening the run will show
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise TrackingError(
+            f"tracking.uri={shown}: no answer ({reason}); start it, or use tracking.uri=null for the embedded store"
+        ) from error
+
+
+class _Everyone:
+    """The controller's listener: the display and the tracking, one call each."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.tracker: Tracker | None = None
+        self._held: list[StepRecord] = []
+        self.first_step_at: float | None = None
+
+    def attach(self, tracker: "Tracker") -> None:
+        """From now on records go to tracking; those that came before follow at once."""
+        self.tracker = tracker
+        for record in self._held:
+            tracker.log_metrics(record.step, record.metrics, record.time_ms)
+        self._held.clear()
+
+    def record(self, record: StepRecord, world_size: int) -> None:
+        if self.first_step_at is None and "train/loss" in record.metrics:
+            self.first_step_at = record.time_ms / 1000
+        self.display.record(record, world_size)
+        if self.tracker is None:
+            self._held.append(record)
+        else:
+            self.tracker.log_metrics(record.step, record.metrics, record.time_ms)
+
+    def incident(self, incident: Incident) -> None:
+        self.display.incident(incident)
+
+    def world(self, generation: int, world_size: int, step: int) -> None:
+        self.display.world(generation, world_size, step)
+        now = int(time.time() * 1000)
+        self.record_world(
+            StepRecord(
+                step,
+                {"cluster/world_size": float(world_size), "cluster/generation": float(generation)},
+                now,
+            )
+        )
+
+    def record_world(self, record: StepRecord) -> None:
+        if self.tracker is None:
+            self._held.append(record)
+        else:
+            self.tracker.log_metrics(record.step, record.metrics, record.time_ms)
+
+    def note(self, line: str) -> None:
+        self.display.note(line)
+
+    def tick(self) -> None:
+        self.display.tick()
+
+
+class Run:
+    """Everything between `descent train` and its summary."""
+
+    def __init__(
+        self, composed: Composed, console: Console, started_at: float | None = None
+    ) -> None:
+        self.started_at = started_at or time.time()
+        self.composed, self.resumed = with_saved_overrides(composed)
+        self.config = self.composed.config
+        self.console = console
+        self.output_dir = Path(self.config.output_dir).expanduser().resolve()
+        name = name_of(self.composed)
+        self.run_dir = self.resumed.run_dir if self.resumed else self.output_dir / "runs" / name
+        if not self.resumed and (self.run_dir / run_log.RUN_FILE).exists():
+            raise ConfigError(
+                f"name={name}: there is such a run already; use resume={name} or another name"
+            )
+        check_writable(self.run_dir.parent, "output_dir")
+        if self.config.checkpoint.dir is not None:
+            check_writable(
+                Path(self.config.checkpoint.dir).expanduser().resolve(), "checkpoint.dir"
+            )
+        check_tracking(self.config.tracking.uri)
+        self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
+        self._controller: Controller | None = None
+        self._stop_asked = 0
+        self._background = ThreadPoolExecutor(2, "start")
+
+    # -- the parts that start side by side ---------------------------------------------
+
+    def _prepare(self, cores: float, gpus: float) -> "Prepared":
+        from service.training.plan import prepare
+
+        config = self.config
+        if self.resumed is not None and config.slots == "auto":
+            # The slots are part of the run's mathematics: the number of workers may change, they may not.
+            config = config.model_copy(update={"slots": self.resumed.slots})
+        prepared = prepare(config, cores=cores, gpus=gpus)
+        if self.resumed is not None and self.resumed.step > prepared.plan.total_steps:
+            raise CheckpointError(
+                f"resume={self.config.resume}: the run is at step {self.resumed.step} already, this config ends at {prepared.plan.total_steps}"
+            )
+        return prepared
+
+    def _open_tracker(self) -> "Tracker":
+        from service.artifacts.tracking import Tracker
+
+        root = None if self.config.tracking.uri else self.output_dir / "mlartifacts"
+        return Tracker.open(
+            uri=self.tracking_uri, experiment=self.config.tracking.experiment, run_name=self.run_dir.name,
+            spool_dir=self.run_dir / "spool", artifact_root=root,
+            run_id=self.resumed.run_id if self.resumed else None,
+            tags={"descent.run_dir": str(self.run_dir)}, system_metrics=self.config.tracking.system_metrics,
+        )  # fmt: skip
+
+    def _write_run_file(self, prepared: "Prepared", run_id: str | None) -> None:
+        run_log.write_run_file(self.run_dir, {
+            "name": self.run_dir.name, "run_id": run_id, "tracking_uri": self.config.tracking.uri,
+            "overrides": [o for o in self.composed.overrides if not o.lstrip("+").startswith("resume=")],
+            "config_dirs": list(self.composed.config_dirs), "config": self.config.to_dict(),
+            "config_sha256": config_sha256(self.config), "slots": prepared.plan.slots, "plan": prepared.plan.to_dict(),
+        })  # fmt: skip
+
+    def _describe(self, tracker: "Tracker", prepared: "Prepared") -> None:
+        from service.data.base import describe
+
+        tracker.log_params(
+            {
+                **flatten(self.config.to_dict()),
+                **{f"plan.{k}": v for k, v in prepared.plan.to_dict().items()},
+            }
+        )
+        tracker.log_text(self.composed.yaml, "config.yaml")
+        tracker.log_dataset(describe(prepared.train), "training")
+        if prepared.evaluate is not None:
+            tracker.log_dataset(describe(prepared.evaluate), "evaluation")
+
+    # -- the run ----------------------------------------------------------------------
+
+    def execute(self) -> Summary:
+        """Check, start, train, keep. Raises DescentError for whatever the user can mend."""
+        from service.cluster import ray_cluster
+
+        cores, gpus = ray_cluster.local_resources()
+        address = self.config.ray.address
+        connecting = self._background.submit(ray_cluster.connect, address, cores, gpus)
+        try:
+            if address is not None:
+                cluster = connecting.result()
+                cores, gpus = cluster.cores, cluster.gpus
+            prepared = self._prepare(cores, gpus)
+            cluster = connecting.result()
+            share = 0.0 if prepared.plan.device == "cpu" else 1.0
+            per_gpu = (
+                share if self.config.resources.gpus == "auto" else float(self.config.resources.gpus)
+            )
+            ray_cluster.check_fits(
+                workers=prepared.plan.max_workers, cpus=self.config.resources.cpus, gpus=per_gpu,
+                wanted=f"workers={prepared.plan.max_workers}",
+            )  # fmt: skip
+            return self._train(prepared, cluster, per_gpu)
+        finally:
+            if connecting.exception() is None:
+                ray_cluster.disconnect()
+
+    def _train(self, prepared: "Prepared", cluster: Any, gpus: float) -> Summary:
+        from service.cluster.controller import Controller
+        from service.cluster.worker_group import WorkerGroup
+        from service.training.collectives import Store
+
+        plan = prepared.plan
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        log = RunLog(self.run_dir)
+        store = Store(cluster.host)
+        spec = WorkerSpec(
+            worker_id="", config=self.config.model_copy(update={"slots": plan.slots}).to_dict(), plan=plan.to_dict(),
+            run_dir=str(self.run_dir), import_paths=import_paths(), device=plan.device, loopback=cluster.loopback,
+        )  # fmt: skip
+        group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
+        first = self.resumed.step if self.resumed else 0
+        group.start(plan.max_workers, str(self.resumed.checkpoint) if self.resumed else None)
+        opening: Future[Tracker] = self._background.submit(self._open_tracker)
+        self._write_run_file(prepared, self.resumed.run_id if self.resumed else None)
+        display = Display(
+            self.console, self._title(prepared), plan.total_steps, plan.batch_size, first
+        )
+        everyone = _Everyone(display)
+        controller = Controller(
+            self.config, plan, group, store, log, checkpoint.folder(self.run_dir, self.config.checkpoint.dir),
+            everyone, config_sha256=config_sha256(self.config),
+            restore_from=self.resumed.checkpoint if self.resumed else None, first_step=first,
+            check_health=self._attach_when_open(opening, everyone, prepared),
+        )  # fmt: skip
+        self._controller = controller
+        try:
+            with self._signals(), display:
+                self._announce(prepared, display)
+                outcome = controller.run()
+            group.release()
+            return self._finish(outcome, prepared, opening, everyone, log)
+        except BaseException:
+            group.release()
+            self._abandon(opening)
+            raise
+        finally:
+            log.close()
+
+    def _attach_when_open(
+        self, opening: "Future[Tracker]", everyone: _Everyone, prepared: "Prepared"
+    ) -> Callable[[], None]:
+        """Called in every turn of the controller: once tracking is open, hand over what is known.
+
+        A tracking store that can't be opened at all ends the run with its one clear line.
+        """
+
+        def check() -> None:
+            if everyone.tracker is None and opening.done():
+                tracker = opening.result()
+                self._write_run_file(prepared, tracker.run_id)
+                self._describe(tracker, prepared)
+                everyone.attach(tracker)
+
+        return check
+
+    def _finish(
+        self,
+        outcome: "Outcome",
+        prepared: "Prepared",
+        opening: "Future[Tracker]",
+        everyone: _Everyone,
+        log: RunLog,
+    ) -> Summary:
+        tracker = opening.result()
+        if everyone.tracker is None:
+            self._attach_when_open(opening, everyone, prepared)()
+        with self.console.status("keeping plots, model and metrics…"):
+            self._keep_plots(tracker, log)
+            if outcome.incidents:
+                tracker.log_file(self.run_dir / run_log.INCIDENTS_FILE)
+            if outcome.state_sha256:
+                tracker.set_tags({"descent.state_sha256": outcome.state_sha256})
+            if outcome.state is RunState.FINISHED and outcome.checkpoint is not None:
+                self._keep_model(tracker, prepared, outcome.checkpoint)
+            undelivered = tracker.finish(str(outcome.state), deadline_s=60.0)  # type: ignore[arg-type]
+        trained_s = self._training_time(log)
+        return Summary(
+            self.run_dir, tracker.run_id, tracker.url, outcome, prepared.plan.to_dict(), self._figures(log),
+            outcome.samples / trained_s if trained_s > 0 else 0.0, undelivered, self.tracking_uri,
+            everyone.first_step_at - self.started_at if everyone.first_step_at else None,
+        )  # fmt: skip
+
+    def _keep_plots(self, tracker: "Tracker", log: RunLog) -> None:
+        from service.artifacts.report import plots
+
+        for path in plots(log.history(), self.run_dir / "plots"):
+            tracker.log_file(path, "plots")
+
+    def _keep_model(self, tracker: "Tracker", prepared: "Prepared", target: Path) -> None:
+        import torch
+
+        from service.artifacts.export import log_model
+
+        tensors, _ = checkpoint.load(target)
+        averaged = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
+        weights = {
+            n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")
+        } | averaged
+        model = prepared.model
+        own = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+        model.eval()
+        try:
+            with torch.no_grad():
+                predictions = model(prepared.sample)
+            log_model(tracker, model, prepared.sample, predictions)
+        except Exception as error:
+            # The training is done and its checkpoint is safe: an export that fails must not undo that.
+            line = " ".join(str(error).split())[:200]
+            self.console.print(
+                f"[yellow]![/yellow] the model could not be exported: {type(error).__name__}: {line}",
+                highlight=False,
+            )
+            tracker.set_tags({"descent.export_error": line})
+
+    def _figures(self, log: RunLog) -> dict[str, float]:
+        history = log.history()
+        figures: dict[str, float] = {}
+        for name, best in (("eval/loss", min), ("eval/accuracy", max)):
+            points = [p for p in history.get(name, []) if p[1] == p[1]]
+            if points:
+                figures[name] = points[-1][1]
+                figures[f"best {name}"] = best(v for _, v in points)
+        if history.get("train/loss"):
+            figures["train/loss"] = history["train/loss"][-1][1]
+        return figures
+
+    def _training_time(self, log: RunLog) -> float:
+        """Seconds between the first and the last step of this process's part of the run."""
+        times = [
+            r.time_ms
+            for r in log.records()
+            if "train/loss" in r.metrics and r.time_ms >= self.started_at * 1000
+        ]
+        return (
+            (times[-1] - times[0]) / 1000 * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
+        )
+
+    def _abandon(self, opening: "Future[Tracker]") -> None:
+        try:
+            opening.result(timeout=30).finish("FAILED", deadline_s=5.0)
+        except (DescentError, TimeoutError):
+            return
+
+    # -- talking to the user -------------------------------------------------------------
+
+    def _title(self, prepared: "Prepared") -> str:
+        return f"{self.run_dir.name}  {prepared.plan.num_parameters:,} parameters"
+
+    def _announce(self, prepared: "Prepared", display: Display) -> None:
+        plan = prepared.plan
+        workers = f"{plan.max_workers} worker{'s' if plan.max_workers > 1 else ''}"
+        accumulation = -(
+            -max(b - a for a, b in _bounds(plan.batch_size, plan.slots)) // plan.micro_size
+        )
+        self.console.print(
+            f"[bold]{self.run_dir.name}[/bold]: {plan.num_parameters:,} parameters, {plan.num_samples:,} samples, "
+            f"{plan.total_steps:,} steps of {plan.batch_size:,} on {workers} ({plan.device}), "
+            f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, reduction {self.config.reduction}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if self.resumed is not None:
+            for reason in self.resumed.skipped:
+                display.note(f"skipped checkpoint: {reason}")
+            self.console.print(
+                f"going on from step {self.resumed.step:,} ({self.resumed.checkpoint.name})",
+                highlight=False,
+            )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM ask for an end at the step's end; a second Ctrl-C doesn't wait."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _: FrameType | None) -> None:
+            self._stop_asked += 1
+            if self._stop_asked > 1 and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.console.print(
+                f"{signal.Signals(number).name}: stopping at the end of this step, with a checkpoint (again: at once)",
+                highlight=False,
+            )
+            if self._controller is not None:
+                self._controller.stop()
+
+        before: Mapping[int, Any] = {
+            n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _bounds(batch: int, slots: int) -> list[tuple[int, int]]:
+    from service.training.sampling import slot_bounds
+
+    return slot_bounds(batch, slots)
+
+
+def import_paths() -> tuple[str, ...]:
+    """Where the workers look for the user's own modules: this process's folder first."""
+    own = [str(Path.cwd())]
+    extra = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    for path in own:
+        if path not in sys.path:
+            sys.path.insert(0, path)
+    return (*own, *extra)
