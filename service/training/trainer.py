@@ -24,9 +24,9 @@ from service.training.ema import Ema
 from service.training.feed import Feed
 from service.training.objective import Objective
 from service.training.plan import Plan, build_data, build_model, build_optimizer_for, build_schedule
+from service.training.plateau import Plateau
 from service.training.reduction import Reducer, reducer_for
 from service.training.sampling import SampleOrder, slot_bounds
-from service.training.plateau import Plateau
 from service.training.state import TrainState
 from service.training.step import Buffers, StepInput, StepResult, layer_norms, train_step
 
