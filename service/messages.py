@@ -115,6 +115,8 @@ class WorkerStatus:
     """Broken because the micro-batch didn't fit: the next generation halves it."""
     pid: int = 0
     host: str = ""
+    node: str = ""
+    """Ray's id of the node that it runs on."""
     peak_rss_mb: float = 0.0
     state_sha256: str | None = None
 

@@ -56,6 +56,8 @@ class Outcome:
     samples: int = 0
     incidents: list[Incident] = field(default_factory=list)
     peak_rss_mb: float = 0.0
+    workers: dict[str, str] = field(default_factory=dict)
+    """The last generation's workers and the Ray nodes that they were on."""
 
 
 class Controller:
@@ -355,13 +357,18 @@ class Controller:
             reason = f"{failures[0].kind}: {failures[0].message}"
         if len(hashes) > 1:
             self._listener.note("the replicas ended with different bits: please report this")
+        nodes = {
+            w: h.status.node
+            for w, h in self._group.handles.items()
+            if w in self._members and h.status
+        }
         peak = max(
             (h.status.peak_rss_mb for h in self._group.handles.values() if h.status), default=0.0
         )
         return Outcome(
             decision.state, reason, self._committed, failures[0] if failures else None, self._checkpoint,
             min(hashes) if len(hashes) == 1 else None, time.monotonic() - self._started_at,
-            (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents, peak,
+            (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents, peak, nodes,
         )  # fmt: skip
 
     def _drain(self) -> None:

@@ -67,7 +67,7 @@ class Summary:
             "checkpoint": str(o.checkpoint) if o.checkpoint else None,
             "state_sha256": o.state_sha256, "incidents": len(o.incidents), "wall_s": o.wall_s,
             "samples_per_second": self.samples_per_second, "first_step_s": self.first_step_s,
-            "peak_rss_mb": o.peak_rss_mb, **self.figures,
+            "peak_rss_mb": o.peak_rss_mb, "workers": o.workers, **self.figures,
         }  # fmt: skip
 
 

@@ -17,6 +17,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
+import ray
+
 from service.messages import (
     Membership,
     StepRecord,
@@ -29,6 +32,19 @@ from service.messages import (
 _RECORDS_PER_POLL = 4000
 
 
+def _speak_through(address: str) -> None:
+    """Bind the process group to the interface that the cluster knows this node by.
+
+    Left alone, gloo takes whatever the host's own name resolves to, which on many systems
+    is a loopback address that no other node can reach. What the user has set stays.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
+
+
 class Worker:
     """One device, one replica. Made a Ray actor by `worker_group`."""
 
@@ -37,6 +53,11 @@ class Worker:
             if path not in sys.path:
                 sys.path.insert(0, path)
         self._spec = spec
+        self._node = ray.get_runtime_context().get_node_id()
+        if not spec.loopback:
+            _speak_through(ray.util.get_node_ip_address())
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         self._state = WorkerState.STARTING
         self._generation = -1
         self._failure: WorkerFailure | None = None
@@ -161,6 +182,7 @@ class Worker:
             phase_age_s=time.monotonic() - control.phase_since if control else 0.0,
             records=records, parts=parts, failure=self._failure, out_of_memory=self._out_of_memory,
             pid=os.getpid(), host=socket.gethostname(),
+            node=self._node,
             peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, state_sha256=self._sha256,
         )  # fmt: skip
 

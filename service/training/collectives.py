@@ -8,7 +8,6 @@ thread that waits inside it would sit there until the group's time-out.
 import contextlib
 import datetime
 import inspect
-import os
 import socket
 import threading
 import time
@@ -172,7 +171,7 @@ def _translated() -> Iterator[None]:
 
 def join(
     *, generation: int, rank: int, world_size: int, host: str, port: int, device: torch.device,
-    abort: threading.Event, loopback: bool,
+    abort: threading.Event,
 ) -> Group:  # fmt: skip
     """Become rank `rank` of a new generation; returns when all its members are there.
 
@@ -182,8 +181,6 @@ def join(
     group = Group(rank, world_size, device, abort)
     if world_size == 1:
         return group
-    if loopback:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with _translated():
         client = TCPStore(
             host,

@@ -106,7 +106,7 @@ class Trainer:
         group = collectives.join(
             generation=membership.generation, rank=membership.rank, world_size=membership.world_size,
             host=membership.store_host, port=membership.store_port, device=self.device,
-            abort=self.control.abort, loopback=membership.store_host == "127.0.0.1",
+            abort=self.control.abort,
         )  # fmt: skip
         try:
             if membership.behind:
