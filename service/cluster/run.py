@@ -404,6 +404,7 @@ class Run:
             self._keep_plots(tracker, log)
             if outcome.incidents:
                 tracker.log_file(self.run_dir / run_log.INCIDENTS_FILE)
+            tracker.set_tags({"descent.workers": json.dumps(outcome.workers)})
             if outcome.state_sha256:
                 tracker.set_tags({"descent.state_sha256": outcome.state_sha256})
             if outcome.state is RunState.FINISHED and outcome.checkpoint is not None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from service.errors import ConfigError
+from service.training.parameter_groups import norm_and_bias
 
 _USE_MUON = "use_muon"
 
@@ -16,7 +17,7 @@ def hidden_weights(model: nn.Module) -> set[str]:
     """Names of the trainable 2-D weights between the input and the output of a network.
 
     Not hidden: embeddings (their rows are looked up, not multiplied), everything tied to
-    one, and the output head, which is the last `nn.Linear` in the order of
+    one, norms over two dimensions, and the output head, which is the last `nn.Linear` in the order of
     `model.named_modules()`, i.e. of construction.
     """
     embeddings = {
@@ -24,10 +25,15 @@ def hidden_weights(model: nn.Module) -> set[str]:
     }
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     head = id(linears[-1].weight) if linears else None
+    excluded = norm_and_bias(model)
     return {
         name
         for name, p in model.named_parameters()
-        if p.requires_grad and p.ndim == 2 and id(p) not in embeddings and id(p) != head
+        if p.requires_grad
+        and p.ndim == 2
+        and p not in excluded
+        and id(p) not in embeddings
+        and id(p) != head
     }
 
 

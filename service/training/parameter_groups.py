@@ -52,7 +52,7 @@ def parameter_groups(
     names = _names_by_parameter(model)
     if not names:
         raise ConfigError("model: it has no trainable parameters, so there is nothing to optimize")
-    undecayed = set() if decay_norm_and_bias else _norm_and_bias(model)
+    undecayed = set() if decay_norm_and_bias else norm_and_bias(model)
     overrides = [Override(index, entry) for index, entry in enumerate(groups)]
     taken: dict[int, int] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -122,7 +122,8 @@ def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
-def _norm_and_bias(model: nn.Module) -> set[nn.Parameter]:
+def norm_and_bias(model: nn.Module) -> set[nn.Parameter]:
+    """What shifts and scales instead of mixing: biases, norms, all below two dimensions."""
     found = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
