@@ -1,4 +1,4 @@
-"""Optimizers against torch's own built by hand; their state by name; the average of weights."""
+"""Optimizers against torch's own built by hand, and their state by name."""
 
 import copy
 import importlib
@@ -13,10 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from service.errors import CheckpointError, ConfigError
-from service.training.ema import Ema
 from service.training.muon import hidden_weights
 from service.training.optimizers import (
     MuonWithAdamW,
@@ -32,6 +30,15 @@ CONFIGS = sorted(p for p in FOLDER.glob("*.yaml") if p.stem != "custom")
 FUSED_ON_CPU = {"sgd", "momentum", "nesterov", "adam", "adamw", "adagrad"}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 property_test = settings(deadline=None, max_examples=60)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Such small tensors only wait for other threads, and longest on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Net(nn.Module):
@@ -470,62 +477,3 @@ def test_on_a_quadratic_the_rate_decides_between_flat_oscillating_and_diverging(
         assert xs[0] < 0.0 < xs[1]  # beyond 1/λ: oscillates
     elif relative < 0.02:
         assert xs[-1] > 0.75  # far below: hardly moves
-
-
-# The average of the weights
-
-
-@settings(property_test, max_examples=10)
-@given(st.floats(0.1, 0.999), st.integers(1, 4))
-def test_a_constant_decay_averages_as_torchs_averaged_model(decay: float, steps: int) -> None:
-    model = Net()
-    optimizer = build_optimizer(model, torch.optim.Adam, {"lr": 0.01}, CPU)
-    ema = Ema(model, decay, warm_up=False)
-    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    reference.update_parameters(model)  # torch's first update copies
-    for step in range(steps):
-        _train(model, optimizer, range(step, step + 1))
-        ema.update(model, step)
-        reference.update_parameters(model)
-    theirs = dict(reference.module.named_parameters())
-    _assert_same_bits(ema.shadow, {n: theirs[n].detach() for n in ema.shadow})
-
-
-def test_the_decay_warms_up_with_the_step() -> None:
-    ema = Ema(Net(), 0.9)
-    assert [ema.decay_at(s) for s in (0, 10, 80, 1000)] == [1 / 10, 11 / 20, 0.9, 0.9]
-    model = nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        model.weight.fill_(0.0)
-        ema = Ema(model, 0.999)
-        model.weight.fill_(1.0)
-        ema.update(model, 0)
-        assert float(ema.shadow["weight"]) == pytest.approx(0.9)
-        ema.update(model, 1)
-        assert float(ema.shadow["weight"]) == pytest.approx(0.9 + 0.1 * (1 - 2 / 11))
-
-
-def test_swapped_puts_the_averages_in_and_everything_back() -> None:
-    model = Net()
-    ema = Ema(model, 0.9)
-    _train(model, build_optimizer(model, torch.optim.SGD, {"lr": 0.5}, CPU), range(2))
-    raw, average = _weights(model), {n: t.clone() for n, t in ema.shadow.items()}
-    identities = [id(p) for p in model.parameters()]
-
-    def fail_inside() -> None:
-        with ema.swapped(model):
-            _assert_same_bits({n: t for n, t in _weights(model).items() if n in average}, average)
-            assert model.head.weight is model.embed.weight
-            raise RuntimeError("evaluation failed")
-
-    with pytest.raises(RuntimeError, match="evaluation failed"):
-        fail_inside()
-    _assert_same_bits(_weights(model), raw)
-    _assert_same_bits(ema.shadow, average)
-    assert [id(p) for p in model.parameters()] == identities
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, -1.0, float("nan")])
-def test_a_decay_out_of_range_is_refused(decay: float) -> None:
-    with pytest.raises(ConfigError, match=r"ema\.decay="):
-        Ema(Net(), decay)
