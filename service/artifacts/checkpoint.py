@@ -17,16 +17,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from service.errors import CheckpointError
 from service.messages import PartWritten
+
+if TYPE_CHECKING:  # torch takes seconds to import, and looking for a checkpoint doesn't need it
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -60,7 +59,7 @@ def step_dir(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def share(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[str]:
+def share(tensors: Mapping[str, "Tensor"], rank: int, world_size: int) -> list[str]:
     """The names that `rank` writes: largest first to whoever has least so far, the same on every rank."""
     loads = [0] * world_size
     mine = []
@@ -95,7 +94,7 @@ class Saver:
         self._last: Future[None] | None = None
 
     def save(
-        self, tensors: Mapping[str, Tensor], *, step: int, rank: int, world_size: int, generation: int,
+        self, tensors: Mapping[str, "Tensor"], *, step: int, rank: int, world_size: int, generation: int,
         scalars: Mapping[str, float],
     ) -> None:  # fmt: skip
         """Copy this rank's share to host memory and return; the write goes on behind."""
@@ -108,7 +107,10 @@ class Saver:
                            0, "", dict(scalars))  # fmt: skip
         self._last = self._thread.submit(self._write, copies, part)
 
-    def _write(self, tensors: dict[str, Tensor], part: PartWritten) -> None:
+    def _write(self, tensors: dict[str, "Tensor"], part: PartWritten) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         size, digest, problem = 0, "", None
         try:
             target = step_dir(self.root, part.step)
@@ -146,7 +148,7 @@ def commit(root: Path, parts: Sequence[PartWritten], *, run: str, config_sha256:
     manifest = Manifest(
         FORMAT, step, run, config_sha256,
         {p.file: {"size": p.size, "sha256": p.sha256} for p in parts},
-        dict(parts[0].scalars), {"torch": torch.__version__},
+        dict(parts[0].scalars), {"torch": version("torch"), "descent-service": version("descent-service")},
     )  # fmt: skip
     temporary = target / f".{MANIFEST}"
     temporary.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
@@ -173,8 +175,11 @@ def read_manifest(target: Path) -> Manifest:
     return manifest
 
 
-def load(target: Path) -> tuple[dict[str, Tensor], Manifest]:
+def load(target: Path) -> tuple[dict[str, "Tensor"], Manifest]:
     """All tensors of a checkpoint on the CPU, sizes and hashes verified. Raises CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     manifest = read_manifest(target)
     tensors: dict[str, Tensor] = {}
     for name, entry in sorted(manifest.files.items()):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +27,12 @@ class Cluster:
     gpus: float
 
 
-def local_resources() -> tuple[float, float]:
-    """(CPU cores, GPUs) of this machine."""
-    import torch
-
-    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+def local_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
-def connect(address: str | None, cores: float, gpus: float) -> Cluster:
+def connect(address: str | None) -> Cluster:
     """Start a private cluster (address None) or join the one at `address`.
 
     The private one listens on the loopback address only, wants a token that lives in
@@ -52,12 +49,12 @@ def connect(address: str | None, cores: float, gpus: float) -> Cluster:
     try:
         if address is None:
             ray.init(
-                address="local", num_cpus=int(cores), num_gpus=int(gpus), include_dashboard=False,
+                address="local", num_cpus=local_cores(), include_dashboard=False,
                 _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
                 logging_level="ERROR", log_to_driver=True,
             )  # fmt: skip
-            return Cluster("127.0.0.1", True, cores, gpus)
-        ray.init(address=address, logging_level="ERROR", log_to_driver=True)
+        else:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=True)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"ray.address={address}" if address else "a local Ray cluster"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -67,10 +64,8 @@ def connect(address: str | None, cores: float, gpus: float) -> Cluster:
             else f"{where}: can't start: {first}"
         ) from error
     total = ray.cluster_resources()
-    host = str(ray.util.get_node_ip_address())
-    return Cluster(
-        host, host.startswith("127."), float(total.get("CPU", 0)), float(total.get("GPU", 0))
-    )
+    host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())
+    return Cluster(host, address is None, float(total.get("CPU", 0)), float(total.get("GPU", 0)))
 
 
 def disconnect() -> None:
@@ -79,15 +74,6 @@ def disconnect() -> None:
 
     with contextlib.suppress(Exception):
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def connected(address: str | None, cores: float, gpus: float) -> Iterator[Cluster]:
-    """`connect` for a block."""
-    try:
-        yield connect(address, cores, gpus)
-    finally:
-        disconnect()
 
 
 def check_fits(*, workers: int, cpus: float, gpus: float, wanted: str) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -251,6 +251,7 @@ class Run:
         self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
         self._controller: Controller | None = None
         self._stop_asked = 0
+        self._opening: Future[Tracker] | None = None
         self._background = ThreadPoolExecutor(2, "start")
 
     # -- the parts that start side by side ---------------------------------------------
@@ -308,15 +309,15 @@ class Run:
         """Check, start, train, keep. Raises DescentError for whatever the user can mend."""
         from service.cluster import ray_cluster
 
-        cores, gpus = ray_cluster.local_resources()
         address = self.config.ray.address
-        connecting = self._background.submit(ray_cluster.connect, address, cores, gpus)
+        connecting = self._background.submit(ray_cluster.connect, address)
         try:
-            if address is not None:
+            if address is None:
+                prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
                 cluster = connecting.result()
-                cores, gpus = cluster.cores, cluster.gpus
-            prepared = self._prepare(cores, gpus)
-            cluster = connecting.result()
+            else:
+                cluster = connecting.result()
+                prepared = self._prepare(cluster.cores, cluster.gpus)
             share = 0.0 if prepared.plan.device == "cpu" else 1.0
             per_gpu = (
                 share if self.config.resources.gpus == "auto" else float(self.config.resources.gpus)
@@ -346,7 +347,6 @@ class Run:
         group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
         first = self.resumed.step if self.resumed else 0
         group.start(plan.max_workers, str(self.resumed.checkpoint) if self.resumed else None)
-        opening: Future[Tracker] = self._background.submit(self._open_tracker)
         self._write_run_file(prepared, self.resumed.run_id if self.resumed else None)
         display = Display(
             self.console, self._title(prepared), plan.total_steps, plan.batch_size, first
@@ -356,7 +356,7 @@ class Run:
             self.config, plan, group, store, log, checkpoint.folder(self.run_dir, self.config.checkpoint.dir),
             everyone, config_sha256=config_sha256(self.config),
             restore_from=self.resumed.checkpoint if self.resumed else None, first_step=first,
-            check_health=self._attach_when_open(opening, everyone, prepared),
+            check_health=lambda: self._attach_when_open(everyone, prepared),
         )  # fmt: skip
         self._controller = controller
         try:
@@ -364,43 +364,44 @@ class Run:
                 self._announce(prepared, display)
                 outcome = controller.run()
             group.release()
-            return self._finish(outcome, prepared, opening, everyone, log)
+            return self._finish(outcome, prepared, everyone, log)
         except BaseException:
             group.release()
-            self._abandon(opening)
+            self._abandon()
             raise
         finally:
             log.close()
 
-    def _attach_when_open(
-        self, opening: "Future[Tracker]", everyone: _Everyone, prepared: "Prepared"
-    ) -> Callable[[], None]:
+    def _tracker_opening(self) -> "Future[Tracker]":
+        if self._opening is None:
+            self._opening = self._background.submit(self._open_tracker)
+        return self._opening
+
+    def _attach_when_open(self, everyone: _Everyone, prepared: "Prepared") -> None:
         """Called in every turn of the controller: once tracking is open, hand over what is known.
 
-        A tracking store that can't be opened at all ends the run with its one clear line.
+        Opening takes seconds of a core (imports, a new database's tables), which the workers'
+        own start needs more; so it begins with the first step, and what was logged before
+        then follows. A store that can't be opened ends the run with its one clear line.
         """
+        if everyone.tracker is not None or everyone.first_step_at is None:
+            return
+        opening = self._tracker_opening()
+        if opening.done():
+            self._attach(opening.result(), everyone, prepared)
 
-        def check() -> None:
-            if everyone.tracker is None and opening.done():
-                tracker = opening.result()
-                self._write_run_file(prepared, tracker.run_id)
-                self._describe(tracker, prepared)
-                everyone.attach(tracker)
-
-        return check
+    def _attach(self, tracker: "Tracker", everyone: _Everyone, prepared: "Prepared") -> None:
+        self._write_run_file(prepared, tracker.run_id)
+        self._describe(tracker, prepared)
+        everyone.attach(tracker)
 
     def _finish(
-        self,
-        outcome: "Outcome",
-        prepared: "Prepared",
-        opening: "Future[Tracker]",
-        everyone: _Everyone,
-        log: RunLog,
+        self, outcome: "Outcome", prepared: "Prepared", everyone: _Everyone, log: RunLog
     ) -> Summary:
-        tracker = opening.result()
-        if everyone.tracker is None:
-            self._attach_when_open(opening, everyone, prepared)()
         with self.console.status("keeping plots, model and metrics…"):
+            tracker = self._tracker_opening().result()
+            if everyone.tracker is None:
+                self._attach(tracker, everyone, prepared)
             self._keep_plots(tracker, log)
             if outcome.incidents:
                 tracker.log_file(self.run_dir / run_log.INCIDENTS_FILE)
@@ -475,9 +476,11 @@ class Run:
             (times[-1] - times[0]) / 1000 * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
         )
 
-    def _abandon(self, opening: "Future[Tracker]") -> None:
+    def _abandon(self) -> None:
+        if self._opening is None:
+            return
         try:
-            opening.result(timeout=30).finish("FAILED", deadline_s=5.0)
+            self._opening.result(timeout=30).finish("FAILED", deadline_s=5.0)
         except (DescentError, TimeoutError):
             return
 
@@ -532,6 +535,12 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _local_gpus() -> float:
+    import torch
+
+    return float(torch.cuda.device_count())
 
 
 def _bounds(batch: int, slots: int) -> list[tuple[int, int]]:

@@ -1,19 +1,21 @@
 """From overrides to a `RunConfig`, with errors that say file, key, value and the nearest name."""
 
-import difflib
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
+from service.config.files import PRIMARY, groups, option_file, search_path, shown
+from service.config.origin import Sources
+from service.config.overrides import Override, check_keys, near, parse, shown_value
+from service.config.schema import Data, RunConfig
+from service.config.secrets import is_secret, masked, redact
+from service.config.typed import typed
+from service.errors import ConfigError, DescentError
 
-from service.config.schema import RunConfig, flatten
-from service.errors import ConfigError
-
-_PRIMARY = "config"
+__all__ = ["Composed", "compose", "groups", "plain_tree", "recompose"]
 
 
 @dataclass(frozen=True)
@@ -25,198 +27,59 @@ class Composed:
     choices: Mapping[str, str]
     """Group -> chosen option."""
     yaml: str
+    """For people: secrets and passwords in addresses are left out."""
     config_dirs: tuple[str, ...] = ()
+    sources: Sources | None = field(default=None, compare=False, repr=False)
+
+    def located(self, error: DescentError) -> DescentError:
+        """`error` with the name of the file that set the key it speaks of, where that helps."""
+        # A resumed run has overrides of its own, which these sources don't know.
+        if self.sources is None or self.config.resume is not None:
+            return error
+        return type(error)(self.sources.located(str(error)))
 
 
-def config_dir() -> Path:
-    """The folder of the packaged configs: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def _search_path(config_dirs: Iterable[str]) -> list[Path]:
-    extra = [Path(folder).resolve() for folder in config_dirs]
-    for folder in extra:
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir={folder}: there is no such folder")
-    return [*extra, config_dir()]
-
-
-def groups(config_dirs: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-    """Group -> option -> its one line of description (the file's first comment but for `# @package`, which Hydra wants on top)."""
-    found: dict[str, dict[str, str]] = {}
-    for root in _search_path(config_dirs):
-        for file in sorted(root.glob("*/*.yaml")):
-            lines = file.read_text(encoding="utf-8").splitlines()
-            comments = [x for x in lines if x.startswith("#") and not x.startswith("# @")]
-            line = comments[0].lstrip("# ").strip() if comments else ""
-            found.setdefault(file.parent.name, {}).setdefault(file.stem, line)
-    return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
-
-
-def _key_of(override: str) -> str:
-    return override.lstrip("+~").split("=", 1)[0].split("@", 1)[0]
-
-
-def _file_of(group: str, option: str, dirs: Iterable[str]) -> Path | None:
-    for root in _search_path(dirs):
-        file = root / group / f"{option}.yaml"
-        if file.is_file():
-            return file
-    return None
-
-
-def _near(word: str, names: Iterable[str]) -> str:
-    names = list(names)
-    close = difflib.get_close_matches(word, names, 1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f"there are: {shown}"
-
-
-def _hydra_compose(overrides: Sequence[str], dirs: tuple[str, ...]) -> Any:
+def _hydra_compose(overrides: Sequence[str], dirs: Sequence[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    roots = _search_path(dirs)
-    path = ",".join(f"file://{root}" for root in roots[:-1])
-    extra = [f"hydra.searchpath=[{path}]"] if path else []
+    ours, *users = search_path(dirs)
+    extra = []
+    if users:
+        path = ",".join(f'"file://{folder}"' for folder in users)
+        extra = [f"hydra.searchpath=[{path}]"]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(roots[-1])):
-        return hydra_compose(_PRIMARY, overrides=[*extra, *overrides], return_hydra_config=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(ours)):
+        return hydra_compose(PRIMARY, overrides=[*extra, *overrides], return_hydra_config=True)
 
 
-def _explain(error: Exception, overrides: Sequence[str], dirs: tuple[str, ...]) -> NoReturn:
-    """Turn what Hydra raised into one line."""
-    known = groups(dirs)
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f"override {override!r}: needs the form key=value") from error
-        if key in known and "." not in key and re.fullmatch(r"[\w-]+", value) and value != "null":
-            if value not in known[key]:
-                raise ConfigError(
-                    f"override {override!r}: group {key} has no option {value!r}; {_near(value, known[key])}"
-                ) from error
-    message = " ".join(str(error).split())
-    bad = re.search(r"(?:Could not override|override) '([^']+)'", message)
-    name = _key_of(bad[1]) if bad else ""
-    culprit = next((o for o in overrides if _key_of(o) == name), None)
-    if culprit is not None:
-        keys = _keys_without(culprit, overrides, dirs)
-        parent, _, leaf = name.rpartition(".")
-        names = [
-            k[len(parent) + 1 if parent else 0 :].split(".")[0]
-            for k in keys
-            if k.startswith(f"{parent}." if parent else "")
-        ]
-        if names and leaf not in names:
-            known_names = sorted(set(names) | (set(known) if not parent else set()))
-            where = f"{parent}." if parent else ""
-            hint = _near(leaf, known_names)
-            add = f" (to add a new argument: +{culprit})" if parent.split(".")[0] in known else ""
-            raise ConfigError(
-                f"override {culprit!r}: there is no key {where}{leaf!r}; {hint}{add}"
-            ) from error
-        if parent and not names:
-            top = _near(parent.split(".")[0], {k.split(".")[0] for k in keys})
-            raise ConfigError(f"override {culprit!r}: there is no key {parent!r}; {top}") from error
-    cause = f"override {culprit!r}: " if culprit else ""
-    raise ConfigError(f"{cause}{message}") from error
-
-
-def _keys_without(culprit: str, overrides: Sequence[str], dirs: tuple[str, ...]) -> list[str]:
-    """The keys of the same composition but for one override: what could have been meant."""
+def _guard_environment() -> None:
+    """Make `${oc.env:NAME}` refuse secrets: a config is printed, kept and sent to tracking."""
     from omegaconf import OmegaConf
 
-    for kept in ([o for o in overrides if o != culprit], []):
-        try:
-            node = _hydra_compose(kept, dirs)
-        except Exception:
-            continue
-        plain = OmegaConf.to_container(node, resolve=False)
-        assert isinstance(plain, dict)
-        plain.pop("hydra", None)
-        return list(flatten({str(k): v for k, v in plain.items()}))
-    return []
-
-
-def _where(
-    loc: tuple[Any, ...],
-    composed: Mapping[str, str],
-    overrides: Sequence[str],
-    dirs: tuple[str, ...],
-) -> str:
-    key = ".".join(str(part) for part in loc)
-    for override in reversed(overrides):
-        name = _key_of(override)
-        if name == key or (name and key.startswith(name + ".") and "=" in override):
-            if name not in composed:
-                return f"override {override!r}: {key}"
-    top = str(loc[0]) if loc else ""
-    file = _file_of(top, composed[top], dirs) if top in composed else None
-    if file is None and composed.get("experiment") not in (None, "null"):
-        candidate = _file_of("experiment", composed["experiment"], dirs)
-        if candidate is not None and re.search(
-            rf"^\s*{re.escape(str(loc[-1]) if loc else '')}:", candidate.read_text(), re.M
-        ):
-            file = candidate
-    return f"{(file or config_dir() / 'config.yaml').name}: {key}"
-
-
-def _typed(
-    plain: dict[str, Any],
-    choices: Mapping[str, str],
-    overrides: Sequence[str],
-    dirs: tuple[str, ...],
-) -> RunConfig:
-    try:
-        return RunConfig(**plain)
-    except ValidationError as error:
-        found = error.errors()
-        # Of a union's several complaints the one on the deepest key is the one that helps.
-        first = found[0]
-        loc = tuple(p for p in first["loc"] if str(p) in _real_path(plain, first["loc"]))
-        value = first.get("input")
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            names = _names_at(loc[:-1])
-            message = f"there is no such key; {_near(str(loc[-1]), names)}"
-        elif len({e["loc"][:1] for e in found}) == 1 and len(found) > 1:
-            message = " or ".join(
-                dict.fromkeys(
-                    e["msg"].removeprefix("Value error, ").removeprefix("Input ") for e in found
-                )
+    def read(name: str, *default: Any) -> Any:
+        if is_secret(name) or is_secret(name.lower()):
+            raise ConfigError(
+                f"${{oc.env:{name}}}: a config is printed and tracked, so no secret may get into it; "
+                "leave it in the environment, where boto3 and MLflow find theirs"
             )
-        where = _where(loc, choices, overrides, dirs) if loc else "config"
-        shown = "" if isinstance(value, dict) else f"={value!r}"
-        raise ConfigError(f"{where}{shown}: {message[0].lower()}{message[1:]}") from error
+        if name in os.environ:
+            return os.environ[name]
+        if default:
+            return default[0]
+        raise ConfigError(f"${{oc.env:{name}}}: this environment variable is not set")
+
+    OmegaConf.register_new_resolver("oc.env", read, replace=True)
 
 
-def _real_path(plain: Any, loc: Sequence[Any]) -> list[str]:
-    """The parts of pydantic's location that are keys of the config, without its union labels."""
-    parts: list[str] = []
-    node = plain
-    for part in loc:
-        if isinstance(node, Mapping) and part in node:
-            node = node[part]
-            parts.append(str(part))
-        elif isinstance(node, Mapping) and part is loc[-1]:
-            parts.append(str(part))
-    return parts
+def plain_tree(overrides: Sequence[str], dirs: Sequence[str] = ()) -> dict[str, Any]:
+    """The composed keys and values as they are written, interpolations and all."""
+    from omegaconf import OmegaConf
 
-
-def _names_at(loc: Sequence[Any]) -> list[str]:
-    model: Any = RunConfig
-    for part in loc:
-        field = model.model_fields.get(str(part))
-        model = field.annotation if field is not None else None
-        if not hasattr(model, "model_fields"):
-            return []
-    return list(model.model_fields)
+    plain = OmegaConf.to_container(_hydra_compose(overrides, dirs), resolve=False)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items() if k != "hydra"}
 
 
 def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Composed:
@@ -226,59 +89,157 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     name), a wrong type, a value out of range, or a missing value.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    dirs = tuple(config_dirs)
-    overrides = tuple(overrides)
+    dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
+    search_path(config_dirs)
+    known = groups(dirs)
+    parsed = parse(overrides, known)
+    _guard_environment()
     try:
         node = _hydra_compose(overrides, dirs)
-        choices = {
-            str(k): str(v)
-            for k, v in node.hydra.runtime.choices.items()
-            if not str(k).startswith("hydra")
-        }
-        OmegaConf.set_struct(node, False)
-        del node["hydra"]
-        missing = sorted(OmegaConf.missing_keys(node))
-        if missing:
-            raise ConfigError(
-                f"{missing[0]} is not set: add {missing[0]}=… (see descent config --groups)"
-            )
-        plain = OmegaConf.to_container(node, resolve=True)
-        yaml = OmegaConf.to_yaml(node, resolve=True)
-    except ConfigError:
-        raise
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(
-            f"{key or 'config'}: {' '.join(str(error).split('full_key')[0].split())}"
-        ) from error
     except Exception as error:  # Hydra raises many kinds; all of them are the config's
-        _explain(error, overrides, dirs)
+        _explain(error, parsed, dirs, known)
+    choices = {
+        str(k): str(v)
+        for k, v in node.hydra.runtime.choices.items()
+        if not str(k).startswith("hydra")
+    }
+    OmegaConf.set_struct(node, False)
+    del node["hydra"]
+    sources = Sources(tuple(parsed), choices, dirs)
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    plain = _resolved(node, sources)
+    _refuse_idle_data_keys(raw, sources)
+    config = typed(plain, sources)
+    _refuse_self_trust(config, sources)
+    yaml = OmegaConf.to_yaml(OmegaConf.create(masked(plain)))
+    return Composed(config, tuple(overrides), choices, yaml, dirs, sources)
+
+
+def _resolved(node: Any, sources: Sources) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        _refuse_missing(sorted(OmegaConf.missing_keys(node)), sources)
+        plain = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "config")
+        ours = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
+        reason = str(ours) if ours else redact(" ".join(str(error).split("full_key")[0].split()))
+        where = sources.where(tuple(re.split(r"\.|\[", key)))
+        raise ConfigError(f"{where}: {key}: {reason}") from error
     assert isinstance(plain, dict)
-    config = _typed({str(k): v for k, v in plain.items()}, choices, overrides, dirs)
-    return Composed(config, overrides, choices, yaml, dirs)
+    return {str(k): v for k, v in plain.items()}
+
+
+def _refuse_missing(missing: Sequence[str], sources: Sources) -> None:
+    if not missing:
+        return
+    key = missing[0]
+    group = key.split(".")[0]
+    chosen = f"{group}={sources.choices[group]} needs {key}" if group in sources.choices else key
+    more = " trusted_modules=[my_module]" if key.endswith("_target_") else ""
+    value = "my_module.MyClass" if more else "…"
+    raise ConfigError(f"{chosen}, which is not set: add {key}={value}{more}")
+
+
+def _refuse_idle_data_keys(raw: Mapping[str, Any], sources: Sources) -> None:
+    """Keys of `data` serve interpolations; one that none refers to is a typo that would do nothing."""
+    data = raw.get("data")
+    if not isinstance(data, Mapping):
+        return
+    written = [text for text in _texts(raw) if "${" in text]
+    for key, value in data.items():
+        if key in Data.model_fields:
+            continue
+        if not any(re.search(rf"\$\{{[^}}]*\b{re.escape(str(key))}\b", text) for text in written):
+            names = sorted({*Data.model_fields, *map(str, data)} - {str(key)})
+            rule = f"nothing refers to this key; {near(str(key), names, 'data.')}"
+            raise ConfigError(sources.line(("data", str(key)), value, rule))
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value)
+
+
+def _refuse_self_trust(config: RunConfig, sources: Sources) -> None:
+    """A config file may come from a colleague: it can't vouch for the code that it names."""
+    if config.trusted_modules and sources.override_of(("trusted_modules",)) is None:
+        file = shown(sources.file_of(("trusted_modules",)))
+        said = f"trusted_modules=[{','.join(config.trusted_modules)}]"
+        raise ConfigError(
+            f"{file}: {said}: a file can't vouch for itself; add {said} as an override"
+        )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explain(
+    error: Exception,
+    overrides: Sequence[Override],
+    dirs: Sequence[str],
+    known: Mapping[str, Mapping[str, str]],
+) -> NoReturn:
+    """Turn what Hydra raised into one line: a file that can't be read, or a key that isn't there."""
+    from hydra.errors import MissingConfigException
+    from yaml import MarkedYAMLError
+
+    for cause in _causes(error):
+        if isinstance(cause, MarkedYAMLError):
+            mark = cause.problem_mark
+            place = f"{shown(Path(mark.name))}, line {mark.line + 1}" if mark else "a config file"
+            raise ConfigError(f"{place}: is not valid YAML: {cause.problem}") from error
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+            group, _, option = str(cause.missing_cfg_file).partition("/")
+            file = _asker(group, option, overrides, dirs)
+            if group not in known:
+                hint = f"there is no group {group!r}; {near(group, known)}"
+            else:
+                hint = f"group {group} has no option {option!r}; {near(option, known[group])}"
+            raise ConfigError(f"{file}: defaults: {hint}") from error
+    chosen = [o.text for o in overrides if o.key in known and o.action != "delete"]
+    try:
+        tree = plain_tree(chosen, dirs)
+    except Exception as inner:
+        message = redact(" ".join(str(inner).split()))
+        raise ConfigError(f"{_experiment(overrides, dirs)}: {message}") from error
+    check_keys(overrides, tree, known)
+    raise ConfigError(redact(" ".join(str(error).split()))) from error
+
+
+def _experiment(overrides: Sequence[Override], dirs: Sequence[str]) -> str:
+    chosen = next((o for o in reversed(overrides) if o.key == "experiment"), None)
+    file = option_file("experiment", shown_value(chosen.value), dirs) if chosen else None
+    return shown(file) if file else "config"
+
+
+def _asker(group: str, option: str, overrides: Sequence[Override], dirs: Sequence[str]) -> str:
+    """The file whose defaults name `group: option`."""
+    for chosen in (o for o in overrides if o.action in ("change", "add")):
+        file = option_file(chosen.key, shown_value(chosen.value), dirs)
+        if file and re.search(
+            rf"\b{re.escape(group)}.*:\s*{re.escape(option)}\b", file.read_text()
+        ):
+            return shown(file)
+    return _experiment(overrides, dirs)
 
 
 def recompose(saved: Mapping[str, Any]) -> RunConfig:
     """The `RunConfig` of an earlier run from what `RunConfig.to_dict` gave."""
     try:
-        return RunConfig(**dict(saved))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"saved config: {key}: {first['msg']}") from error
-
-
-@lru_cache(maxsize=4)
-def completion_keys(dirs: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Words for the shell: `group=option` for every group, `key=` for every key."""
-    from omegaconf import OmegaConf
-
-    node = _hydra_compose([], dirs)
-    OmegaConf.set_struct(node, False)
-    del node["hydra"]
-    plain = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(plain, dict)
-    words = [f"{g}={o}" for g, options in groups(dirs).items() for o in options]
-    return (*words, *(f"{key}=" for key in flatten({str(k): v for k, v in plain.items()})))
+        return typed(saved, Sources((), {}, ()))
+    except ConfigError as error:
+        raise ConfigError(f"saved config: {error}") from error

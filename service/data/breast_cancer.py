@@ -1,9 +1,9 @@
 """Breast cancer, Wisconsin diagnostic: the tabular data set that comes with scikit-learn."""
 
 import torch
-from sklearn.datasets import load_breast_cancer
 
 from service.data.base import TensorData, rows_of, standardized
+from service.data.scikit_learn import read_table
 
 
 class BreastCancer(TensorData):
@@ -15,7 +15,8 @@ class BreastCancer(TensorData):
     """
 
     def __init__(self, split: str = "all", holdout: float = 0.1, seed: int = 0) -> None:
-        measured, diagnosis = load_breast_cancer(return_X_y=True)
+        table = read_table("breast_cancer.csv", skip_header=True)
+        measured, diagnosis = table[:, :-1], table[:, -1]
         train = rows_of(len(measured), "train", holdout, seed)
         inputs, self.mean, self.std = standardized(measured, train)
         rows = rows_of(len(measured), split, holdout, seed)
