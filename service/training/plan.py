@@ -293,6 +293,8 @@ def _one_line(error: BaseException) -> str:
 
 def _labels_in_range(targets: Tensor, classes: int, where: str, config: RunConfig) -> None:
     ignored = config.loss.get("ignore_index", -100)
+    if targets.dtype is torch.uint8:
+        targets = targets.short()  # in uint8 a bound of 256 or an ignored -100 would wrap around
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)
     if bool(wrong.any()):
         row = int(wrong.reshape(len(targets), -1).any(1).nonzero()[0])
