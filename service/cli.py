@@ -1,10 +1,13 @@
 """The command line: parses, calls, prints."""
 
+import contextlib
+import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -12,6 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.errors import DescentError
+
+if TYPE_CHECKING:
+    from service.config import Composed
 
 _STARTED = time.time()
 
@@ -26,10 +32,11 @@ app = typer.Typer(
 _EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
 
 
-def _complete(incomplete: str) -> list[str]:
-    from service.config.compose import completion_keys
+def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    from service.config.completion import complete
 
-    return [word for word in completion_keys() if word.startswith(incomplete)]
+    folders = [str(folder) for folder in ctx.params.get("config_dir") or ()]
+    return complete(incomplete, ctx.params.get("overrides") or (), folders)
 
 
 Overrides = Annotated[
@@ -49,18 +56,20 @@ ConfigDirs = Annotated[
 
 
 def _fail(error: DescentError) -> NoReturn:
-    Console(stderr=True).print(
-        f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
-    )
+    line = " ".join(str(error).split())
+    Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
     raise typer.Exit(error.exit_code)
 
 
-def _composed(overrides: list[str] | None, config_dirs: list[Path] | None) -> Any:
+def _composed(overrides: list[str] | None, config_dirs: list[Path] | None) -> "Composed":
     from service.config import compose
 
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    return compose(overrides or [], [str(p) for p in config_dirs or []])
+    try:
+        return compose(overrides or [], [str(p) for p in config_dirs or []])
+    except DescentError as error:
+        _fail(error)
 
 
 @app.command()
@@ -83,19 +92,20 @@ def train(
 
       descent train experiment=fashion_mnist optimizer=sgd optimizer.lr=0.1
 
-      descent train model=gpt_tiny data=stdlib steps=500 workers=2
+      descent train model=gpt_tiny data=stdlib epochs=null steps=500 workers=2
 
       descent train resume=RUN            (a run id, a run's name or its folder)
 
     Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 stopped by Ctrl-C or SIGTERM.
     """
     console = Console(stderr=as_json)
+    composed = _composed(overrides, config_dir)
     try:
         from service.cluster.run import Run
 
-        summary = Run(_composed(overrides, config_dir), console, _STARTED).execute()
+        summary = Run(composed, console, _STARTED).execute()
     except DescentError as error:
-        _fail(error)
+        _fail(composed.located(error))
     except KeyboardInterrupt:
         console.print("stopped at once; what was not in a checkpoint is lost")
         raise typer.Exit(130) from None
@@ -167,27 +177,39 @@ def config(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
 ) -> None:
-    """Print the composed configuration, checked but not run."""
-    console = Console()
-    try:
-        if show_groups:
-            from service.config import groups
+    """Print the composed configuration, checked but not run; passwords and secrets are left out.
 
-            found = groups([str(p) for p in config_dir or []])
-            if as_json:
-                print(json.dumps(found))
-                return
-            for group, options in found.items():
-                table = Table.grid(padding=(0, 2))
-                for option, line in options.items():
-                    table.add_row(f"  {group}={option}", escape(line))
-                console.print(f"[bold]{group}[/bold]")
-                console.print(table, highlight=False)
-            return
-        composed = _composed(overrides, config_dir)
+    Examples:
+
+      descent config --groups                  (what there is to choose from)
+
+      descent config experiment=digits_resnet optimizer=sgd
+    """
+    from service.config.secrets import masked
+
+    if show_groups:
+        _print_groups(config_dir, as_json)
+        return
+    composed = _composed(overrides, config_dir)
+    print(json.dumps(masked(composed.config.to_dict())) if as_json else composed.yaml.rstrip())
+
+
+def _print_groups(config_dirs: list[Path] | None, as_json: bool) -> None:
+    from service.config import groups
+
+    try:
+        found = groups([str(p) for p in config_dirs or []])
     except DescentError as error:
         _fail(error)
-    print(json.dumps(composed.config.to_dict()) if as_json else composed.yaml.rstrip())
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for group, options in found.items():
+        console.print(f"[bold]{group}[/bold]")
+        width = max(len(f"{group}={option}") for option in options)
+        for option, line in options.items():
+            console.print(f"  {f'{group}={option}':<{width}}  {escape(line)}")
 
 
 @app.command()
@@ -241,8 +263,8 @@ def submit(
     """
     from service.cluster import jobs
 
+    _composed(overrides, config_dir)
     try:
-        _composed(overrides, config_dir)
         code = jobs.submit(
             overrides or [],
             address=address,
@@ -257,4 +279,34 @@ def submit(
 
 def main() -> None:
     """The entry point `descent`."""
-    app()
+    if os.environ.get("_DESCENT_COMPLETE") == "complete_bash":
+        _complete_in_bash()
+    else:
+        app()
+
+
+def _complete_in_bash() -> None:
+    """Bash cuts words at '=' and ':': put them together, and answer with what follows the last cut.
+
+    `model=re` arrives as three words, and bash replaces only the last of them.
+    """
+    words = os.environ.get("COMP_WORDS", "").split("\n")
+    at = min(int(os.environ.get("COMP_CWORD", "0") or 0), len(words) - 1)
+    whole: list[str] = []
+    for index, word in enumerate(words[: at + 1]):
+        cut = word in ("=", ":") or (index > 0 and words[index - 1] in ("=", ":"))
+        if cut and index > 2:
+            whole[-1] += word
+        else:
+            whole.append(word)
+    last = whole[-1]
+    known = 0 if last == words[at] else len(last) - len("" if words[at] in "=:" else words[at])
+    os.environ["COMP_WORDS"] = "\n".join(whole)
+    os.environ["COMP_CWORD"] = str(len(whole) - 1)
+    answer = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(answer), contextlib.redirect_stderr(io.StringIO()):
+            app()
+    finally:
+        for line in answer.getvalue().splitlines():
+            print(line[known:])

@@ -5,7 +5,8 @@
 """
 
 from service.config.build import build, resolve_target
-from service.config.compose import Composed, compose, groups, recompose
+from service.config.compose import Composed, compose, recompose
+from service.config.files import groups
 from service.config.schema import RunConfig, WorkerRange, flatten
 
 __all__ = [

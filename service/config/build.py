@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ TRUSTED = (
 """Classes that live under these are built without asking. Of our own package only what a
 config has a reason to name: not the store, not the cluster."""
 
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _RESERVED = ("_target_", "_partial_", "_args_")
 
 
@@ -50,7 +52,7 @@ def in_one_line(error: BaseException) -> str:
         if "site-packages" not in frame.filename
         and frame.filename.endswith(".py")
         and not Path(frame.filename).is_relative_to(ours)
-        and not frame.filename.startswith(sys.base_prefix)
+        and not frame.filename.startswith(_STANDARD_LIBRARY)
     ]
     return (
         f"{said} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else said

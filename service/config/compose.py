@@ -15,8 +15,6 @@ from service.config.secrets import is_secret, masked, redact
 from service.config.typed import typed
 from service.errors import ConfigError, DescentError
 
-__all__ = ["Composed", "compose", "groups", "plain_tree", "recompose"]
-
 
 @dataclass(frozen=True)
 class Composed:
@@ -110,7 +108,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     raw = OmegaConf.to_container(node, resolve=False)
     assert isinstance(raw, dict)
     plain = _resolved(node, sources)
-    _refuse_idle_data_keys(raw, sources)
+    _refuse_idle_data_keys({str(k): v for k, v in raw.items()}, sources)
     config = typed(plain, sources)
     _refuse_self_trust(config, sources)
     yaml = OmegaConf.to_yaml(OmegaConf.create(masked(plain)))

@@ -165,7 +165,7 @@ def _unknown(override: Override, tree: Any, depth: int, groups: set[str]) -> str
     names = set(tree) if depth else set(tree) | groups
     rest = "".join(f".{part}" for part in path[depth + 1 :])
     hint = near(path[depth], sorted(names), parent, rest)
-    if override.action == "change" and 0 < depth and path[0] in SPECS:
+    if override.action == "change" and depth > 0 and path[0] in SPECS:
         hint += f" (a new argument: +{shown_override(override.text)})"
     what = "key" if depth or rest else "key or group"
     return f"there is no {what} {parent + path[depth]!r}; {hint}"

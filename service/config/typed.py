@@ -57,7 +57,7 @@ def _refuse(error: ValidationError, plain: Mapping[str, Any], sources: Sources) 
     if "_target_" in message:
         path, value = (*path, "_target_"), value.get("_target_")
     own = [_own_words(e) for e in these if e["type"] == "value_error"]
-    if own and isinstance(value, Mapping) or len(own) == len(these):
+    if (own and isinstance(value, Mapping)) or len(own) == len(these):
         raise ConfigError(sources.line(path, value, own[-1])) from error
     rules = dict.fromkeys(_rule(e) for e in these)
     raise ConfigError(sources.line(path, value, f"must be {' or '.join(rules)}")) from error
