@@ -1,0 +1,48 @@
+"""A step of Descent with one worker against the loop by hand, at about 1, 10 and 100 ms a step.
+
+Descent is the real thing: `descent train` with its Ray actor, controller, MLflow on
+SQLite and all default diagnostics; the wall time between two steps of the steady state
+is divided by their number. The other side is `bare_loop.py` in a process of its own:
+the same network, data, global batch and optimizer class with torch's defaults, `.item()`
+in every step. One thread each; the two take turns, and the ratio is the median over pairs.
+`detail` also has the ratios to the bare loop without `.item()` and to one with the fused
+kernel, which Descent chooses by itself, and the ratio of CPU times.
+"""
+
+import tempfile
+from pathlib import Path
+
+from tests.bench.measure import PAIRS, Result, output_of, result_of, rounded, steady, worst
+from tests.bench.subjects import SUBJECTS
+
+TARGETS = {"1ms": 1.05, "10ms": 1.02, "100ms": 1.01}
+_SECONDS = {"1ms": 3.0, "10ms": 3.0, "100ms": 5.0}
+
+
+def run() -> list[Result]:
+    """One result per size, and the worst as `step_loop`."""
+    results = [_measure(size) for size in TARGETS]
+    return [*results, worst("step_loop", results)]
+
+
+def _measure(size: str) -> Result:
+    ours, theirs = [], []
+    for index in range(PAIRS):
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [*SUBJECTS[size].overrides(), "workers=1"]
+            ours.append(steady(overrides, Path(folder), _SECONDS[size]))
+            # The two other variants once: they are for the detail.
+            variants = "item,no_item,fused" if index == 0 else "item"
+            theirs.append(output_of(
+                ["-m", "tests.bench.bare_loop", size, "--seconds", str(_SECONDS[size]), "--variants", variants],
+                Path(folder),
+            ))  # fmt: skip
+    pairs = [(o["ms"], t["item"]["ms"]) for o, t in zip(ours, theirs, strict=True)]
+    cpu = [o["cpu_ms"] / t["item"]["cpu_ms"] for o, t in zip(ours, theirs, strict=True)]
+    return result_of(
+        f"step_loop_{size}", pairs, TARGETS[size], "lower", unit="ms per step",
+        cpu_ratios=[rounded(r) for r in cpu],
+        to_no_item=rounded(ours[0]["ms"] / theirs[0]["no_item"]["ms"]),
+        to_fused=rounded(ours[0]["ms"] / theirs[0]["fused"]["ms"]),
+        cpu_to_fused=rounded(ours[0]["cpu_ms"] / theirs[0]["fused"]["cpu_ms"]),
+    )  # fmt: skip

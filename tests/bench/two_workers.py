@@ -1,0 +1,35 @@
+"""Samples a second of `descent train workers=2` against DDP under `torchrun` with two processes.
+
+A fully connected network of about 10 ms a step and a small residual network; the same
+global batch, data in memory, AdamW and one thread per process on both sides, gloo on the
+loopback interface. `descent train` is the real command with tracking and diagnostics on,
+`ddp.py` the loop by hand. They take turns; the ratio is the median over pairs.
+"""
+
+import tempfile
+from pathlib import Path
+
+from tests.bench.measure import PAIRS, Result, output_of, result_of, steady, worst
+from tests.bench.subjects import SUBJECTS
+
+_SECONDS = 4.0
+_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+def run() -> list[Result]:
+    """One result per network, and the worst as `two_workers`."""
+    results = [_measure(name) for name in ("10ms", "resnet")]
+    return [*results, worst("two_workers", results)]
+
+
+def _measure(name: str) -> Result:
+    subject = SUBJECTS[name]
+    pairs = []
+    for _ in range(PAIRS):
+        with tempfile.TemporaryDirectory() as folder:
+            ours = steady([*subject.overrides(), "workers=2"], Path(folder), _SECONDS)
+            theirs = output_of(
+                [*_TORCHRUN, "tests.bench.ddp", name, "--seconds", str(_SECONDS)], Path(folder)
+            )
+            pairs.append((1e3 * subject.batch / ours["ms"], 1e3 * subject.batch / theirs["ms"]))
+    return result_of(f"two_workers_{name}", pairs, 1.0, "higher", unit="samples/s")
