@@ -1,5 +1,6 @@
 """The MLflow UI on the embedded store."""
 
+import json
 import os
 import shutil
 import socket
@@ -105,6 +106,12 @@ def _deliver_left_over(output_dir: Path, database: Path) -> None:
     from service.artifacts.tracking import replay
 
     for spool in sorted(output_dir.glob("runs/*/spool")):
+        try:
+            elsewhere = json.loads((spool.parent / "run.json").read_text())["tracking_uri"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if elsewhere is not None:
+            continue  # that run is kept on a server, which this isn't
         count = replay(spool, f"sqlite:///{database}")
         if count:
             print(f"delivered {count} records that {spool.parent.name} had left behind")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+# Ray replaces 127.0.0.1 by the machine's outward address and then opens its agents there;
+# another address of the loopback network it takes as it is.
+_OWN_NODE = "127.0.0.2" if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ def local_cores() -> int:
 def connect(address: str | None) -> Cluster:
     """Start a private cluster (address None) or join the one at `address`.
 
-    The private one listens on the loopback address only, wants a token that lives in
-    this process and its children alone, and ends with `disconnect`.
+    The private one keeps its agents on the loopback network, wants a token that lives in
+    this process and its children alone (Ray's own ports can't be bound to one address), and
+    ends with `disconnect`.
     Raises ClusterError if there is none at `address`.
     """
     for key, value in _QUIET.items():
@@ -50,7 +57,7 @@ def connect(address: str | None) -> Cluster:
         if address is None:
             ray.init(
                 address="local", num_cpus=local_cores(), include_dashboard=False,
-                _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
+                _node_ip_address=_OWN_NODE, object_store_memory=128 << 20,
                 logging_level="ERROR", log_to_driver=True,
             )  # fmt: skip
         else:

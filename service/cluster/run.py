@@ -273,6 +273,7 @@ class Run:
     def _open_tracker(self) -> "Tracker":
         from service.artifacts.tracking import Tracker
 
+        self._deliver_left_over()
         root = None if self.config.tracking.uri else self.output_dir / "mlartifacts"
         return Tracker.open(
             uri=self.tracking_uri, experiment=self.config.tracking.experiment, run_name=self.run_dir.name,
@@ -280,6 +281,25 @@ class Run:
             run_id=self.resumed.run_id if self.resumed else None,
             tags={"descent.run_dir": str(self.run_dir)}, system_metrics=self.config.tracking.system_metrics,
         )  # fmt: skip
+
+    def _deliver_left_over(self) -> None:
+        """What earlier runs could not deliver to this tracking server before they ended."""
+        from service.artifacts.tracking import replay
+
+        for spool in sorted((self.output_dir / "runs").glob("*/spool")):
+            if (
+                spool.parent != self.run_dir
+                and _tracked_at(spool.parent) == self.config.tracking.uri
+            ):
+                try:
+                    count = replay(spool, self.tracking_uri)
+                except TrackingError:
+                    return  # opening this run's own will say so
+                if count:
+                    self.console.print(
+                        f"delivered {count} records that {spool.parent.name} had left behind",
+                        highlight=False,
+                    )
 
     def _write_run_file(self, prepared: "Prepared", run_id: str | None) -> None:
         run_log.write_run_file(self.run_dir, {
@@ -298,7 +318,7 @@ class Run:
                 **{f"plan.{k}": v for k, v in prepared.plan.to_dict().items()},
             }
         )
-        tracker.log_text(self.composed.yaml, "config.yaml")
+        tracker.log_text(_without_secrets(self.composed.yaml), "config.yaml")
         tracker.log_dataset(describe(prepared.train), "training")
         if prepared.evaluate is not None:
             tracker.log_dataset(describe(prepared.evaluate), "evaluation")
@@ -535,6 +555,26 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _tracked_at(run_dir: Path) -> str | None:
+    try:
+        uri = run_log.read_run_file(run_dir).get("tracking_uri")
+    except CheckpointError:
+        return ""
+    return None if uri is None else str(uri)
+
+
+def _without_secrets(yaml: str) -> str:
+    """The YAML with the values of secret-looking keys, and passwords in addresses, blotted out."""
+    from service.artifacts.provenance import is_secret, redact
+
+    lines = []
+    for line in yaml.splitlines():
+        key, colon, value = line.partition(":")
+        hidden = colon and value.strip() not in ("", "null") and is_secret(key.strip("- "))
+        lines.append(f"{key}: '***'" if hidden else redact(line))
+    return "\n".join(lines) + "\n"
 
 
 def _local_gpus() -> float:

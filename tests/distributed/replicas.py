@@ -1,84 +1,292 @@
-"""Real processes, real gloo, no Ray: W replicas of one run in one generation each."""
+"""Real processes, real gloo, no Ray: replicas that are led through generations over pipes.
+
+Processes come from a fork server that has imported torch once, and live for many cases:
+a case costs a new generation of the one store, not a new interpreter.
+"""
 
 import dataclasses
 import multiprocessing as mp
-import tempfile
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from service.cluster.policy import deal_slots
-from service.config import compose, recompose
-from service.messages import Membership
+from service.config import RunConfig, compose, recompose
+from service.messages import Membership, PartWritten, StepRecord
+from service.training.collectives import Store
+from service.training.plan import Plan, prepare
+
+DEADLINE_S = 120.0
+"""Longer than anything here takes on a busy machine: a hang fails, slowness doesn't."""
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["tests.distributed.preload", "service.training.trainer", "service.data.digits"]
+)
 
 
-@dataclasses.dataclass
-class Replica:
-    """What one process has to show at the end."""
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """The process kills itself, or stops, a moment after it enters `phase` with `step` committed."""
 
-    losses: list[float]
-    metrics: list[tuple[int, dict[str, float]]]
-    sha256: str
     step: int
+    phase: str = "step"
+    delay_s: float = 0.0
+    signal: int = signal.SIGKILL
 
 
-def _replica(
-    rank: int,
-    world: int,
-    port: int,
-    config: dict[str, Any],
-    plan: dict[str, Any],
-    run_dir: str,
-    out: Any,
-) -> None:
-    import torch
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a replica says when it is built and when a generation has ended for it."""
 
-    from service.training.plan import Plan
-    from service.training.trainer import Control, Trainer
+    state: str
+    step: int
+    evaluated: int
+    sha256: str = ""
+    records: tuple[StepRecord, ...] = ()
+    parts: tuple[PartWritten, ...] = ()
+    error: str = ""
 
-    control = Control()
-    derived = Plan.from_dict(plan)
-    trainer = Trainer(recompose(config), derived, Path(run_dir), torch.device("cpu"), control)
-    trainer.run(
-        Membership(
-            1, rank, world, "127.0.0.1", port, deal_slots(derived.slots, world), derived.micro_size
-        )
-    )
-    trainer.finish_saving()
-    metrics = [(r.step, r.metrics) for r in control.records]
-    losses = [m["train/loss"] for _, m in metrics if "train/loss" in m]
-    out.put((rank, Replica(losses, metrics, trainer.sha256(), trainer.state.step)))
+    @property
+    def losses(self) -> list[float]:
+        """One a step, in order."""
+        return [r.metrics["train/loss"] for r in self.records if "train/loss" in r.metrics]
 
-
-def train(overrides: list[str], world: int, slots: int = 4) -> list[Replica]:
-    """Run the composed config on `world` processes; the replicas by rank."""
-    from service.training.collectives import Store
-    from service.training.plan import prepare
-
-    composed = compose(
-        [
-            *overrides,
-            f"workers={slots}",
-            f"slots={slots}",
-            "resources.cpus=0.25",
-            "checkpoint.every=null",
+    @property
+    def metrics(self) -> list[tuple[int, dict[str, float]]]:
+        """Without what depends on the clock."""
+        return [
+            (r.step, {k: v for k, v in r.metrics.items() if not k.startswith("perf/")})
+            for r in self.records
         ]
-    )
-    plan = prepare(composed.config, cores=1.0, gpus=0.0).plan
-    store = Store("127.0.0.1")
-    context = mp.get_context("spawn")
-    out = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(
-                target=_replica,
-                args=(r, world, store.port, composed.config.to_dict(), plan.to_dict(), folder, out),
-            )
-            for r in range(world)
-        ]
-        for process in processes:
-            process.start()
-        found = dict(out.get(timeout=120) for _ in range(world))
-        for process in processes:
-            process.join(30)
-            assert process.exitcode == 0
-    return [found[r] for r in range(world)]
+
+
+class _Side:
+    """The replica's end of the pipe: commands on the main thread, training on another."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.lock = threading.Lock()
+        self.trainer: Any = None
+        self.control: Any = None
+
+    def serve(self) -> None:
+        while True:
+            try:
+                command, argument = self.pipe.recv()
+            except EOFError:
+                return
+            if command == "build":
+                self.build(**argument)
+            elif command == "join":
+                self.control.abort.clear()
+                self.control.pause = False
+                threading.Thread(target=self.run, args=(argument,), daemon=True).start()
+            elif command == "abort":
+                self.control.abort.set()
+            elif command == "pause":
+                self.control.pause = True
+
+    def build(
+        self, config: dict[str, Any], plan: dict[str, Any], run_dir: str, restore_from: str | None,
+        faults: tuple[Fault, ...],
+    ) -> None:  # fmt: skip
+        import torch
+
+        from service.training.trainer import Control, Trainer
+
+        class Faulty(Control):
+            def enter(self, phase: str) -> None:
+                super().enter(phase)
+                for fault in faults:
+                    if (fault.step, fault.phase) == (self.step, phase):
+                        fail = threading.Timer(fault.delay_s, os.kill, (os.getpid(), fault.signal))
+                        fail.start() if fault.delay_s else fail.function(*fail.args)
+
+        self.control = Faulty()
+        self.trainer = Trainer(
+            recompose(config), Plan.from_dict(plan), Path(run_dir), torch.device("cpu"), self.control
+        )  # fmt: skip
+        if restore_from is not None:
+            self.trainer.restore(Path(restore_from))
+        self.tell("built")
+
+    def run(self, membership: Membership) -> None:
+        from service.training.collectives import PeerLost
+
+        try:
+            outcome, error = self.trainer.run(membership), ""
+            self.trainer.finish_saving()
+        except PeerLost as lost:
+            outcome, error = "broken", str(lost)
+        except BaseException as other:
+            outcome, error = "failed", f"{type(other).__name__}: {other}"
+        self.tell(outcome, error)
+
+    def tell(self, outcome: str, error: str = "") -> None:
+        state = self.trainer.state
+        told = Told(
+            outcome, state.step, state.evaluated, self.trainer.sha256(),
+            tuple(self.control.records), tuple(self.control.parts), error,
+        )  # fmt: skip
+        with self.lock:
+            self.pipe.send(told)
+
+
+def _replica(pipe: Connection) -> None:
+    # Ctrl-C is for the test; the end of the pipe is for us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _Side(pipe).serve()
+    os._exit(0)
+
+
+class Replica:
+    """The test's end of one process."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_replica, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, command: str, argument: Any = None) -> None:
+        self.pipe.send((command, argument))
+
+    def hear(self) -> Told:
+        """The next thing it says. Raises EOFError when it is gone."""
+        assert self.pipe.poll(DEADLINE_S), "a replica hangs"
+        told: Told = self.pipe.recv()
+        return told
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A composed config with what follows from it."""
+
+    config: RunConfig
+    plan: Plan
+    run_dir: Path
+
+    @classmethod
+    def of(cls, overrides: list[str], run_dir: Path, slots: int = 4) -> "Case":
+        composed = compose(
+            [f"workers={slots}", f"slots={slots}", "resources.cpus=0.25", "device=cpu",
+             "checkpoint.every=null", "diagnostics.every=4", *overrides]
+        )  # fmt: skip
+        prepared = prepare(composed.config, cores=1.0, gpus=0.0)
+        return cls(composed.config, prepared.plan, run_dir)
+
+
+class Crew:
+    """A pool of replicas and the store in which their generations meet."""
+
+    def __init__(self, size: int) -> None:
+        self.store = Store("127.0.0.1")
+        self.generation = 0
+        self.idle = [Replica() for _ in range(size)]
+
+    def take(self, count: int) -> list[Replica]:
+        """Living replicas; more are started where too few are left."""
+        living = [r for r in self.idle if r.alive]
+        while len(living) < count:
+            living.append(Replica())
+        self.idle = living[count:]
+        return living[:count]
+
+    def give(self, replicas: list[Replica]) -> None:
+        self.idle += [r for r in replicas if r.alive]
+
+    def build(
+        self, case: Case, count: int, *, restore_from: Path | None = None,
+        faults: dict[int, tuple[Fault, ...]] | None = None,
+    ) -> list[Replica]:  # fmt: skip
+        """`count` replicas of the case's run at step 0, or at a checkpoint's."""
+        replicas = self.take(count)
+        for index, replica in enumerate(replicas):
+            replica.send("build", {
+                "config": case.config.to_dict(), "plan": case.plan.to_dict(), "run_dir": str(case.run_dir),
+                "restore_from": str(restore_from) if restore_from else None,
+                "faults": (faults or {}).get(index, ()),
+            })  # fmt: skip
+        for replica in replicas:
+            assert replica.hear().state == "built"
+        return replicas
+
+    def form(
+        self, case: Case, replicas: list[Replica], behind: tuple[int, ...] = (), micro_size: int | None = None
+    ) -> None:  # fmt: skip
+        """Send the replicas, by rank, into the next generation."""
+        self.generation += 1
+        world = len(replicas)
+        for rank, replica in enumerate(replicas):
+            replica.send("join", Membership(
+                self.generation, rank, world, self.store.host, self.store.port,
+                deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind,
+            ))  # fmt: skip
+
+    def train(self, case: Case, world: int, micro_size: int | None = None) -> list[Told]:
+        """The whole run in one generation of `world` replicas; what each has to say at the end."""
+        replicas = self.build(case, world)
+        self.form(case, replicas, micro_size=micro_size)
+        told = [replica.hear() for replica in replicas]
+        assert [t.state for t in told] == ["finished"] * world, [t.error for t in told]
+        self.give(replicas)
+        return told
+
+    def until_ended(
+        self, replicas: list[Replica], while_waiting: Callable[[], None] = lambda: None
+    ) -> dict[int, Told]:
+        """Index -> how the generation ended, for those who live to tell.
+
+        Like the controller: as soon as one is dead or broken, the others are told to leave.
+        """
+        left = dict(enumerate(replicas))
+        told: dict[int, Told] = {}
+        aborted = False
+        deadline = time.monotonic() + DEADLINE_S
+        while left:
+            assert time.monotonic() < deadline, f"replicas {sorted(left)} hang"
+            while_waiting()
+            ready = wait([r.pipe for r in left.values()], 0.05)
+            lost = False
+            for index, replica in [(i, r) for i, r in left.items() if r.pipe in ready]:
+                try:
+                    told[index] = replica.hear()
+                    lost |= told[index].state == "broken"
+                except (EOFError, ConnectionResetError):
+                    lost = True
+                del left[index]
+            if lost and not aborted:
+                aborted = True
+                for replica in left.values():
+                    replica.send("abort")
+        return told
+
+    def close(self) -> None:
+        for replica in self.idle:
+            if replica.alive:
+                replica.kill()
+
+
+@contextmanager
+def crew(size: int) -> Iterator[Crew]:
+    """A pool for a module's tests; no process is left at the end."""
+    pool = Crew(size)
+    try:
+        yield pool
+    finally:
+        pool.close()
