@@ -1,8 +1,10 @@
 """The MLflow UI on the embedded store."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 import urllib.request
 import webbrowser
 from pathlib import Path
+from types import FrameType
 
 from service.errors import ConfigError
 
@@ -41,9 +44,16 @@ def serve(output_dir: Path, host: str, port: int, browser: bool) -> int:
         "--default-artifact-root", str(output_dir / "mlartifacts"), "--host", host, "--port", str(port), "--workers", "1",
     ]  # fmt: skip
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # so that the server goes with us, whoever ends us
+    signal.signal(signal.SIGINT, stop)
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         url = f"http://{host}:{port}"
         if not _answers(url, process):
@@ -64,11 +74,16 @@ def serve(output_dir: Path, host: str, port: int, browser: bool) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the server with the workers that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
 
 
 def _drain(process: subprocess.Popen[str]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from service.config import RunConfig, WorkerRange, build, resolve_target
 from service.data.base import Data, split
-from service.data.map_style import MapStyle, adapt
-from service.errors import ConfigError, DataError, DescentError
+from service.data.map_style import adapt
+from service.errors import ConfigError, DataError
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
-
-_ALL_LABELS = 1 << 22
-"""Labels up to this many are all checked; of larger data sets an even sample is."""
+from service.training.preflight import check_outputs, check_schedule, try_one
 
 
 @dataclass(frozen=True)
@@ -167,6 +165,33 @@ def worker_range(config: RunConfig, *, cores: float, gpus: float, device: str) -
     return 1, max(1, min(4, int(cores / config.resources.cpus)))
 
 
+def _batch_and_slots(config: RunConfig, num_samples: int, most: int) -> tuple[int, int]:
+    """(global batch, slots) for at most `most` workers. Raises ConfigError for what can't be shared out."""
+    batch = num_samples if config.batch.size == "full" else int(config.batch.size)
+    slots = most if config.slots == "auto" else int(config.slots)
+    if slots < most:
+        raise ConfigError(
+            f"slots={slots}: fewer than workers={most}, so a worker would have nothing to do; use slots=auto or workers={slots}"
+        )
+    if batch < slots:
+        raise ConfigError(
+            f"batch.size={batch}: smaller than slots={slots} (one for each of {most} workers); use workers={batch} or a larger batch"
+        )
+    if batch > num_samples:
+        raise ConfigError(
+            f"batch.size={batch}: the training set has {num_samples} samples; use batch=full or a smaller size"
+        )
+    return batch, slots
+
+
+def _one_dtype(config: RunConfig, model: nn.Module) -> None:
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    if config.reduction == "exact" and len(kinds) > 1:
+        raise ConfigError(
+            f"reduction=exact: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; use reduction=fast"
+        )
+
+
 def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     """Build everything once and derive the plan; raises for whatever the user has to mend.
 
@@ -179,156 +204,32 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         )
     low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
     train, evaluate = build_data(config)
-    batch = len(train) if config.batch.size == "full" else int(config.batch.size)
-    slots = high if config.slots == "auto" else int(config.slots)
-    if slots < high:
-        raise ConfigError(
-            f"slots={slots}: fewer than workers={high}, so a worker would have nothing to do; use slots=auto or workers={slots}"
-        )
-    if batch < slots:
-        raise ConfigError(
-            f"batch.size={batch}: smaller than slots={slots} (one for each of {high} workers); use workers={batch} or a larger batch"
-        )
-    if config.batch.size != "full" and batch > len(train):
-        raise ConfigError(
-            f"batch.size={batch}: the training set has {len(train)} samples; use batch=full or a smaller size"
-        )
+    batch, slots = _batch_and_slots(config, len(train), high)
     objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
     model = build_model(config, train)
-    steps_per_epoch = max(1, math.ceil(len(train) / batch))
     total = (
         config.steps
         if config.steps is not None
         else math.ceil(float(config.epochs or 0) * len(train) / batch)
     )
-    largest_slot = -(-batch // slots)
-    micro = (
-        largest_slot
-        if config.batch.micro_size == "auto"
-        else min(int(config.batch.micro_size), largest_slot)
-    )
+    largest = -(-batch // slots)
+    asked = config.batch.micro_size
+    micro = largest if asked == "auto" else min(int(asked), largest)
+    _one_dtype(config, model)
+    build_optimizer_for(config, model, torch.device("cpu"))
+    check_schedule(config, build_schedule(config, total), evaluate is not None)
+    seen = try_one(config, model, objective, train, micro)
+    for name, data in (("data.train", train), ("data.evaluate", evaluate)):
+        if data is not None:
+            check_outputs(config, model, objective, data, name)
     plan = Plan(
         total_steps=total, batch_size=batch, num_samples=len(train),
         num_evaluation=len(evaluate) if evaluate is not None else 0,
-        steps_per_epoch=steps_per_epoch, slots=slots, min_workers=low, max_workers=high,
-        micro_size=micro, nominal=1.0, threads=max(1, int(config.resources.cpus)), device=device,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        steps_per_epoch=max(1, math.ceil(len(train) / batch)), slots=slots, min_workers=low, max_workers=high,
+        micro_size=micro, nominal=seen.terms * batch, threads=max(1, int(config.resources.cpus)), device=device,
+        num_parameters=sum(p.numel() for p in model.parameters()), changing_buffers=seen.changing_buffers,
+        unused_parameters=seen.unused_parameters, random=seen.random,
     )  # fmt: skip
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
-    if config.reduction == "exact" and len(kinds) > 1:
-        raise ConfigError(
-            f"reduction=exact: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; use reduction=fast"
-        )
-    build_optimizer_for(config, model, torch.device("cpu"))
-    build_schedule(config, total)
-    plan = _try_one(config, plan, model, objective, train)
-    for name, data in (("data.train", train), ("data.evaluate", evaluate)):
-        if data is not None:
-            _check_labels(config, model, objective, data, name)
     source = evaluate if evaluate is not None else train
     sample = source.gather(np.arange(min(4, len(source)), dtype=np.int64))[0]
     return Prepared(plan, model, train, evaluate, objective, sample)
-
-
-def _try_one(
-    config: RunConfig, plan: Plan, model: nn.Module, objective: Objective, data: Data
-) -> Plan:
-    """One forward and backward on a sample or two; returns the plan with what was seen."""
-    # Two samples where there are two: batch norm can't train on a single one.
-    count = min(2, len(data), max(1, plan.micro_size))
-    inputs, targets = data.gather(np.arange(count, dtype=np.int64))
-    target_name = config.model["_target_"]
-    shape = tuple(inputs.shape[1:])
-    before = {name: b.clone() for name, b in model.named_buffers()}
-    torch.manual_seed(0)
-    drawn = torch.get_rng_state()
-    model.train()
-    try:
-        output = model(inputs)
-    except DescentError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"model._target_={target_name}: can't take this data: inputs of shape {list(shape)}, {inputs.dtype}: "
-            f"{type(error).__name__}: {_one_line(error)}"
-        ) from error
-    if not isinstance(output, Tensor):
-        raise ConfigError(
-            f"model._target_={target_name}: forward gives a {type(output).__name__}, Descent needs one tensor"
-        )
-    random = not torch.equal(drawn, torch.get_rng_state())
-    if objective.by_class and not targets.is_floating_point():
-        _labels_in_range(targets, output.shape[-1], "data.train", config)
-    try:
-        loss = objective(output, targets)
-        loss.sum().backward()
-    except Exception as error:
-        raise ConfigError(
-            f"loss._target_={config.loss['_target_']}: can't compare outputs {list(output.shape)}, {output.dtype} "
-            f"with targets {list(targets.shape)}, {targets.dtype}: {_one_line(error)}"
-        ) from error
-    if loss.dim() != 0:
-        raise ConfigError(
-            f"loss._target_={config.loss['_target_']}: gives shape {list(loss.shape)}, Descent needs one number a batch"
-        )
-    with torch.no_grad():
-        changed = tuple(n for n, b in model.named_buffers() if not torch.equal(b, before[n]))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-    unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
-    model.zero_grad(set_to_none=True)
-    terms = objective.count(targets) / count
-    return replace(
-        plan,
-        changing_buffers=changed,
-        random=random,
-        unused_parameters=unused,
-        nominal=terms * plan.batch_size,
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:240]
-
-
-def _labels_in_range(targets: Tensor, classes: int, where: str, config: RunConfig) -> None:
-    ignored = config.loss.get("ignore_index", -100)
-    if targets.dtype is torch.uint8:
-        targets = targets.short()  # in uint8 a bound of 256 or an ignored -100 would wrap around
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)
-    if bool(wrong.any()):
-        row = int(wrong.reshape(len(targets), -1).any(1).nonzero()[0])
-        label = int(targets[wrong][0])
-        raise DataError(
-            f"{where}: sample {row} has label {label}, but the model has {classes} outputs "
-            f"(0 to {classes - 1}); set model.num_outputs={max(label + 1, classes)} or mend the data"
-        )
-
-
-def _check_labels(
-    config: RunConfig, model: nn.Module, objective: Objective, data: Data, where: str
-) -> None:
-    """Every label (of very large sets: an even sample) against the model's outputs."""
-    if not objective.by_class:
-        return
-    inputs, targets = data.gather(np.arange(1, dtype=np.int64))
-    if targets.is_floating_point():
-        return
-    model.eval()
-    with torch.no_grad():
-        classes = model(inputs).shape[-1]
-    model.train()
-    in_memory = getattr(data, "targets", None)
-    if isinstance(in_memory, Tensor):
-        _labels_in_range(in_memory, classes, where, config)
-        return
-    wanted = min(
-        len(data),
-        max(
-            1,
-            min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536)
-            // max(1, targets[0].numel()),
-        ),
-    )
-    indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
-    _labels_in_range(data.gather(indices)[1], classes, where, config)
