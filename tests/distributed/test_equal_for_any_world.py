@@ -1,0 +1,101 @@
+"""The result doesn't depend on who computed it: one replica against two, three and four."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.replicas import Case, Crew
+
+STEPS = 6
+MODELS = {
+    "mlp": ["model=mlp"],
+    "mlp_batch_norm_dropout_residual": [
+        "model=mlp", "model.depth=3", "model.norm=batch", "model.dropout=0.2", "model.residual=true",
+    ],
+    "resnet": ["model=resnet", "model.widths=[4,8]", "model.blocks=1"],
+    "gpt": [
+        "model=gpt_tiny", "data=stdlib", "data.block=12", "data.max_bytes=9000", "model.layers=1",
+        "model.heads=2", "model.width=16", "model.dropout=0.1", "model.tied=true",
+    ],
+}  # fmt: skip
+OPTIMIZERS = ["sgd", "momentum", "adamw", "rmsprop", "adagrad", "muon"]
+FIRST_FAST = 100
+EXTRAS = [
+    ["clip.norm=0.5"], ["clip.value=0.01"], ["ema.decay=0.9"], ["schedule=one_cycle"],
+    ["schedule=plateau", "evaluate.every=2"], ["evaluate.every=3"], ["seed=7"],
+]  # fmt: skip
+
+
+def drawn(number: int) -> tuple[str, list[str], int, int]:
+    """(what it is, overrides, slots, world size) of one case; the same for the same number."""
+    rng = random.Random(number)
+    name = list(MODELS)[number % len(MODELS)]
+    world = 2 + number // len(MODELS) % 3
+    slots = rng.choice([s for s in (2, 3, 4, 5, 7) if s >= world])
+    batch = rng.randrange(2 * slots, 41)
+    # Batch norm can't train on a micro-batch of one sample: there a slot is computed whole.
+    whole = "batch_norm" in name or name == "resnet"
+    micro = "auto" if whole else rng.choice(["auto", 1, 2, 3])
+    # Muon needs hidden matrices, and turns a rounding of a gradient's small singular values
+    # into a difference of order one: only equal bits survive that.
+    muon = number < FIRST_FAST and name != "resnet"
+    optimizer, extra = rng.choice(OPTIMIZERS if muon else OPTIMIZERS[:-1]), rng.choice(EXTRAS)
+    overrides = [
+        *MODELS[name], f"optimizer={optimizer}", f"batch.size={batch}", f"batch.micro_size={micro}",
+        f"steps={STEPS}", "epochs=null", *extra,
+    ]  # fmt: skip
+    told = f"{name}-batch{batch}-slots{slots}-world{world}-micro{micro}-{optimizer}-{extra[0]}"
+    return told, overrides, slots, world
+
+
+EXACT = [drawn(n) for n in range(24)]
+FAST = [drawn(n) for n in range(FIRST_FAST, FIRST_FAST + 12)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "slots", "world"), [c[1:] for c in EXACT], ids=[c[0] for c in EXACT]
+)
+def test_exact_reduction_gives_the_same_bits(
+    pool: Crew, tmp_path: Path, overrides: list[str], slots: int, world: int
+) -> None:
+    case = Case.of([*overrides, "reduction=exact"], tmp_path, slots)
+    alone, *others = [*pool.train(case, 1), *pool.train(case, world)]
+    assert len(alone.losses) == alone.step == STEPS and all(map(math.isfinite, alone.losses))
+    for other in others:
+        assert other.metrics == alone.metrics  # losses, norms, evaluations: to the last bit
+        assert other.sha256 == alone.sha256
+
+
+@pytest.mark.parametrize(
+    ("overrides", "slots", "world"), [c[1:] for c in FAST], ids=[c[0] for c in FAST]
+)
+def test_fast_reduction_gives_the_same_losses_within_rounding(
+    pool: Crew, tmp_path: Path, overrides: list[str], slots: int, world: int
+) -> None:
+    # Small steps, so that rounding isn't amplified by the training itself.
+    overrides = [*overrides, "optimizer.lr=1e-3"]
+    fast = Case.of([*overrides, "reduction=fast"], tmp_path, slots)
+    alone, first, *rest = [*pool.train(fast, 1), *pool.train(fast, world)]
+    exact = pool.train(Case.of([*overrides, "reduction=exact"], tmp_path, slots), world)[0]
+    assert len(alone.losses) == STEPS
+    assert first.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert exact.losses == pytest.approx(alone.losses, rel=1e-4)
+    for other in rest:  # replicas of one generation never differ by a bit
+        assert (other.metrics, other.sha256) == (first.metrics, first.sha256)
+
+
+def test_more_slots_than_samples_in_a_micro_batch_and_one_sample_a_slot(
+    pool: Crew, tmp_path: Path
+) -> None:
+    case = Case.of(
+        ["batch.size=7", "steps=4", "epochs=null", "reduction=exact", "model.dropout=0.5"], tmp_path, 7
+    )  # fmt: skip
+    assert len({told.sha256 for w in (1, 2, 3, 4) for told in pool.train(case, w)}) == 1
+
+
+def test_the_micro_size_changes_rounding_only(pool: Crew, tmp_path: Path) -> None:
+    case = Case.of(["batch.size=64", "steps=5", "epochs=null", "reduction=exact"], tmp_path)
+    whole, halved = (pool.train(case, 2, micro_size=m)[0] for m in (16, 8))
+    assert halved.losses == pytest.approx(whole.losses, rel=1e-5)
