@@ -1,7 +1,5 @@
 """The command line: parses, calls, prints."""
 
-import contextlib
-import io
 import json
 import os
 import sys
@@ -280,33 +278,8 @@ def submit(
 def main() -> None:
     """The entry point `descent`."""
     if os.environ.get("_DESCENT_COMPLETE") == "complete_bash":
-        _complete_in_bash()
+        from service.config.completion import in_bash
+
+        in_bash(app)
     else:
         app()
-
-
-def _complete_in_bash() -> None:
-    """Bash cuts words at '=' and ':': put them together, and answer with what follows the last cut.
-
-    `model=re` arrives as three words, and bash replaces only the last of them.
-    """
-    words = os.environ.get("COMP_WORDS", "").split("\n")
-    at = min(int(os.environ.get("COMP_CWORD", "0") or 0), len(words) - 1)
-    whole: list[str] = []
-    for index, word in enumerate(words[: at + 1]):
-        cut = word in ("=", ":") or (index > 0 and words[index - 1] in ("=", ":"))
-        if cut and index > 2:
-            whole[-1] += word
-        else:
-            whole.append(word)
-    last = whole[-1]
-    known = 0 if last == words[at] else len(last) - len("" if words[at] in "=:" else words[at])
-    os.environ["COMP_WORDS"] = "\n".join(whole)
-    os.environ["COMP_CWORD"] = str(len(whole) - 1)
-    answer = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(answer), contextlib.redirect_stderr(io.StringIO()):
-            app()
-    finally:
-        for line in answer.getvalue().splitlines():
-            print(line[known:])

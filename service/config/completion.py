@@ -1,7 +1,10 @@
 """Words for the shell: options of groups, keys, and the values that a key has to choose from."""
 
+import contextlib
+import io
+import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from service.config.compose import plain_tree
@@ -86,3 +89,31 @@ def _literals(kind: Any) -> Iterator[Any]:
     elif get_origin(kind) in (Union, types.UnionType):
         for member in get_args(kind):
             yield from _literals(member)
+
+
+def in_bash(answer_words: Callable[[], None]) -> None:
+    """Run `answer_words`, the command line's own completion, for a shell that cuts words at '=' and ':'.
+
+    The words are put together again, and only what follows the last cut is printed;
+    `model=re` arrives as three words, and bash replaces only the last of them.
+    """
+    words = os.environ.get("COMP_WORDS", "").split("\n")
+    at = min(int(os.environ.get("COMP_CWORD", "0") or 0), len(words) - 1)
+    whole: list[str] = []
+    for index, word in enumerate(words[: at + 1]):
+        cut = word in ("=", ":") or (index > 0 and words[index - 1] in ("=", ":"))
+        if cut and index > 2:
+            whole[-1] += word
+        else:
+            whole.append(word)
+    last = whole[-1]
+    known = 0 if last == words[at] else len(last) - len("" if words[at] in "=:" else words[at])
+    os.environ["COMP_WORDS"] = "\n".join(whole)
+    os.environ["COMP_CWORD"] = str(len(whole) - 1)
+    answer = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(answer), contextlib.redirect_stderr(io.StringIO()):
+            answer_words()
+    finally:
+        for line in answer.getvalue().splitlines():
+            print(line[known:])

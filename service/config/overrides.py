@@ -143,6 +143,9 @@ def check_keys(
             )
         if override.action in ("add", "force"):
             added.add(path)
+        elif exists and override.action == "delete" and _value(tree, path) is None:
+            # Hydra takes a null for a key that isn't there, and says so
+            raise ConfigError(f"{override}: {override.key} is null, and a null can't be taken away")
         elif not exists:
             raise ConfigError(f"{override}: {_unknown(override, tree, depth, groups)}")
 
@@ -153,6 +156,12 @@ def _depth(tree: Any, path: Sequence[str]) -> int:
             return depth
         tree = tree[part]
     return len(path)
+
+
+def _value(tree: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _unknown(override: Override, tree: Any, depth: int, groups: set[str]) -> str:

@@ -15,7 +15,7 @@ from service.data.map_style import adapt
 from service.errors import ConfigError, DataError
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
-from service.training.preflight import check_outputs, check_schedule, try_one
+from service.training.preflight import check_outputs, check_schedule, read, try_one
 
 
 @dataclass(frozen=True)
@@ -231,5 +231,5 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         unused_parameters=seen.unused_parameters, random=seen.random,
     )  # fmt: skip
     source = evaluate if evaluate is not None else train
-    sample = source.gather(np.arange(min(4, len(source)), dtype=np.int64))[0]
+    sample = read(source, np.arange(min(4, len(source))), "data")[0]
     return Prepared(plan, model, train, evaluate, objective, sample)

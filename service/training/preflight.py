@@ -1,0 +1,189 @@
+"""One forward and backward before any worker exists: what a user's model, loss and data can get wrong."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from service.config import RunConfig
+from service.config.build import in_one_line
+from service.data.base import Data
+from service.data.map_style import MapStyle
+from service.errors import ConfigError, DataError, DescentError
+from service.training.objective import Objective
+from service.training.plateau import Plateau
+
+_ALL_LABELS = 1 << 22
+"""Labels up to this many are all checked; of larger data sets an even sample is."""
+_ENTRY_BY_ENTRY = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss,
+                   nn.BCEWithLogitsLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward and backward showed of a model."""
+
+    changing_buffers: tuple[str, ...]
+    random: bool
+    """Whether random numbers were drawn."""
+    unused_parameters: bool
+    terms: float
+    """Loss terms a sample."""
+
+
+def read(data: Data, indices: Any, where: str) -> tuple[Tensor, Tensor]:
+    """`data.gather`, with the user's exceptions as DataError."""
+    try:
+        return data.gather(np.asarray(indices, dtype=np.int64))
+    except DescentError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}: reading samples failed: {in_one_line(error)}") from error
+
+
+def try_one(
+    config: RunConfig, model: nn.Module, objective: Objective, data: Data, micro_size: int
+) -> Seen:
+    """One forward and backward on a sample or two; the model is left as it was.
+
+    Raises ConfigError or DataError in the words of the config.
+    """
+    # Two samples where there are two: batch norm can't train on a single one.
+    count = min(2, len(data), max(1, micro_size))
+    inputs, targets = read(data, np.arange(count), "data.train")
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
+    model.train()
+    output = _forward(config, model, inputs)
+    random = not torch.equal(drawn, torch.get_rng_state())
+    loss = _loss(config, objective, output, targets, "data.train")
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"model._target_={config.model['_target_']}: no gradient reaches its parameters from the loss; "
+            "is something detached, or under no_grad?"
+        )
+    try:
+        loss.backward()
+    except Exception as error:
+        raise ConfigError(
+            f"model._target_={config.model['_target_']}: the backward failed: {in_one_line(error)}"
+        ) from error
+    with torch.no_grad():
+        changed = tuple(n for n, b in model.named_buffers() if not torch.equal(b, before[n]))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return Seen(changed, random, unused, objective.count(targets) / count)
+
+
+def check_outputs(
+    config: RunConfig, model: nn.Module, objective: Objective, data: Data, where: str
+) -> None:
+    """One sample through the model in evaluation, and every label against the number of outputs.
+
+    Of very large sets an even sample of the labels is looked at.
+    """
+    inputs, targets = read(data, [0], where)
+    model.eval()
+    with torch.no_grad():
+        output = _forward(config, model, inputs)
+        _loss(config, objective, output, targets, where)
+    model.train()
+    if not objective.by_class or targets.is_floating_point():
+        return
+    in_memory = getattr(data, "targets", None)
+    if isinstance(in_memory, Tensor):
+        _labels_in_range(in_memory, output.shape[-1], where, config)
+        return
+    most = min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536)
+    wanted = min(len(data), max(1, most // max(1, targets[0].numel())))
+    indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
+    _labels_in_range(read(data, indices, where)[1], output.shape[-1], where, config, indices)
+
+
+def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:
+    """Whether it is a function from step to multiplier, and has what it goes by."""
+    name = config.schedule["_target_"]
+    try:
+        first = schedule(0)
+    except Exception as error:
+        raise ConfigError(
+            f"schedule._target_={name}: must be a function from step to multiplier: {in_one_line(error)}"
+        ) from error
+    if isinstance(first, bool) or not isinstance(first, int | float) or not math.isfinite(first):
+        raise ConfigError(
+            f"schedule._target_={name}: gives {first!r} for step 0, must be a finite number"
+        )
+    if isinstance(schedule, Plateau) and not evaluates:
+        raise ConfigError(
+            "schedule=plateau: goes by the evaluation loss, and there is nothing to evaluate on; "
+            "set data.holdout or take another schedule"
+        )
+
+
+def _forward(config: RunConfig, model: nn.Module, inputs: Tensor) -> Tensor:
+    where = f"model._target_={config.model['_target_']}"
+    try:
+        output = model(inputs)
+    except DescentError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: can't take this data: inputs of shape {list(inputs.shape[1:])}, {inputs.dtype}: "
+            f"{in_one_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise ConfigError(
+            f"{where}: forward gives a {type(output).__name__}, Descent needs one tensor"
+        )
+    if output.dim() == 0 or output.shape[0] != inputs.shape[0]:
+        raise ConfigError(
+            f"{where}: forward gives shape {list(output.shape)} for {inputs.shape[0]} samples, "
+            "Descent needs one row a sample"
+        )
+    return output
+
+
+def _loss(
+    config: RunConfig, objective: Objective, output: Tensor, targets: Tensor, data: str
+) -> Tensor:
+    where = f"loss._target_={config.loss['_target_']}"
+    given = f"outputs {list(output.shape)}, {output.dtype} with targets {list(targets.shape)}, {targets.dtype}"
+    if objective.by_class and not targets.is_floating_point():
+        _labels_in_range(targets, output.shape[-1], data, config)
+    # torch would broadcast these, and train on nonsense
+    if isinstance(objective.loss, _ENTRY_BY_ENTRY) and output.numel() != targets.numel():
+        raise ConfigError(
+            f"{where}: can't compare {given}: it needs one target for each output; "
+            "classes go with loss=cross_entropy, one value a sample with model.num_outputs=1"
+        )
+    try:
+        loss = objective(output, targets)
+    except Exception as error:
+        raise ConfigError(f"{where}: can't compare {given}: {in_one_line(error)}") from error
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(f"{where}: gives {shape}, Descent needs one number a batch")
+    return loss
+
+
+def _labels_in_range(
+    targets: Tensor, classes: int, where: str, config: RunConfig, indices: Any = None
+) -> None:
+    ignored = config.loss.get("ignore_index", -100)
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.reshape(len(targets), -1).any(1).nonzero()[0])
+    label = int(targets[wrong][0])
+    number = row if indices is None else int(indices[row])
+    remedy = "mend the data" if label < 0 else f"set model.num_outputs={label + 1} or mend the data"
+    raise DataError(
+        f"{where}: sample {number} has label {label}, but the model has {classes} outputs "
+        f"(0 to {classes - 1}); {remedy}"
+    )
