@@ -45,7 +45,7 @@ def serve(output_dir: Path, host: str, port: int, browser: bool) -> int:
     ]  # fmt: skip
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)  # so that the server goes with us, whoever ends us
