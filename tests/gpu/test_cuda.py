@@ -1,0 +1,67 @@
+"""What only a GPU can show. Run by hand there: python -m pytest tests/gpu (not part of make test)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.cluster.policy import deal_slots
+from service.config import compose
+from service.messages import Membership
+from service.training.plan import prepare
+from service.training.trainer import Control, Trainer
+
+
+def losses(folder: Path, device: str, *overrides: str) -> list[float]:
+    """The loss of every step of a run with one replica."""
+    composed = compose(
+        [
+            "steps=20",
+            "epochs=null",
+            "workers=1",
+            f"device={device}",
+            "checkpoint.every=null",
+            *overrides,
+        ]
+    )
+    plan = prepare(composed.config, cores=1.0, gpus=float(torch.cuda.device_count())).plan
+    control = Control()
+    trainer = Trainer(composed.config, plan, folder, torch.device(device), control)
+    trainer.run(Membership(1, 0, 1, "127.0.0.1", 0, deal_slots(plan.slots, 1), plan.micro_size))
+    trainer.finish_saving()
+    return [r.metrics["train/loss"] for r in control.records if "train/loss" in r.metrics]
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_the_gpu_computes_what_the_cpu_computes(tmp_path: Path, model: str) -> None:
+    on_cpu = losses(tmp_path / "cpu", "cpu", f"model={model}")
+    on_gpu = losses(tmp_path / "cuda", "cuda", f"model={model}")
+    assert on_gpu == pytest.approx(on_cpu, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["precision=bf16"],
+        ["precision=bf16", "compile=true"],
+        ["optimizer=muon"],
+        ["optimizer=nadam"],
+    ],
+)
+def test_each_way_of_computing_learns(tmp_path: Path, options: list[str]) -> None:
+    found = losses(
+        tmp_path,
+        "cuda",
+        "model=gpt_tiny",
+        "data=stdlib",
+        "data.max_bytes=200000",
+        "batch.size=16",
+        *options,
+    )
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_the_same_run_gives_the_same_losses_on_the_gpu(tmp_path: Path) -> None:
+    first = losses(tmp_path / "a", "cuda", "model.dropout=0.2", "reduction=exact", "slots=2")
+    second = losses(tmp_path / "b", "cuda", "model.dropout=0.2", "reduction=exact", "slots=2")
+    assert first == second
