@@ -105,9 +105,23 @@ def train_step(
     rows = side[: given.num_slots * width].view(given.num_slots, width)
     if any(votes):
         side[given.num_slots * width :] = torch.tensor(votes, dtype=torch.float64)
-    pending: list[object] = []
     if buffers.size:
         buffers.begin()
+    try:
+        _compute(objective, reducer, group, buffers, fetch, given, autocast, random, rows, side)
+    except BaseException:
+        # The step will run again, in another generation: what the forward moved goes back.
+        buffers.restart()
+        raise
+    return _commit(model, optimizer, buffers, rows, side, given, clip_norm, clip_value)
+
+
+def _compute(
+    objective: Objective, reducer: Reducer, group: Group, buffers: Buffers, fetch: Fetch,
+    given: StepInput, autocast: Callable[[], torch.autocast], random: bool, rows: Tensor, side: Tensor,
+) -> None:  # fmt: skip
+    """Forward and backward of this rank's slots, and the reduction: gradients and `side` are sums afterwards."""
+    pending: list[object] = []
     reducer.begin()
     for index, (slot, (lo, hi)) in enumerate(given.slots):
         last_slot = index == len(given.slots) - 1
@@ -141,7 +155,6 @@ def train_step(
         reducer.end_slot(slot, last_slot)
     group.wait(pending[0])
     reducer.finish()
-    return _commit(model, optimizer, buffers, rows, side, given, clip_norm, clip_value)
 
 
 def _commit(
