@@ -176,6 +176,8 @@ def _labels_in_range(
     targets: Tensor, classes: int, where: str, config: RunConfig, indices: Any = None
 ) -> None:
     ignored = config.loss.get("ignore_index", -100)
+    if targets.dtype is torch.uint8:
+        targets = targets.short()  # in uint8 a bound of 256 or an ignored -100 would wrap around
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)
     if not bool(wrong.any()):
         return
