@@ -91,8 +91,11 @@ def check_outputs(
     inputs, targets = read(data, [0], where)
     model.eval()
     with torch.no_grad():
-        output = _forward(config, model, inputs)
-        _loss(config, objective, output, targets, where)
+        try:
+            output = _forward(config, model, inputs)
+            _loss(config, objective, output, targets, where)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     model.train()
     if not objective.by_class or targets.is_floating_point():
         return
