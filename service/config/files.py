@@ -57,11 +57,18 @@ def groups(config_dirs: Iterable[str] = ()) -> dict[str, dict[str, str]]:
     for root in search_path(config_dirs):
         for file in sorted(root.glob("*/**/*.yaml")):
             group, option = _place(file, root)
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = _text(file).splitlines()
             comments = [x for x in lines if x.startswith("#") and not x.startswith("# @")]
             line = comments[0].lstrip("# ").strip() if comments else ""
             found.setdefault(group, {})[option] = line
     return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown(file)}: can't be read as UTF-8 text: {error}") from error
 
 
 def option_file(group: str, option: str, config_dirs: Iterable[str]) -> Path | None:

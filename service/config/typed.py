@@ -48,6 +48,9 @@ def _refuse(error: ValidationError, plain: Mapping[str, Any], sources: Sources) 
     kinds = {e["type"] for e in these}
     if not path:
         raise ConfigError(_two_lengths(plain, sources)) from error
+    if path == ("experiment",):
+        rule = "an experiment needs '# @package _global_' as its first line"
+        raise ConfigError(f"{sources.where(path)}: {rule}") from error
     if "extra_forbidden" in kinds:
         hint = near(path[-1], _names_at(path[:-1]), "".join(f"{part}." for part in path[:-1]))
         raise ConfigError(sources.line(path, value, f"there is no such key; {hint}")) from error

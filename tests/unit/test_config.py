@@ -131,6 +131,16 @@ FILES = {
         "experiment=e",
         "trusted_modules=[os]: a file can't vouch for itself",
     ),
+    "experiment/f.yaml": (
+        "# F\nseed: 3\n",
+        "experiment=f",
+        "an experiment needs '# @package _global_' as its first line",
+    ),
+    "experiment/g.yaml": (
+        "# @package _global_\n# G\nseed: 1\nseed: 2\n",
+        "experiment=g",
+        "line 4: is not valid YAML: found duplicate key seed",
+    ),
     "batch/mine.yaml": (
         "# Mine\nsize: 8\nmicro_sise: 4\n",
         "batch=mine",
@@ -177,6 +187,12 @@ def test_no_file_of_ones_own_is_passed_over_in_silence(tmp_path):
     (tmp_path / "mine/model/mlp.yaml").unlink()
     write(tmp_path, "config.yaml", "seed: 3\n")
     assert "mine/config.yaml: would not be read" in refusal(dirs=(folder,))
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    folder = write(tmp_path, "model/odd.yaml", "")
+    (tmp_path / "mine/model/odd.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "model/odd.yaml: can't be read as UTF-8 text" in refusal(dirs=(folder,))
 
 
 def test_options_of_ones_own_are_listed_and_chosen(tmp_path):
