@@ -84,13 +84,11 @@ class _Side:
             if command == "build":
                 self.build(**argument)
             elif command == "join":
+                membership, self.control.pause = argument
                 self.control.abort.clear()
-                self.control.pause = False
-                threading.Thread(target=self.run, args=(argument,), daemon=True).start()
+                threading.Thread(target=self.run, args=(membership,), daemon=True).start()
             elif command == "abort":
                 self.control.abort.set()
-            elif command == "pause":
-                self.control.pause = True
 
     def build(
         self, config: dict[str, Any], plan: dict[str, Any], run_dir: str, restore_from: str | None,
@@ -227,16 +225,18 @@ class Crew:
         return replicas
 
     def form(
-        self, case: Case, replicas: list[Replica], behind: tuple[int, ...] = (), micro_size: int | None = None
+        self, case: Case, replicas: list[Replica], behind: tuple[int, ...] = (), *,
+        micro_size: int | None = None, pausing: int | None = None,
     ) -> None:  # fmt: skip
-        """Send the replicas, by rank, into the next generation."""
+        """Send the replicas, by rank, into the next generation; rank `pausing` votes for a pause."""
         self.generation += 1
         world = len(replicas)
         for rank, replica in enumerate(replicas):
-            replica.send("join", Membership(
+            membership = Membership(
                 self.generation, rank, world, self.store.host, self.store.port,
                 deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind,
-            ))  # fmt: skip
+            )  # fmt: skip
+            replica.send("join", (membership, rank == pausing))
 
     def train(self, case: Case, world: int, micro_size: int | None = None) -> list[Told]:
         """The whole run in one generation of `world` replicas; what each has to say at the end."""
