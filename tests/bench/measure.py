@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DESCENT = "from service.cli import main; main()"
 PAIRS = 3
 _SETTLE_S = 2.0
-_PATIENCE_S = 120.0
+PATIENCE_S = 120.0
 
 
 class BenchError(Exception):
@@ -127,34 +128,23 @@ def process(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """Politely first, so that a run closes its cluster; then whatever is left."""
-    if child.poll() is not None:
-        return
-    family = psutil.Process(child.pid).children(recursive=True)
-    child.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(60)
-    if child.poll() is None:
-        child.kill()
-        child.wait()
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-
-
-def printed(arguments: Sequence[str], folder: Path) -> str:
-    """Run a process to its end; what it printed."""
-    with process(arguments, folder) as child:
-        try:
-            out, _ = child.communicate(timeout=_PATIENCE_S)
-        except subprocess.TimeoutExpired as error:
-            raise BenchError(f"{' '.join(arguments)}: took over {_PATIENCE_S:g} s") from error
-    return out
+    """Kill the process and whoever belongs to its session: a Ray cluster is a dozen of them."""
+    for _ in range(2):  # the second time for those that were being born
+        for member in [child.pid, *psutil.pids()]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getsid(member) == child.pid:
+                    os.kill(member, signal.SIGKILL)
+    child.wait()
 
 
 def output_of(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a process to its end; the JSON object that is its last line."""
-    lines = printed(arguments, folder).strip().splitlines()
+    with process(arguments, folder) as child:
+        try:
+            out, _ = child.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired as error:
+            raise BenchError(f"{' '.join(arguments)}: took over {PATIENCE_S:g} s") from error
+    lines = out.strip().splitlines()
     if not lines:
         raise BenchError(f"{' '.join(arguments)}: printed nothing")
     found: dict[str, Any] = json.loads(lines[-1])
@@ -200,7 +190,7 @@ class Training:
 
     def wait_for(self, condition: Any) -> None:
         """Read on until `condition()` holds."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             self.read()
             if condition():
@@ -220,7 +210,7 @@ class Training:
 
 @contextlib.contextmanager
 def training(overrides: Sequence[str], folder: Path) -> Iterator[Training]:
-    """`descent train` under way, with tracking on; ended by SIGTERM."""
+    """`descent train` under way, with tracking on; killed at the end of the block."""
     with process(["-c", DESCENT, "train", *overrides, "--json"], folder) as child:
         yield Training(child, folder)
 

@@ -31,7 +31,7 @@ def train(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     own = slice(rank * share, (rank + 1) * share)
     loss = nn.functional.cross_entropy(model(inputs[own]), targets[own])
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     if rank == 0:
         Path(config["out"]).write_text(str(time.time()))

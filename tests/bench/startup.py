@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bench.measure import PAIRS, Result, printed, result_of, training
+from tests.bench.measure import PAIRS, PATIENCE_S, BenchError, Result, process, result_of, training
 from tests.bench.subjects import SUBJECTS
 
 _SUBJECT = "10ms"
@@ -35,5 +35,10 @@ def _ray_train() -> float:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "first_step.txt"
         begin = time.time()
-        printed(["-m", "tests.bench.ray_train", str(out), _SUBJECT], Path(folder))
+        with process(["-m", "tests.bench.ray_train", str(out), _SUBJECT], Path(folder)) as child:
+            while not (out.exists() and out.read_text()):
+                if child.poll() is not None or time.time() - begin > PATIENCE_S:
+                    error = (Path(folder) / "stderr.txt").read_text(encoding="utf-8")
+                    raise BenchError(f"ray_train took no step:\n{error[-2000:]}")
+                time.sleep(0.1)
         return float(out.read_text()) - begin
