@@ -98,15 +98,20 @@ def train(
     """
     console = Console(stderr=as_json)
     composed = _composed(overrides, config_dir)
-    try:
-        from service.cluster.run import Run
+    from service.cluster.run import Run
 
-        summary = Run(composed, console, _STARTED).execute()
+    run = None
+    try:
+        run = Run(composed, console, _STARTED)
+        summary = run.execute()
     except DescentError as error:
         _fail(composed.located(error))
     except KeyboardInterrupt:
         console.print("stopped at once; what was not in a checkpoint is lost")
         raise typer.Exit(130) from None
+    finally:
+        if run is not None:
+            run.close()
     if as_json:
         print(json.dumps(summary.to_dict()))
     else:

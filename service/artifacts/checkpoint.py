@@ -56,6 +56,7 @@ def folder(run_dir: Path, configured: str | None) -> Path:
 
 
 def step_dir(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies under `root`."""
     return root / f"step-{step:08d}"
 
 

@@ -47,7 +47,7 @@ class View:
 
 @dataclass(frozen=True)
 class Wait:
-    pass
+    """Nothing to do until something is heard."""
 
 
 @dataclass(frozen=True)

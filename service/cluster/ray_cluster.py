@@ -3,9 +3,13 @@
 import contextlib
 import os
 import secrets
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from service.errors import ClusterError
 
@@ -53,6 +57,11 @@ def connect(address: str | None) -> Cluster:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
+    # A SIGTERM often goes to the whole process group (timeout, systemd, a batch system). Ray's
+    # processes inherit this mask and stay until we have saved and end them ourselves.
+    masked = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM} if address is None else set()
+    )
     try:
         if address is None:
             ray.init(
@@ -70,9 +79,19 @@ def connect(address: str | None) -> Cluster:
             if address
             else f"{where}: can't start: {first}"
         ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
     total = ray.cluster_resources()
     host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())
     return Cluster(host, address is None, float(total.get("CPU", 0)), float(total.get("GPU", 0)))
+
+
+def cut_short() -> None:
+    """End the processes of a private cluster that is still starting; nobody waits for it any more."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    time.sleep(0.05)
 
 
 def disconnect() -> None:

@@ -34,6 +34,7 @@ from service.messages import Incident, RunState, StepRecord, WorkerSpec
 if TYPE_CHECKING:
     from service.artifacts.tracking import Tracker
     from service.cluster.controller import Controller, Outcome
+    from service.cluster.ray_cluster import Cluster
     from service.training.plan import Prepared
 
 MAY_CHANGE = (
@@ -252,6 +253,7 @@ class Run:
         self._controller: Controller | None = None
         self._stop_asked = 0
         self._opening: Future[Tracker] | None = None
+        self._connecting: Future[Cluster] | None = None
         self._background = ThreadPoolExecutor(2, "start")
 
     # -- the parts that start side by side ---------------------------------------------
@@ -326,30 +328,41 @@ class Run:
     # -- the run ----------------------------------------------------------------------
 
     def execute(self) -> Summary:
-        """Check, start, train, keep. Raises DescentError for whatever the user can mend."""
+        """Check, start, train, keep. Raises DescentError for whatever the user can mend.
+
+        `close` must follow, after whatever there is to tell the user has been told.
+        """
         from service.cluster import ray_cluster
 
         address = self.config.ray.address
-        connecting = self._background.submit(ray_cluster.connect, address)
-        try:
-            if address is None:
-                prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
-                cluster = connecting.result()
-            else:
-                cluster = connecting.result()
-                prepared = self._prepare(cluster.cores, cluster.gpus)
-            share = 0.0 if prepared.plan.device == "cpu" else 1.0
-            per_gpu = (
-                share if self.config.resources.gpus == "auto" else float(self.config.resources.gpus)
-            )
-            ray_cluster.check_fits(
-                workers=prepared.plan.max_workers, cpus=self.config.resources.cpus, gpus=per_gpu,
-                wanted=f"workers={prepared.plan.max_workers}",
-            )  # fmt: skip
-            return self._train(prepared, cluster, per_gpu)
-        finally:
-            if connecting.exception() is None:
-                ray_cluster.disconnect()
+        self._connecting = self._background.submit(ray_cluster.connect, address)
+        if address is None:
+            prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
+            cluster = self._connecting.result()
+        else:
+            cluster = self._connecting.result()
+            prepared = self._prepare(cluster.cores, cluster.gpus)
+        share = 0.0 if prepared.plan.device == "cpu" else 1.0
+        per_gpu = (
+            share if self.config.resources.gpus == "auto" else float(self.config.resources.gpus)
+        )
+        ray_cluster.check_fits(
+            workers=prepared.plan.max_workers, cpus=self.config.resources.cpus, gpus=per_gpu,
+            wanted=f"workers={prepared.plan.max_workers}",
+        )  # fmt: skip
+        return self._train(prepared, cluster, per_gpu)
+
+    def close(self) -> None:
+        """Leave the cluster. After a refusal its start may still be under way: that is cut short."""
+        from service.cluster import ray_cluster
+
+        if self._connecting is None:
+            return
+        if self.config.ray.address is None:
+            while not self._connecting.done():
+                ray_cluster.cut_short()
+        if self._connecting.exception() is None:
+            ray_cluster.disconnect()
 
     def _train(self, prepared: "Prepared", cluster: Any, gpus: float) -> Summary:
         from service.cluster.controller import Controller

@@ -95,6 +95,7 @@ def write_run_file(run_dir: Path, content: dict[str, Any]) -> None:
     """Replace run.json in one piece."""
     temporary = run_dir / f".{RUN_FILE}"
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.chmod(0o600)  # overrides are kept as they were typed
     os.replace(temporary, run_dir / RUN_FILE)
 
 

@@ -115,6 +115,11 @@ class Tracking(Section):
             r"^(https?|sqlite|postgresql|mysql)(\+\w+)?://", value
         ):
             raise ValueError("is an MLflow tracking URI such as http://host:5000, or null")
+        if value is not None and re.match(r"^[^:]+://[^/@]*:[^/@]*@", value):
+            raise ValueError(
+                "holds a password, and a config is kept in many places; use the environment: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD"
+            )
         return value
 
 

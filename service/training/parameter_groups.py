@@ -133,12 +133,14 @@ def norm_and_bias(model: nn.Module) -> set[nn.Parameter]:
 
 
 def number(where: str, value: Any) -> float:
+    """`value` as a float; ConfigError naming the key `where` if it isn't a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{where}={shown(value)}: must be a finite number")
     return float(value)
 
 
 def as_tuple(value: Any) -> Any:
+    """Lists, nested ones too, as tuples: YAML has only lists, torch wants tuples."""
     return tuple(as_tuple(v) for v in value) if isinstance(value, list | tuple) else value
 
 
