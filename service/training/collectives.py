@@ -1,23 +1,27 @@
 """The only place that imports torch.distributed: join, sum, exchange, broadcast, leave.
 
-One `Group` is one generation. Every wait is cut into short slices between which the
-abort flag is looked at, because gloo can't be aborted while a peer merely hangs: a
-thread that waits inside it would sit there until the group's time-out.
+One `Group` is one generation. gloo has no abort that works: a thread that waits inside it
+for a peer that hangs, or that has left, would sit there until the group's time-out. So a
+group knows its own connections and shuts them down when it is abandoned: whatever is
+under way fails at once, here and, as they see the connection end, with the peers.
 """
 
 import contextlib
 import datetime
 import inspect
+import os
 import socket
+import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import GradBucket, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks  # noqa: F401 — registers with DDP
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +43,14 @@ _LOST = (
     "store",
 )
 _WEDGED = datetime.timedelta(seconds=600)
+_CONNECT = datetime.timedelta(seconds=8)
+"""For connecting to members that were all there a moment ago; one may have died since."""
+
+
+_held: deque[dist.ProcessGroup] = deque(maxlen=2)
+"""The last process groups, kept beyond their end: were DDP's reducer the last to hold one, it
+would be taken down under Python's lock, while gloo's thread needs that lock to put its last
+tensors away, and both would wait for ever. Let go of here, it goes without the lock."""
 
 
 class PeerLost(Exception):
@@ -71,6 +83,8 @@ class Group:
         self.world_size = world_size
         self.device = device
         self._abort = abort
+        self._connections: set[int] = set()
+        self._closed = threading.Event()
 
     def _check(self) -> None:
         if self._abort.is_set():
@@ -125,28 +139,78 @@ class Group:
             self.wait(work)
 
     def data_parallel(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
-        """`model` under torch's reducer, whose buckets are summed (not averaged) while the backward runs."""
+        """`model` under torch's reducer, whose buckets are averaged over the ranks while the backward runs."""
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Buffers are averaged over slots, not overwritten by rank 0's. The replicas are equal
         # already: without init_sync a regroup costs 1 ms instead of 170.
+        # No hook of our own: Python called on gloo's thread deadlocks with the group's end.
         no_buffers: dict[str, Any] = {_BUFFERS: False}
-        wrapped = DistributedDataParallel(
+        return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True,
             find_unused_parameters=find_unused, init_sync=False, **no_buffers,
         )  # fmt: skip
 
-        def sum_bucket(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-            work = dist.all_reduce(bucket.buffer(), async_op=True)
-            return work.get_future().then(lambda done: done.value()[0])
+    def watch(self, connections: set[int]) -> None:
+        """From now on an abort shuts these sockets (inode numbers) down, whoever waits in them."""
+        self._connections = connections
+        threading.Thread(target=self._watch, name="abort", daemon=True).start()
 
-        wrapped.register_comm_hook(None, sum_bucket)
-        return wrapped
+    def _watch(self) -> None:
+        while not self._closed.wait(_SLICE.total_seconds()):
+            if self._abort.is_set():
+                self.abandon()
+                return
+
+    def abandon(self) -> None:
+        """Shut the connections down: the peers need not wait for a member that won't go on."""
+        for number, connection in _tcp_sockets():
+            if number in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Leave the generation; what is still under way is dropped."""
+        self._closed.set()
         if self.world_size > 1 and dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def _tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
+    """(inode number, a duplicate that is closed afterwards) of this process's TCP sockets."""
+    for name in os.listdir("/dev/fd"):
+        try:
+            status = os.fstat(int(name))
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
+            found = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue  # closed since it was listed
+        with found:
+            if (
+                found.family in (socket.AF_INET, socket.AF_INET6)
+                and found.type == socket.SOCK_STREAM
+            ):
+                yield status.st_ino, found
+
+
+def _listening() -> dict[int, int]:
+    """Inode number -> port of the sockets that this process listens on."""
+    return {
+        number: found.getsockname()[1]
+        for number, found in _tcp_sockets()
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    }
+
+
+def _connected_through(ports: set[int]) -> set[int]:
+    """Inode numbers of the connections with one end at one of these ports."""
+    numbers = set()
+    for number, found in _tcp_sockets():
+        with contextlib.suppress(OSError):  # not connected
+            if {found.getsockname()[1], found.getpeername()[1]} & ports:
+                numbers.add(number)
+    return numbers
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -190,18 +254,35 @@ def join(
             timeout=datetime.timedelta(seconds=20),
         )
         store = PrefixStore(f"generation/{generation}", client)
-        store.set(f"here/{rank}", "1")
-        everyone = [f"here/{r}" for r in range(world_size)]
-        while not store.check(everyone):
-            group._check()
-            time.sleep(0.002)
+        _meet(group, store, "here", "1")
         if dist.is_initialized():
             dist.destroy_process_group()
+        earlier = {number for number, _ in _tcp_sockets()}
+        listening = _listening()
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=store, rank=rank, world_size=world_size, timeout=_WEDGED,
+            store=store, rank=rank, world_size=world_size,
+            timeout=_WEDGED if device.type == "cuda" else _CONNECT,
         )  # fmt: skip
+        _held.append(dist.distributed_c10d._get_default_group())
+        opened = [port for number, port in _listening().items() if number not in listening]
+        # Nobody computes, and so nobody can die of it, before all are connected.
+        answers = _meet(group, store, "connected", ",".join(map(str, opened)))
+        if device.type == "cpu":
+            dist.distributed_c10d._set_pg_timeout(_WEDGED)
+            ports = {int(port) for answer in answers for port in answer.split(",") if port}
+            group.watch(_connected_through(ports) - earlier)
     return group
+
+
+def _meet(group: Group, store: PrefixStore, place: str, word: str) -> list[str]:
+    """Wait, as long as nobody aborts, until all members have said their word; the words by rank."""
+    store.set(f"{place}/{group.rank}", word)
+    everyone = [f"{place}/{r}" for r in range(group.world_size)]
+    while not store.check(everyone):
+        group._check()
+        time.sleep(0.002)
+    return [store.get(key).decode() for key in everyone]
 
 
 def leave() -> None:

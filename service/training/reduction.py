@@ -2,7 +2,7 @@
 
 `Solo` for one replica of one slot range where bits across sizes don't matter, `Fast`
 on DDP's overlapped reducer, `Exact` on one fixed pairwise tree over slot numbers.
-All leave the *sum* over the global batch in `p.grad`.
+All leave the *sum* over the global batch, times `scale`, in `p.grad`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class Reducer(Protocol):
     def forward(self) -> Callable[..., Tensor]: ...
     def begin(self) -> None: ...
     def backward(
-        self, loss: Callable[[], Tensor], last: bool, before: Callable[[], None]
+        self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]
     ) -> None: ...
     def end_slot(self, slot: int, last: bool) -> None: ...
     def finish(self) -> None: ...
@@ -41,11 +41,13 @@ class Solo:
         for p in self._parameters:
             p.grad = None
 
-    def backward(self, loss: Callable[[], Tensor], last: bool, before: Callable[[], None]) -> None:
+    def backward(
+        self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]
+    ) -> None:
         value = loss()
         if last:
             before()
-        value.backward()
+        value.backward(scale.to(value.dtype))
 
     def end_slot(self, slot: int, last: bool) -> None:
         pass
@@ -59,6 +61,7 @@ class Fast:
 
     def __init__(self, model: nn.Module, group: Group, find_unused: bool) -> None:
         self._ddp = group.data_parallel(model, find_unused)
+        self._world_size = group.world_size
         self.forward = self._ddp
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -66,14 +69,16 @@ class Fast:
         for p in self._parameters:
             p.grad = None
 
-    def backward(self, loss: Callable[[], Tensor], last: bool, before: Callable[[], None]) -> None:
+    def backward(
+        self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]
+    ) -> None:
         # Only the step's last backward talks to the others; earlier micro-batches just add up.
         with contextlib.nullcontext() if last else self._ddp.no_sync():
-            value = loss()
+            value = loss() * self._world_size  # the reducer averages, we want the sum
             if last:
                 before()
             try:
-                value.backward()
+                value.backward(scale.to(value.dtype))
             except RuntimeError as error:
                 if is_lost_peer(error):
                     raise PeerLost(str(error).splitlines()[0]) from error
@@ -208,12 +213,14 @@ class Exact:
         self._sending = False
         self._flat.zero_()
 
-    def backward(self, loss: Callable[[], Tensor], last: bool, before: Callable[[], None]) -> None:
+    def backward(
+        self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]
+    ) -> None:
         value = loss()
         if last:
             before()
             self._sending = self._group.world_size > 1
-        value.backward()
+        value.backward(scale.to(value.dtype))
 
     def end_slot(self, slot: int, last: bool) -> None:
         """Put a finished slot's gradient into the tree and make room for the next."""

@@ -4,10 +4,12 @@ The trainer runs on a worker's training thread. Its `Control` is the only thing 
 another thread touches: the worker's main thread sets wishes and reads progress there.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,8 @@ class Trainer:
             checkpoint.folder(run_dir, config.checkpoint.dir), self._saved
         )
         self._multiplier = float("nan")
+        self._parameters = list(model.parameters())
+        self._scale = torch.tensor(1.0 / plan.nominal, device=device)
         self._window = (time.perf_counter(), 0)
 
     # -- one generation ---------------------------------------------------------------
@@ -114,11 +118,15 @@ class Trainer:
                 self.state.receive(group, self.device)
                 self._tell_progress()
             return self._loop(group, membership)
+        except BaseException:
+            group.abandon()  # others may be waiting for this rank's numbers
+            raise
         finally:
             self.feed.forget()
             group.close()
 
     def _loop(self, group: Group, membership: Membership) -> str:
+        self.state.model.train()
         lo, hi = membership.slots[group.rank]
         mine = [(slot, self.bounds[slot]) for slot in range(lo, hi)]
         with reducer_for(
@@ -151,14 +159,15 @@ class Trainer:
         step = self.state.step + 1
         self.control.enter("step")
         learning_rate = self._set_learning_rate(step - 1)
-        self.state.model.train()
         self.feed.prepare(step, mine, micro)
         votes = (int(self.control.pause), int(self.control.save))
         self.control.save = False
-        given = StepInput(step, self.config.seed, mine, self.plan.slots, micro, self.plan.nominal)
+        given = StepInput(
+            step, self.config.seed, mine, self.plan.slots, micro, self.plan.nominal, self._scale
+        )
         try:
             result = train_step(
-                self.state.model, self.state.optimizer, self.objective, reducer, group, self.buffers,
+                self._parameters, self.state.optimizer, self.objective, reducer, group, self.buffers,
                 lambda first, stop: self.feed.fetch(step, first, stop), given,
                 autocast=self._autocast, random=self.plan.random, votes=votes,
                 clip_norm=self.config.clip.norm, clip_value=self.config.clip.value,
@@ -219,10 +228,10 @@ class Trainer:
             f"{self.config.regroup.max_bad_steps} could be taken; try a lower optimizer.lr or clip.norm=1.0"
         )
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        )
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     # -- evaluation -------------------------------------------------------------------
 

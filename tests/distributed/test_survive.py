@@ -78,7 +78,8 @@ class Conductor:
         """What each replica recorded; whoever recorded a step recorded the same."""
         for step, metrics in told.metrics:
             known = self.metrics.setdefault((step, "eval/loss" in metrics), metrics)
-            assert known == metrics
+            if self.case.config.reduction == "exact":
+                assert known == metrics
 
     def finish(self) -> Told:
         """Go on until the run is over; a member's last word."""
@@ -155,19 +156,22 @@ def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
     assert_nothing_tells(conductor, undisturbed)
 
 
-def test_with_the_fast_reduction_no_step_is_lost_either(pool: Crew, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fault", [Fault(0), Fault(7, delay_s=0.001), Fault(13, delay_s=0.003)], ids=str
+)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_with_the_fast_reduction_no_step_is_lost_either(
+    pool: Crew, tmp_path: Path, fault: Fault, world: int
+) -> None:
     case = Case.of([*RUN, "reduction=fast", "optimizer.lr=1e-3"], tmp_path)
-    undisturbed = pool.train(case, 3)[0]
-    for fault in (Fault(0), Fault(7, delay_s=0.001), Fault(13, delay_s=0.003)):
-        conductor = Conductor(pool, case)
-        conductor.start(3, {1: (fault,)})
-        assert conductor.finish().step == undisturbed.step
-        losses = [
-            m["train/loss"]
-            for (_, evaluated), m in sorted(conductor.metrics.items())
-            if not evaluated
-        ]
-        assert losses == pytest.approx(undisturbed.losses, rel=1e-4)
+    undisturbed = pool.train(case, world)[0]
+    conductor = Conductor(pool, case)
+    conductor.start(world, {1: (fault,)})
+    assert conductor.finish().step == undisturbed.step
+    losses = [
+        m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated
+    ]
+    assert losses == pytest.approx(undisturbed.losses, rel=1e-4)
 
 
 def parts_of(told: list[Told], step: int) -> list[PartWritten]:
