@@ -13,14 +13,21 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 _ROUNDS = 4
 _BLOCK = 1 << 14
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele et al. 2014): each output bit depends on every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
-    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-    return x ^ (x >> np.uint64(31))
+def _scramble(x: NDArray[np.uint64], key: np.uint64, mask: np.uint64) -> NDArray[np.uint64]:
+    """A Feistel round's function: one multiplication by the odd `key`, and its well-mixed upper bits.
+
+    Multiply-shift hashing (Dietzfelbinger et al. 1997); a round needs no more, since rounds
+    are repeated, and this is on the path of every step.
+    """
+    out = x + (key >> np.uint64(7))
+    out *= key
+    out ^= out >> np.uint64(29)
+    out *= key
+    out >>= np.uint64(32)
+    out &= mask
+    return out
 
 
 def stream_seed(seed: int, *path: int) -> int:
@@ -55,19 +62,18 @@ def permute(positions: Indices, n: int, key: int) -> Indices:
     low = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    keys = [np.uint64(stream_seed(key, r)) for r in range(2 * _ROUNDS)]
+    keys = [np.uint64(2 * stream_seed(key, r) + 1) for r in range(2 * _ROUNDS)]
 
     def once(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> low, x & low_mask
         for r in range(_ROUNDS):
-            left = left ^ (_mix(right ^ keys[2 * r]) & high_mask)
-            right = right ^ (_mix(left ^ keys[2 * r + 1]) & low_mask)
+            left ^= _scramble(right, keys[2 * r], high_mask)
+            right ^= _scramble(left, keys[2 * r + 1], low_mask)
         return (left << low) | right
 
-    with np.errstate(over="ignore"):
-        x = once(positions.astype(np.uint64))
-        while (outside := np.flatnonzero(x >= np.uint64(n))).size:
-            x[outside] = once(x[outside])
+    x = once(positions.astype(np.uint64))
+    while (outside := np.flatnonzero(x >= np.uint64(n))).size:
+        x[outside] = once(x[outside])
     return x.astype(np.int64)
 
 

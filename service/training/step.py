@@ -6,7 +6,9 @@ small vector beside the gradients.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ class StepInput:
     micro_size: int
     nominal: float
     """What the gradient is divided by: the expected number of loss terms in the global batch."""
+    scale: Tensor
+    """1 / nominal, a 0-d tensor on the device: where the backward starts."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,64 @@ class Buffers:
             offset += buffer.numel()
 
 
+class _Side:
+    """The small vector that travels beside the gradients: per slot loss sum and count, the votes, the buffers.
+
+    Each entry has one owner and the others add zero, so the sum over ranks is exact
+    whatever way it is computed. On a CPU the numbers stay Python's until they are sent.
+    """
+
+    def __init__(
+        self, given: StepInput, buffers: Buffers, group: Group, votes: Sequence[int]
+    ) -> None:
+        self._slots, self._buffers, self._group = given.num_slots, buffers, group
+        self._numbers = [0.0] * (2 * given.num_slots) + [float(v) for v in votes]
+        self._losses: dict[int, Tensor] = {}
+        self._rows = torch.zeros(
+            given.num_slots, buffers.size, dtype=torch.float64, device=group.device
+        )
+        self._sent: Tensor | None = None
+        self._work: object = None
+
+    def add(self, slot: int, loss: Tensor, count: int) -> None:
+        """Count in a micro-batch of `slot`."""
+        self._numbers[2 * slot + 1] += count
+        if self._group.device.type == "cpu":
+            self._numbers[2 * slot] += loss.item()
+        else:  # reading it now would make the host wait for the device
+            value = loss.detach().double()
+            self._losses[slot] = self._losses[slot] + value if slot in self._losses else value
+
+    def end_slot(self, slot: int) -> None:
+        """Take the buffers as the slot's forwards have left them."""
+        if self._buffers.size:
+            self._rows[slot] = self._buffers.pack()
+
+    def send(self) -> None:
+        """Start the sum over all ranks."""
+        if self._group.world_size == 1 and not self._losses:
+            return
+        numbers = torch.tensor(self._numbers, dtype=torch.float64).to(self._group.device)
+        for slot, loss in self._losses.items():
+            numbers[2 * slot] = loss
+        self._sent = torch.cat([numbers, self._rows.flatten()]) if self._buffers.size else numbers
+        self._work = self._group.sum_async(self._sent)
+
+    def receive(self) -> tuple[list[float], list[float], tuple[int, ...], Tensor]:
+        """Loss sums and counts per slot, votes, and buffers [slots, size]; the same on every rank."""
+        self._group.wait(self._work)
+        numbers, rows = self._numbers, self._rows
+        if self._sent is not None:
+            numbers = self._sent[: len(self._numbers)].tolist()
+            rows = self._sent[len(self._numbers) :].view_as(self._rows)
+        end = 2 * self._slots
+        return numbers[0:end:2], numbers[1:end:2], tuple(int(v) for v in numbers[end:]), rows
+
+
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, reducer: Reducer,
-    group: Group, buffers: Buffers, fetch: Fetch, given: StepInput, *,
-    autocast: Callable[[], torch.autocast], random: bool, votes: Sequence[int],
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective,
+    reducer: Reducer, group: Group, buffers: Buffers, fetch: Fetch, given: StepInput, *,
+    autocast: Callable[[], AbstractContextManager[Any]], random: bool, votes: Sequence[int],
     clip_norm: float | None, clip_value: float | None,
 ) -> StepResult:  # fmt: skip
     """Compute this rank's slots, reduce with the others, and update unless something isn't finite.
@@ -96,82 +154,61 @@ def train_step(
     Raises PeerLost when a collective can't be finished; the model is then still at the
     last committed step.
     """
-    # Per slot: loss sum, count, buffers; then the votes. Each entry has one owner and the
-    # others add zero, so the sum is exact whatever way it is computed.
-    width = 2 + buffers.size
-    side = torch.zeros(
-        given.num_slots * width + len(votes), dtype=torch.float64, device=group.device
-    )
-    rows = side[: given.num_slots * width].view(given.num_slots, width)
-    if any(votes):
-        side[given.num_slots * width :] = torch.tensor(votes, dtype=torch.float64)
+    side = _Side(given, buffers, group, votes)
     if buffers.size:
         buffers.begin()
+    reducer.begin()
     try:
-        _compute(objective, reducer, group, buffers, fetch, given, autocast, random, rows, side)
+        for index, (slot, (lo, hi)) in enumerate(given.slots):
+            last_slot = index == len(given.slots) - 1
+            if random:
+                torch.manual_seed(stream_seed(given.seed, given.step, slot))
+            if buffers.size and index:
+                buffers.restart()
+            for start in range(lo, hi, given.micro_size):
+                stop = min(start + given.micro_size, hi)
+                last = last_slot and stop == hi
+                inputs, targets = fetch(start, stop)
+
+                def loss(
+                    inputs: Tensor = inputs, targets: Tensor = targets, slot: int = slot
+                ) -> Tensor:
+                    with autocast():
+                        output = reducer.forward(inputs)
+                    value = objective(output, targets)
+                    side.add(slot, value, objective.count(targets))
+                    return value
+
+                def send(slot: int = slot) -> None:
+                    side.end_slot(slot)
+                    side.send()
+
+                reducer.backward(loss, given.scale, last, send)
+            if not last_slot:
+                side.end_slot(slot)
+            reducer.end_slot(slot, last_slot)
+        sums = side.receive()
+        reducer.finish()
     except BaseException:
         # The step will run again, in another generation: what the forward moved goes back.
         buffers.restart()
         raise
-    return _commit(model, optimizer, buffers, rows, side, given, clip_norm, clip_value)
-
-
-def _compute(
-    objective: Objective, reducer: Reducer, group: Group, buffers: Buffers, fetch: Fetch,
-    given: StepInput, autocast: Callable[[], torch.autocast], random: bool, rows: Tensor, side: Tensor,
-) -> None:  # fmt: skip
-    """Forward and backward of this rank's slots, and the reduction: gradients and `side` are sums afterwards."""
-    pending: list[object] = []
-    reducer.begin()
-    for index, (slot, (lo, hi)) in enumerate(given.slots):
-        last_slot = index == len(given.slots) - 1
-        if random:
-            torch.manual_seed(stream_seed(given.seed, given.step, slot))
-        if buffers.size and index:
-            buffers.restart()
-        for start in range(lo, hi, given.micro_size):
-            stop = min(start + given.micro_size, hi)
-            last = last_slot and stop == hi
-            inputs, targets = fetch(start, stop)
-
-            def loss(
-                inputs: Tensor = inputs, targets: Tensor = targets, slot: int = slot
-            ) -> Tensor:
-                with autocast():
-                    output = reducer.forward(inputs)
-                value = objective(output, targets)
-                rows[slot, 0] += value.detach()
-                rows[slot, 1] += objective.count(targets)
-                return value / given.nominal
-
-            def send_side(slot: int = slot) -> None:
-                if buffers.size:
-                    rows[slot, 2:] = buffers.pack()
-                pending.append(group.sum_async(side))
-
-            reducer.backward(loss, last, send_side)
-        if buffers.size and not last_slot:
-            rows[slot, 2:] = buffers.pack()
-        reducer.end_slot(slot, last_slot)
-    group.wait(pending[0])
-    reducer.finish()
+    return _commit(parameters, optimizer, buffers, sums, given, clip_norm, clip_value)
 
 
 def _commit(
-    model: nn.Module, optimizer: torch.optim.Optimizer, buffers: Buffers, rows: Tensor, side: Tensor,
-    given: StepInput, clip_norm: float | None, clip_value: float | None,
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, buffers: Buffers,
+    sums: tuple[list[float], list[float], tuple[int, ...], Tensor], given: StepInput,
+    clip_norm: float | None, clip_value: float | None,
 ) -> StepResult:  # fmt: skip
     """The step's last act: everyone holds the same sums, so everyone decides the same."""
-    numbers = side.tolist()
-    width = rows.shape[1]
-    losses = numbers[0 : given.num_slots * width : width]
-    count = sum(numbers[1 : given.num_slots * width : width])
-    votes = tuple(int(v) for v in numbers[given.num_slots * width :])
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    losses, counts, votes, rows = sums
+    count = max(sum(counts), 1.0)
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if count != given.nominal:
-        torch._foreach_mul_(gradients, given.nominal / max(count, 1))
+        torch._foreach_mul_(gradients, given.nominal / count)
     norm = gradient_norm(gradients)
-    loss = sum(losses) / max(count, 1)
+    loss = sum(losses) / count
     committed = norm < float("inf") and loss - loss == 0.0
     if committed:
         if clip_norm is not None and norm > clip_norm:
@@ -181,7 +218,7 @@ def _commit(
             torch._foreach_clamp_max_(gradients, clip_value)
         optimizer.step()
         if buffers.size:
-            buffers.unpack(rows[:, 2:])
+            buffers.unpack(rows)
     elif buffers.size:
         buffers.restart()
     return StepResult(loss, norm, committed, votes, tuple(losses))
