@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from service.errors import ConfigError
 
 _PER_SAMPLE = (nn.KLDivLoss, nn.CTCLoss, nn.CosineEmbeddingLoss, nn.TripletMarginLoss,
-               nn.MarginRankingLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss)  # fmt: skip
+               nn.MarginRankingLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss,
+               nn.MultiLabelSoftMarginLoss)  # fmt: skip
+_ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
+                nn.PoissonNLLLoss, nn.KLDivLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss,
+                nn.MultiLabelSoftMarginLoss)  # fmt: skip
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
@@ -45,33 +49,52 @@ class Objective:
         """Whether targets are class numbers, so that an accuracy makes sense."""
         return isinstance(self.loss, _CLASSES)
 
-    def count(self, target: Tensor) -> int:
-        """How many terms the sum over `target` has: what a mean would divide by."""
+    def count(self, target: Tensor) -> Tensor | int:
+        """What torch's mean over `target` would divide by: a number, or 0-d where labels decide it.
+
+        Labels that are ignored don't count, and each of the others as much as its class weight.
+        """
         if not self.sums or isinstance(self.loss, _PER_SAMPLE):
             return target.shape[0]
-        if self.by_class and target.is_floating_point():
-            return target.shape[0]
-        if self.by_class and target.dim() > 1:
-            return int((target != self.loss.ignore_index).sum())  # type: ignore[attr-defined]
-        return target.numel()
+        if not isinstance(self.loss, _CLASSES):
+            return target.numel()
+        if target.is_floating_point():  # probabilities: [n, classes, …]
+            return target.numel() // max(1, target.shape[1])
+        kept = target != self.loss.ignore_index
+        if self.loss.weight is None:
+            return kept.sum()
+        weights = self.loss.weight.double()
+        return (weights[target.clamp(0, len(weights) - 1)] * kept).sum()
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss summed over the batch (a 0-d tensor)."""
+        """The loss summed over the batch (a 0-d tensor).
+
+        Raises ConfigError where output and target would be broadcast against each other.
+        """
         output = output.float() if output.is_floating_point() else output
         if not self.sums:
             return self.loss(output, target) * target.shape[0]
         if self.by_class and output.dim() == 3 and target.shape == output.shape[:2]:
             output, target = output.flatten(0, 1), target.flatten()
-        elif (
-            not self.by_class and output.shape != target.shape and output.numel() == target.numel()
-        ):
+        elif isinstance(self.loss, _ELEMENTWISE) and output.shape != target.shape:
             # [n, 1] against [n] would broadcast to [n, n] and train on nonsense
+            if _without_ones(output) != _without_ones(target):
+                raise ConfigError(
+                    f"loss={type(self.loss).__name__}: compares outputs and targets one by one, but the outputs "
+                    f"are {list(output.shape)} and the targets {list(target.shape)}; make their shapes equal"
+                )
             output = output.view_as(target)
         return self.loss(output, target)
 
     def num_correct(self, output: Tensor, target: Tensor) -> Tensor:
-        """Class predictions that are right (a 0-d int64 tensor)."""
-        return (output.argmax(-1) == target).sum()
+        """Class predictions that are right, without ignored labels (a 0-d int64 tensor)."""
+        classes = -1 if output.shape[:-1] == target.shape else 1  # torch's own place for them is 1
+        right = output.argmax(classes) == target
+        return (right & (target != getattr(self.loss, "ignore_index", -100))).sum()
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]
 
 
 def takes_target(loss: object) -> bool:

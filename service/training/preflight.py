@@ -78,7 +78,8 @@ def try_one(
             buffer.copy_(before[name])
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
     model.zero_grad(set_to_none=True)
-    return Seen(changed, random, unused, objective.count(targets) / count)
+    terms = float(objective.count(targets)) / count or 1.0  # only a scale: these may all be ignored
+    return Seen(changed, random, unused, terms)
 
 
 def check_outputs(

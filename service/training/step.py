@@ -101,21 +101,21 @@ class _Side:
     ) -> None:
         self._slots, self._buffers, self._group = given.num_slots, buffers, group
         self._numbers = [0.0] * (2 * given.num_slots) + [float(v) for v in votes]
-        self._losses: dict[int, Tensor] = {}
+        self._on_device: dict[int, Tensor] = {}
         self._rows = torch.zeros(
             given.num_slots, buffers.size, dtype=torch.float64, device=group.device
         )
         self._sent: Tensor | None = None
         self._work: object = None
 
-    def add(self, slot: int, loss: Tensor, count: int) -> None:
+    def add(self, slot: int, loss: Tensor, count: Tensor | int) -> None:
         """Count in a micro-batch of `slot`."""
-        self._numbers[2 * slot + 1] += count
-        if self._group.device.type == "cpu":
-            self._numbers[2 * slot] += loss.item()
-        else:  # reading it now would make the host wait for the device
-            value = loss.detach().double()
-            self._losses[slot] = self._losses[slot] + value if slot in self._losses else value
+        for place, number in ((2 * slot, loss.detach()), (2 * slot + 1, count)):
+            if isinstance(number, Tensor) and number.device.type != "cpu":
+                # Reading it now would make the host wait for the device.
+                self._on_device[place] = self._on_device.get(place, 0.0) + number.double()
+            else:
+                self._numbers[place] += float(number)
 
     def end_slot(self, slot: int) -> None:
         """Take the buffers as the slot's forwards have left them."""
@@ -124,11 +124,11 @@ class _Side:
 
     def send(self) -> None:
         """Start the sum over all ranks."""
-        if self._group.world_size == 1 and not self._losses:
+        if self._group.world_size == 1 and not self._on_device:
             return
         numbers = torch.tensor(self._numbers, dtype=torch.float64).to(self._group.device)
-        for slot, loss in self._losses.items():
-            numbers[2 * slot] = loss
+        for place, number in self._on_device.items():
+            numbers[place] = number
         self._sent = torch.cat([numbers, self._rows.flatten()]) if self._buffers.size else numbers
         self._work = self._group.sum_async(self._sent)
 
@@ -203,7 +203,7 @@ def _commit(
 ) -> StepResult:  # fmt: skip
     """The step's last act: everyone holds the same sums, so everyone decides the same."""
     losses, counts, votes, rows = sums
-    count = max(sum(counts), 1.0)
+    count = sum(counts) or 1.0  # nothing to learn from: all labels ignored
     gradients = [p.grad for p in parameters if p.grad is not None]
     if count != given.nominal:
         torch._foreach_mul_(gradients, given.nominal / count)
