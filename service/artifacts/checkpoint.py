@@ -60,6 +60,10 @@ def step_dir(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def _step_of(target: Path) -> int:
+    return int(target.name.removeprefix("step-"))
+
+
 def share(tensors: Mapping[str, "Tensor"], rank: int, world_size: int) -> list[str]:
     """The names that `rank` writes: largest first to whoever has least so far, the same on every rank."""
     loads = [0] * world_size
@@ -165,7 +169,13 @@ def read_manifest(target: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(**raw)
-        assert isinstance(manifest.step, int) and manifest.format == FORMAT
+        assert manifest.format == FORMAT, f"format {manifest.format}, this version reads {FORMAT}"
+        assert type(manifest.step) is int, manifest.step
+        assert target.name == step_dir(target.parent, manifest.step).name, (
+            f"of step {manifest.step}"
+        )
+        assert manifest.files, "no files"
+        assert all(type(v) in (int, float) for v in manifest.scalars.values()), manifest.scalars
         for name, entry in manifest.files.items():
             assert re.fullmatch(r"state-\d{5}-of-\d{5}\.safetensors", name), name
             assert isinstance(entry["size"], int) and re.fullmatch(r"[0-9a-f]{64}", entry["sha256"])
@@ -207,7 +217,7 @@ def committed(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: p.name, reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def newest(root: Path) -> tuple[Path, list[str]]:
@@ -236,6 +246,6 @@ def prune(root: Path, keep_last: int) -> None:
     if not kept:
         return
     for path in sorted(root.iterdir()):
-        if _STEP.match(path.name) and path not in kept and path.name < kept[0].name:
+        if _STEP.match(path.name) and path not in kept and _step_of(path) < _step_of(kept[0]):
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

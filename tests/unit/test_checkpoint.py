@@ -1,0 +1,212 @@
+"""A checkpoint is whole or it doesn't count."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from service.artifacts import checkpoint
+from service.errors import CheckpointError
+from service.messages import PartWritten
+
+TENSORS = {
+    "model/weight": torch.arange(12.0).view(3, 4),
+    "model/bias": torch.randn(5, generator=torch.Generator().manual_seed(0)),
+    "model/count": torch.tensor(7),
+    "optimizer/weight/exp_avg": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).bfloat16(),
+}  # fmt: skip
+SCALARS = {"evaluated": 3, "bad_steps": 0, "best": 0.1}
+
+
+def write_parts(root: Path, step: int, world: int = 2, generation: int = 1) -> list[PartWritten]:
+    """Each rank's share, written by its own saver."""
+    parts: list[PartWritten] = []
+    for rank in range(world):
+        saver = checkpoint.Saver(root, parts.append)
+        saver.save(
+            TENSORS, step=step, rank=rank, world_size=world, generation=generation, scalars=SCALARS
+        )
+        saver.wait()
+    return parts
+
+
+def save(root: Path, step: int, world: int = 2) -> Path:
+    return checkpoint.commit(root, write_parts(root, step, world), run="r", config_sha256="c")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_what_any_number_of_ranks_wrote_is_read_by_one(tmp_path: Path, world: int) -> None:
+    tensors, manifest = checkpoint.load(save(tmp_path, 3, world))
+    assert same(tensors, TENSORS)
+    assert (manifest.step, manifest.scalars, len(manifest.files)) == (3, SCALARS, world)
+
+
+@given(
+    sizes=st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(0, 50), max_size=12),
+    world=st.integers(1, 6),
+)
+def test_every_tensor_is_written_by_exactly_one_rank(sizes: dict[str, int], world: int) -> None:
+    tensors = {name: torch.zeros(size) for name, size in sizes.items()}
+    shares = [checkpoint.share(tensors, rank, world) for rank in range(world)]
+    assert sorted(name for share in shares for name in share) == sorted(tensors)
+    loads = [sum(tensors[n].numel() for n in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pristine")
+    save(root, 10)
+    save(root, 20)
+    return root
+
+
+FILES = ["manifest.json", "state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"]
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80
+)
+@given(name=st.sampled_from(FILES), how=st.sampled_from(["truncate", "flip", "delete", "empty", "swap"]),
+       at=st.integers(0, 10**6), bit=st.integers(0, 7))  # fmt: skip
+def test_any_damage_is_found_and_the_one_before_is_taken(
+    pristine: Path, tmp_path: Path, name: str, how: str, at: int, bit: int
+) -> None:
+    root = tmp_path / "root"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(pristine, root)
+    file = root / "step-00000020" / name
+    whole = file.read_bytes()
+    at %= len(whole)
+    if how == "truncate":
+        file.write_bytes(whole[:at])
+    elif how == "flip":
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :])
+    elif how == "delete":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        file.write_bytes(
+            (root / "step-00000020" / FILES[1 if name != FILES[1] else 2]).read_bytes()
+        )
+    if name == "manifest.json" and how == "flip":
+        # A flipped bit may leave a manifest that is valid and says the same of the files.
+        try:
+            tensors, _ = checkpoint.load(file.parent)
+        except CheckpointError:
+            pass
+        else:
+            assert same(tensors, TENSORS)
+            return
+    with pytest.raises(CheckpointError):
+        checkpoint.load(file.parent)
+    target, skipped = checkpoint.newest(root)
+    assert target.name == "step-00000010"
+    # Without a manifest the folder was never a checkpoint; otherwise we are told why not.
+    assert len(skipped) == (0 if (name, how) == ("manifest.json", "delete") else 1)
+    assert same(checkpoint.load(target)[0], TENSORS)
+
+
+def edit(target: Path, **changes: object) -> None:
+    path = target / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/hostname", "state.safetensors", "..", ""]
+)
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    target = save(tmp_path, 1)
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(target / FILES[1], outside)
+    content = outside.read_bytes()
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(target, files={name: entry})
+    with pytest.raises(CheckpointError, match="not a valid manifest"):
+        checkpoint.load(target)
+
+
+FOREIGN = [{"format": 2}, {"format": "1"}, {"step": "1"}, {"step": -1}, {"step": True}, {"files": []},
+           {"files": {}}, {"files": None}, {"files": {FILES[1]: {}}}, {"files": {FILES[1]: 3}},
+           {"files": {FILES[1]: {"size": -1, "sha256": "0" * 64}}}, {"unknown": 1}, {"scalars": 3},
+           {"scalars": {"evaluated": "x"}}, {"files": {FILES[1]: {"size": 1, "sha256": 5}}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FOREIGN, ids=str)
+def test_a_foreign_manifest_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    target = save(tmp_path, 1)
+    edit(target, **changes)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(target)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.newest(tmp_path)
+
+
+@settings(deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3)))  # fmt: skip
+def test_any_other_json_is_refused(pristine: Path, content: object) -> None:
+    target = pristine.parent / "json"
+    target.mkdir(exist_ok=True)
+    (target / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError):
+        checkpoint.read_manifest(target)
+
+
+def test_a_renamed_folder_does_not_pass_for_a_newer_step(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    shutil.copytree(tmp_path / "step-00000005", tmp_path / "step-00000009")
+    target, skipped = checkpoint.newest(tmp_path)
+    assert target.name == "step-00000005" and len(skipped) == 1
+
+
+def test_before_the_commit_nothing_counts(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    parts = write_parts(tmp_path, 2)
+    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
+    (tmp_path / "step-00000002" / parts[1].file).unlink()
+    with pytest.raises(CheckpointError, match="not there with"):
+        checkpoint.commit(tmp_path, parts, run="r", config_sha256="c")
+    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.newest(tmp_path / "nowhere")
+
+
+def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> None:
+    save(tmp_path, 99_999_999)
+    write_parts(tmp_path, 100_000_000)  # left over from a crash
+    for step in (100_000_001, 100_000_002, 100_000_003):
+        save(tmp_path, step)
+    write_parts(tmp_path, 100_000_004)  # not committed yet
+    (tmp_path / "notes").mkdir()
+    checkpoint.prune(tmp_path, 2)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["notes", "step-100000002", "step-100000003", "step-100000004"]
+    assert checkpoint.newest(tmp_path)[0].name == "step-100000003"
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert checkpoint.newest(tmp_path)[0].name == "step-100000000"
+    checkpoint.prune(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-100000000"]
+
+
+def test_a_disk_that_refuses_is_reported_in_the_part(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").write_text("a file where the folder should be")
+    parts = write_parts(tmp_path, 1, world=1)
+    assert parts[0].error is not None and "FileExistsError" in parts[0].error
