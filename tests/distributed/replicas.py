@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -247,9 +247,7 @@ class Crew:
         self.give(replicas)
         return told
 
-    def until_ended(
-        self, replicas: list[Replica], while_waiting: Callable[[], None] = lambda: None
-    ) -> dict[int, Told]:
+    def until_ended(self, replicas: list[Replica]) -> dict[int, Told]:
         """Index -> how the generation ended, for those who live to tell.
 
         Like the controller: as soon as one is dead or broken, the others are told to leave.
@@ -260,7 +258,6 @@ class Crew:
         deadline = time.monotonic() + DEADLINE_S
         while left:
             assert time.monotonic() < deadline, f"replicas {sorted(left)} hang"
-            while_waiting()
             ready = wait([r.pipe for r in left.values()], 0.05)
             lost = False
             for index, replica in [(i, r) for i, r in left.items() if r.pipe in ready]:
@@ -273,7 +270,8 @@ class Crew:
             if lost and not aborted:
                 aborted = True
                 for replica in left.values():
-                    replica.send("abort")
+                    with suppress(BrokenPipeError):  # it may be dying just now
+                        replica.send("abort")
         return told
 
     def close(self) -> None:
