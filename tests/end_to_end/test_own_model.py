@@ -18,7 +18,11 @@ def test_the_example_of_the_readme_trains_and_its_model_predicts(tmp_path: Path)
     words = shlex.split(command)
     assert words[:2] == ["descent", "train"]
     done = subprocess.run(
-        [DESCENT, "train", "--json", *words[2:]], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [DESCENT, "train", "--json", *words[2:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.strip().splitlines()[-1])

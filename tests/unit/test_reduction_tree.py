@@ -1,5 +1,7 @@
 """The fixed tree: whoever holds which slots, the same additions."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def sum_by_tree(leaves: list[torch.Tensor]) -> torch.Tensor:
 def dealings(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
     slots = draw(st.integers(1, 17))
     cuts = draw(st.lists(st.integers(1, slots), max_size=5).map(lambda c: sorted({0, slots, *c})))
-    return slots, list(zip(cuts, cuts[1:], strict=False))
+    return slots, list(itertools.pairwise(cuts))
 
 
 @given(dealings(), st.integers(0, 2**31))

@@ -1,5 +1,7 @@
 """Each sample once an epoch, the same order for everyone, any step at once."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,7 +78,7 @@ def test_a_sample_is_equally_likely_at_each_position() -> None:
 def test_slots_cut_the_batch_into_even_parts(batch: int, slots: int) -> None:
     bounds = slot_bounds(batch, slots)
     assert bounds[0][0] == 0 and bounds[-1][1] == batch
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
     lengths = [hi - lo for lo, hi in bounds]
     assert max(lengths) - min(lengths) <= 1
 
