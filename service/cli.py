@@ -112,6 +112,9 @@ def train(
     finally:
         if run is not None:
             run.close()
+    failure = summary.outcome.failure
+    if failure is not None and failure.by_user:
+        print(failure.traceback.rstrip(), file=sys.stderr)
     if as_json:
         print(json.dumps(summary.to_dict()))
     else:
@@ -122,8 +125,6 @@ def train(
 def _print_summary(console: Console, summary: Any) -> None:
     outcome, figures = summary.outcome, summary.figures
     color = {"FINISHED": "green", "FAILED": "red"}.get(str(outcome.state), "yellow")
-    if outcome.failure is not None and outcome.failure.by_user:
-        print(outcome.failure.traceback.rstrip(), file=sys.stderr)
     console.print()
     reason = f": {escape(outcome.reason)}" if outcome.reason else ""
     console.print(

@@ -76,6 +76,8 @@ class Controller:
         self._generation = 0
         self._joined: set[str] = set()
         self._micro_size = plan.micro_size
+        self._halved_in = -1
+        self._formed_at: tuple[int, int] | None = None
         self._failures = 0
         self._counted: set[str] = set()
         self._parts: dict[tuple[int, int], dict[int, PartWritten]] = {}
@@ -136,7 +138,12 @@ class Controller:
             and status.generation == self._generation
         ):
             self._recovered()
-        if status.out_of_memory and status.generation == self._generation and self._micro_size > 1:
+        if (
+            status.out_of_memory
+            and status.generation == self._generation != self._halved_in
+            and self._micro_size > 1
+        ):
+            self._halved_in = self._generation  # once, however many workers say it how often
             self._micro_size = max(1, self._micro_size // 2)
             self._listener.note(f"out of memory: going on with batch.micro_size={self._micro_size}")
 
@@ -265,6 +272,12 @@ class Controller:
                 self._group.kill(worker_id, "could not be brought to leave its generation")
 
     def _form(self, decision: policy.Form) -> None:
+        # Regroups that get nowhere must end: a network that always fails, an error in the
+        # user's code that looks like a lost peer.
+        here = (self._committed, self._micro_size)
+        if here == self._formed_at:
+            self._failures += 1
+        self._formed_at = here
         self._generation += 1
         self._members = decision.workers
         world = len(decision.workers)
@@ -342,8 +355,7 @@ class Controller:
     # -- the end ----------------------------------------------------------------------
 
     def _end(self, decision: policy.End) -> Outcome:
-        if decision.state is not RunState.FAILED:
-            self._drain()
+        self._drain(_SAVE_S if decision.state is not RunState.FAILED else 5.0)
         failures = [
             h.status.failure for h in self._group.handles.values() if h.status and h.status.failure
         ]
@@ -371,9 +383,9 @@ class Controller:
             (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents, peak, nodes,
         )  # fmt: skip
 
-    def _drain(self) -> None:
+    def _drain(self, patience_s: float) -> None:
         """Fetch what the members still hold: the last records, and the parts of the last checkpoint."""
-        deadline = time.monotonic() + _SAVE_S
+        deadline = time.monotonic() + patience_s
         waiting = {w for w in self._members if not self._group.handles[w].dead}
         quiet = 0
         while waiting and quiet < 2 and time.monotonic() < deadline:

@@ -103,7 +103,7 @@ def decide(view: View) -> Decision:
     if view.failures > view.max_failures:
         return End(
             RunState.FAILED,
-            f"{view.failures} workers failed, regroup.max_failures={view.max_failures}",
+            f"{view.failures} failures, regroup.max_failures={view.max_failures}",
         )
     members = [view.workers.get(w) for w in view.members]
     if members and all(

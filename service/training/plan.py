@@ -218,7 +218,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     _one_dtype(config, model)
     build_optimizer_for(config, model, torch.device("cpu"))
     check_schedule(config, build_schedule(config, total), evaluate is not None)
-    seen = try_one(config, model, objective, train, micro)
+    smallest = min((size % micro) or micro for size in {batch // slots, largest})
+    seen = try_one(config, model, objective, train, micro, smallest)
     for name, data in (("data.train", train), ("data.evaluate", evaluate)):
         if data is not None:
             check_outputs(config, model, objective, data, name)

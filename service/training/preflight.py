@@ -45,10 +45,16 @@ def read(data: Data, indices: Any, where: str) -> tuple[Tensor, Tensor]:
 
 
 def try_one(
-    config: RunConfig, model: nn.Module, objective: Objective, data: Data, micro_size: int
+    config: RunConfig,
+    model: nn.Module,
+    objective: Objective,
+    data: Data,
+    micro_size: int,
+    smallest: int,
 ) -> Seen:
     """One forward and backward on a sample or two; the model is left as it was.
 
+    smallest: the fewest samples that a forward of this run will see.
     Raises ConfigError or DataError in the words of the config.
     """
     # Two samples where there are two: batch norm can't train on a single one.
@@ -72,6 +78,8 @@ def try_one(
         raise ConfigError(
             f"model._target_={config.model['_target_']}: the backward failed: {in_one_line(error)}"
         ) from error
+    if smallest == 1:
+        _forward_one(config, model, inputs)
     with torch.no_grad():
         changed = tuple(n for n, b in model.named_buffers() if not torch.equal(b, before[n]))
         for name, buffer in model.named_buffers():
@@ -80,6 +88,18 @@ def try_one(
     model.zero_grad(set_to_none=True)
     terms = float(objective.count(targets)) / count or 1.0  # only a scale: these may all be ignored
     return Seen(changed, random, unused, terms)
+
+
+def _forward_one(config: RunConfig, model: nn.Module, inputs: Tensor) -> None:
+    """A forward in training on one sample, where the batch's cut will bring one."""
+    try:
+        with torch.no_grad():
+            model(inputs[:1])
+    except Exception as error:
+        raise ConfigError(
+            f"batch.size={config.batch.size}, batch.micro_size={config.batch.micro_size}: some forwards get one "
+            f"sample, and this model can't train on one: {in_one_line(error)}; choose sizes that leave no single sample"
+        ) from error
 
 
 def check_outputs(
@@ -100,14 +120,17 @@ def check_outputs(
     model.train()
     if not objective.by_class or targets.is_floating_point():
         return
+    # Classes stand last, or second where each place of an image has a class of its own.
+    by_place = output.dim() > 2 and output.shape[:-1] != targets.shape
+    classes = output.shape[1] if by_place else output.shape[-1]
     in_memory = getattr(data, "targets", None)
     if isinstance(in_memory, Tensor):
-        _labels_in_range(in_memory, output.shape[-1], where, config)
+        _labels_in_range(in_memory, classes, where, config)
         return
     most = min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536)
     wanted = min(len(data), max(1, most // max(1, targets[0].numel())))
     indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
-    _labels_in_range(read(data, indices, where)[1], output.shape[-1], where, config, indices)
+    _labels_in_range(read(data, indices, where)[1], classes, where, config, indices)
 
 
 def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from service.artifacts import checkpoint
 from service.config import RunConfig, build
+from service.errors import TrainingError
 from service.messages import Membership, PartWritten, StepRecord
 from service.training import collectives
 from service.training.collectives import Group
@@ -36,7 +37,7 @@ PAUSE, SAVE = 0, 1
 """Places of the votes in the step's side vector."""
 
 
-class TooManyBadSteps(Exception):
+class TooManyBadSteps(TrainingError):
     """Several steps in a row without finite gradients."""
 
 

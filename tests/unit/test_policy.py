@@ -83,7 +83,7 @@ TABLE: list[tuple[str, View, Decision]] = [
     ("user code fails: no retry",
      view("ab", a=member(S.FAILED), b=member(S.RUNNING)), End(RunState.FAILED, "a worker's code failed")),
     ("too many crashes",
-     view("a", a=member(S.RUNNING), failures=9), End(RunState.FAILED, "9 workers failed, regroup.max_failures=8")),
+     view("a", a=member(S.RUNNING), failures=9), End(RunState.FAILED, "9 failures, regroup.max_failures=8")),
     ("a stop is a pause first",
      view("a", a=member(S.RUNNING), stopping=True), Pause("stop")),
     ("and then the end",

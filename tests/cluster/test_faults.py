@@ -1,0 +1,176 @@
+"""Faults in a real run on real Ray actors, driven through the command line; the oracle is the undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+DESCENT = str(Path(sys.executable).with_name("descent"))
+STEPS = 120
+MODULE = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
+
+    def forward(self, x):
+        time.sleep(0.03 if self.training else 0)
+        return super().forward(x)
+
+class Greedy(nn.Sequential):
+    '''Fits a micro-batch of 4 samples and no more.'''
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x):
+        if self.training and len(x) > 4:
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return super().forward(x)
+
+class Broken(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training and self.calls > 20:
+            raise ValueError("my own mistake")
+        return super().forward(x)
+"""
+COMMON = ["model=custom", "trusted_modules=[nets]", "epochs=null", "workers=2", "reduction=exact", "batch.size=30",
+          "evaluate.every=40", "tracking.system_metrics=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults")
+    (path / "nets.py").write_text(MODULE)
+    return path
+
+
+def start(folder: Path, name: str, network: str, *overrides: str) -> subprocess.Popen[str]:
+    command = [
+        DESCENT,
+        "train",
+        "--json",
+        *COMMON,
+        f"model._target_=nets.{network}",
+        f"name={name}",
+        *overrides,
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, json.loads(out.splitlines()[-1]) if out.strip() else {}, err
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, name: str, step: int) -> None:
+    metrics = folder / ".descent" / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and f"\n[{step}, " in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"step {step} not reached"
+        time.sleep(0.02)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The worker actors' processes, oldest first."""
+    found = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if p.name().startswith("ray::Worker")
+    ]
+    return sorted(found, key=lambda p: (p.create_time(), p.pid))
+
+
+def logged_steps(folder: Path, name: str) -> list[int]:
+    lines = (folder / ".descent" / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [step for step, _, metrics in map(json.loads, lines) if "train/loss" in metrics]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> dict[str, Any]:
+    code, summary, err = end(start(folder, "undisturbed", "Slow", f"steps={STEPS}"))
+    assert code == 0, err
+    return summary
+
+
+@pytest.mark.parametrize(("fault", "heartbeat"), [(signal.SIGKILL, 10.0), (signal.SIGSTOP, 2.0)])
+def test_a_worker_that_dies_or_hangs_costs_no_step_and_no_bit(
+    folder: Path, undisturbed: dict[str, Any], fault: signal.Signals, heartbeat: float
+) -> None:
+    name = fault.name.lower()
+    process = start(folder, name, "Slow", f"steps={STEPS}", f"regroup.heartbeat_s={heartbeat}")
+    wait_for_step(process, folder, name, 15)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    os.kill(workers[0].pid, fault)
+    code, summary, err = end(process)
+    assert code == 0, err
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert summary["eval/loss"] == undisturbed["eval/loss"]
+    assert logged_steps(folder, name) == list(range(1, STEPS + 1))
+    incidents = (folder / ".descent" / "runs" / name / "incidents.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in incidents] == ["worker lost"]
+
+
+def test_all_workers_killed_the_run_goes_on_from_its_last_checkpoint(
+    folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    process = start(folder, "all", "Slow", f"steps={STEPS}", "checkpoint.every=10")
+    wait_for_step(process, folder, "all", 35)
+    for worker in workers_of(process):
+        worker.kill()
+    code, summary, err = end(process)
+    assert code == 0, err
+    assert "going on from step-000000" in err
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert logged_steps(folder, "all") == list(range(1, STEPS + 1))
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(folder: Path) -> None:
+    code, summary, err = end(start(folder, "greedy", "Greedy", "steps=20"))
+    assert code == 0, err
+    assert summary["step"] == 20
+    assert "batch.micro_size=7" in err and "batch.micro_size=3" in err
+    assert logged_steps(folder, "greedy") == list(range(1, 21))
+
+
+def test_an_error_in_the_users_code_ends_the_run_with_the_users_traceback(folder: Path) -> None:
+    code, summary, err = end(start(folder, "broken", "Broken", "steps=100"))
+    assert code == 1
+    assert summary["state"] == "FAILED"
+    assert summary["reason"] == "ValueError: my own mistake"
+    assert 'raise ValueError("my own mistake")' in err
+
+
+def test_a_loss_that_is_never_finite_ends_the_run_with_its_reason(folder: Path) -> None:
+    code, summary, err = end(
+        start(
+            folder,
+            "hot",
+            "Slow",
+            "steps=200",
+            "optimizer=sgd",
+            "optimizer.lr=1e30",
+            "regroup.max_bad_steps=3",
+        )
+    )
+    assert code == 1, err
+    assert "not finite" in summary["reason"] and "optimizer.lr" in summary["reason"]
