@@ -53,9 +53,13 @@ ConfigDirs = Annotated[
 ]
 
 
-def _fail(error: DescentError) -> NoReturn:
+def _say(error: DescentError) -> None:
     line = " ".join(str(error).split())
     Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def _fail(error: DescentError) -> NoReturn:
+    _say(error)
     raise typer.Exit(error.exit_code)
 
 
@@ -105,7 +109,10 @@ def train(
         run = Run(composed, console, _STARTED)
         summary = run.execute()
     except DescentError as error:
-        _fail(composed.located(error))
+        _say(composed.located(error))
+        if run is not None:
+            run.give_up(error.exit_code)
+        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.print("stopped at once; what was not in a checkpoint is lost")
         raise typer.Exit(130) from None

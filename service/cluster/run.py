@@ -353,16 +353,23 @@ class Run:
         return self._train(prepared, cluster, per_gpu)
 
     def close(self) -> None:
-        """Leave the cluster. After a refusal its start may still be under way: that is cut short."""
+        """Leave the cluster."""
         from service.cluster import ray_cluster
 
-        if self._connecting is None:
-            return
-        if self.config.ray.address is None:
-            while not self._connecting.done():
-                ray_cluster.cut_short()
-        if self._connecting.exception() is None:
+        if self._connecting is not None and self._connecting.exception() is None:
             ray_cluster.disconnect()
+
+    def give_up(self, exit_code: int) -> None:
+        """After a refusal: end the process now if the private cluster is still starting.
+
+        Ray can't be told to stop starting, and waiting for it only to end it again would
+        keep the user from trying once more.
+        """
+        from service.cluster import ray_cluster
+
+        starting = self._connecting is not None and not self._connecting.done()
+        if starting and self.config.ray.address is None:
+            ray_cluster.end_with_children(exit_code)
 
     def _train(self, prepared: "Prepared", cluster: Any, gpus: float) -> Summary:
         from service.cluster.controller import Controller
