@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks  # noqa: F401 — registers with DDP
 from torch.nn.parallel import DistributedDataParallel
 
 _BUFFERS = (

@@ -1,10 +1,8 @@
 """Losses as sums: a sum and a count add up exactly over uneven shares, means don't."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from service.errors import ConfigError
@@ -95,17 +93,3 @@ class Objective:
 
 def _without_ones(tensor: Tensor) -> list[int]:
     return [size for size in tensor.shape if size != 1]
-
-
-def takes_target(loss: object) -> bool:
-    """Whether `loss` can be called with two arguments at all."""
-    try:
-        inspect.signature(loss).bind(None, None)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether every entry is finite."""
-    return bool(torch.isfinite(values).all())
