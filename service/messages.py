@@ -40,6 +40,8 @@ class Membership:
     """Samples in one forward and backward, the same on every rank."""
     behind: tuple[int, ...] = ()
     """The ranks that must receive the state; rank 0 always holds the newest."""
+    save_only: bool = False
+    """Write a checkpoint and leave: too few are left to train, or the run was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,46 @@ class PartWritten:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something that all ranks of a generation learned at the same step; each tells it, one is kept.
+
+    kind: "step skipped" (not finite, and not when repeated either), "step repeated" (not
+    finite, but finite when repeated), "diverged" (a replica's bits differ from the
+    majority's), "straggler" (a rank that stays slow), "slots dealt" (anew, by speed).
+    """
+
+    kind: str
+    step: int
+    generation: int
+    rank: int | None = None
+    """Whom it is about, where it is about one."""
+    detail: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault to inject into a worker, in tests and by `descent chaos`.
+
+    It strikes when the training thread enters `phase` of step `step` (that is, with
+    step - 1 committed), `delay_s` later. kind: "kill" (SIGKILL), "segfault" (SIGSEGV),
+    "stop" (SIGSTOP), "slow" (each step takes `seconds` longer, `count` times), "nan" (a
+    gradient entry, once), "flip" (one bit of a parameter), "partition" (its connections to
+    the other ranks are cut), "error" (an exception in the user's code), "leave" (SIGTERM).
+    phase: "join", "receive", "step" (at its start), "forward", "reduce" (as the last
+    backward begins and buckets travel), "update" (reduced, before the optimizer's step),
+    "evaluate", "save".
+    """
+
+    kind: str
+    step: int
+    phase: str = "step"
+    delay_s: float = 0.0
+    seconds: float = 0.0
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class WorkerFailure:
     """An exception that is not a lost peer."""
 
@@ -110,6 +152,7 @@ class WorkerStatus:
     """How long the training thread has been in `phase`."""
     records: tuple[StepRecord, ...] = ()
     parts: tuple[PartWritten, ...] = ()
+    notices: tuple[Notice, ...] = ()
     failure: WorkerFailure | None = None
     out_of_memory: bool = False
     """Broken because the micro-batch didn't fit: the next generation halves it."""
@@ -119,6 +162,12 @@ class WorkerStatus:
     """Ray's id of the node that it runs on."""
     peak_rss_mb: float = 0.0
     state_sha256: str | None = None
+    leaving: bool = False
+    """It was told (SIGTERM) that its process or node will go away soon."""
+    diverged: tuple[int, ...] = ()
+    """Ranks of its generation whose bits differ from the majority's; all of them where there is none."""
+    useful_s: float = 0.0
+    """Seconds spent in steps that were committed, since the worker's start."""
 
 
 @dataclass(frozen=True)
@@ -133,5 +182,8 @@ class Incident:
     detected_in_s: float | None = None
     recovered_in_s: float | None = None
     steps_lost: int = 0
+    """Committed steps that had to be computed again, from a checkpoint."""
+    samples_replayed: int = 0
+    """Samples of the interrupted step and of the lost ones."""
     detail: str = ""
     extra: dict[str, Any] = field(default_factory=dict)

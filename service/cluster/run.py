@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = (
     "steps", "epochs", "workers", "resources", "device", "evaluate", "checkpoint", "tracking",
-    "diagnostics", "regroup", "ray", "trusted_modules", "resume", "output_dir", "name", "data.path",
+    "diagnostics", "regroup", "spares", "sentinel_every", "straggler", "chaos", "ray", "trusted_modules", "resume", "output_dir", "name", "data.path",
 )  # fmt: skip
 """Keys in which a resumed run may differ from the run it goes on with: not the mathematics."""
 

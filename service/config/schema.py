@@ -139,6 +139,29 @@ class Regroup(Section):
     max_bad_steps: Positive = 10
 
 
+class Straggler(Section):
+    """What is done about a rank that is slower than the others."""
+
+    deal: bool = True
+    """Deal the slots by measured speed; needs more slots than workers."""
+    factor: Annotated[float, Field(gt=1)] = 1.5
+    """Slow: this many times the median of the ranks' time per sample."""
+    after_s: Seconds = 30.0
+    """Lasting: slow for this long; it is then named as an incident."""
+    replace: bool = False
+
+
+class Chaos(Section):
+    """Faults to inject into this run, at seeded random moments."""
+
+    faults: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    every_s: Seconds = 5.0
+    """Mean time between two faults."""
+    kinds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Kind -> weight."""
+
+
 class RunConfig(Section):
     """One run, whole. The comments in configs/config.yaml say what each key does."""
 
@@ -158,8 +181,11 @@ class RunConfig(Section):
     compile: bool
     ema: EmaConfig
     workers: Literal["auto"] | Positive | WorkerRange
+    spares: Annotated[int, Field(ge=0)]
     slots: Literal["auto"] | Positive
     reduction: Literal["exact", "fast"]
+    compress: Literal["bf16", "powersgd"] | None
+    sentinel_every: Positive | None
     device: Literal["auto", "cpu", "cuda"]
     resources: Resources
     evaluate: Evaluate
@@ -167,6 +193,8 @@ class RunConfig(Section):
     tracking: Tracking
     diagnostics: Diagnostics
     regroup: Regroup
+    straggler: Straggler
+    chaos: Chaos
     ray: Ray
     trusted_modules: list[str]
     resume: str | None
@@ -190,6 +218,14 @@ class RunConfig(Section):
             if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
                 raise ValueError(f"{name!r} is not the dotted name of a module")
         return value
+
+    @model_validator(mode="after")
+    def _compressible(self) -> "RunConfig":
+        if self.compress is not None and self.reduction == "exact":
+            raise ValueError(
+                f"compress={self.compress}: rounds the gradients, which reduction=exact does not allow; use reduction=fast"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "RunConfig":
