@@ -107,8 +107,9 @@ class Notice:
 class Fault:
     """A fault to inject into a worker, in tests and by `descent chaos`.
 
-    It strikes when the training thread enters `phase` of step `step` (that is, with
-    step - 1 committed), `delay_s` later. kind: "kill" (SIGKILL), "segfault" (SIGSEGV),
+    It strikes, once, when the training thread first enters `phase` of step `step` (with
+    step - 1 committed; "evaluate" and "save" come after the step) or of a later one,
+    `delay_s` later. kind: "kill" (SIGKILL), "segfault" (SIGSEGV),
     "stop" (SIGSTOP), "slow" (each step takes `seconds` longer, `count` times), "nan" (a
     gradient entry, once), "flip" (one bit of a parameter), "partition" (its connections to
     the other ranks are cut), "error" (an exception in the user's code), "leave" (SIGTERM).

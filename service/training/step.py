@@ -147,10 +147,12 @@ def train_step(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective,
     reducer: Reducer, group: Group, buffers: Buffers, fetch: Fetch, given: StepInput, *,
     autocast: Callable[[], AbstractContextManager[Any]], random: bool, votes: Sequence[int],
-    clip_norm: float | None, clip_value: float | None,
+    clip_norm: float | None, clip_value: float | None, enter: Callable[[str], None] = lambda _: None,
 ) -> StepResult:  # fmt: skip
     """Compute this rank's slots, reduce with the others, and update unless something isn't finite.
 
+    `enter` is told the phases: forward, reduce (the side vector is sent, the last backward
+    begins), update.
     Raises PeerLost when a collective can't be finished; the model is then still at the
     last committed step.
     """
@@ -159,6 +161,7 @@ def train_step(
         buffers.begin()
     reducer.begin()
     try:
+        enter("forward")
         for index, (slot, (lo, hi)) in enumerate(given.slots):
             last_slot = index == len(given.slots) - 1
             if random:
@@ -182,6 +185,7 @@ def train_step(
                 def send(slot: int = slot) -> None:
                     side.end_slot(slot)
                     side.send()
+                    enter("reduce")
 
                 reducer.backward(loss, given.scale, last, send)
             if not last_slot:
@@ -189,6 +193,7 @@ def train_step(
             reducer.end_slot(slot, last_slot)
         sums = side.receive()
         reducer.finish()
+        enter("update")
     except BaseException:
         # The step will run again, in another generation: what the forward moved goes back.
         buffers.restart()

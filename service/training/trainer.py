@@ -20,10 +20,11 @@ import torch
 from service.artifacts import checkpoint
 from service.config import RunConfig, build
 from service.errors import TrainingError
-from service.messages import Membership, PartWritten, StepRecord
+from service.messages import Fault, Membership, PartWritten, StepRecord
 from service.training import collectives
 from service.training.collectives import Group
 from service.training.ema import Ema
+from service.training.faults import Target, strike
 from service.training.feed import Feed
 from service.training.objective import Objective
 from service.training.plan import Plan, build_data, build_model, build_optimizer_for, build_schedule
@@ -59,10 +60,15 @@ class Control:
     records: deque[StepRecord] = field(default_factory=deque)
     parts: deque[PartWritten] = field(default_factory=deque)
     notify: Callable[[], None] = lambda: None
+    faults: list[Fault] = field(default_factory=list)
+    """To be injected, in tests and by `descent chaos`; otherwise empty."""
+    target: Target = field(default_factory=Target)
 
     def enter(self, phase: str) -> None:
         self.phase_since = time.monotonic()
         self.phase = phase
+        if self.faults:
+            strike(self.faults, phase, self.step, self.target)
 
 
 class Trainer:
@@ -94,6 +100,7 @@ class Trainer:
         )
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
+        control.target.parameters = self._parameters
         self._scale = torch.tensor(1.0 / plan.nominal, device=device)
         self._window = (time.perf_counter(), 0)
 
@@ -113,6 +120,7 @@ class Trainer:
             host=membership.store_host, port=membership.store_port, device=self.device,
             abort=self.control.abort,
         )  # fmt: skip
+        self.control.target.group = group
         try:
             if membership.behind:
                 self.control.enter("receive")
@@ -172,6 +180,7 @@ class Trainer:
                 lambda first, stop: self.feed.fetch(step, first, stop), given,
                 autocast=self._autocast, random=self.plan.random, votes=votes,
                 clip_norm=self.config.clip.norm, clip_value=self.config.clip.value,
+                enter=self.control.enter,
             )  # fmt: skip
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -10,16 +10,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from service.cluster.policy import deal_slots
 from service.config import RunConfig, compose, recompose
-from service.messages import Membership, PartWritten, StepRecord
+from service.messages import Fault, Membership, PartWritten, StepRecord
 from service.training.collectives import Store
+from service.training.faults import PHASES
 from service.training.plan import Plan, prepare
 
 DEADLINE_S = 120.0
@@ -31,13 +34,71 @@ _CONTEXT.set_forkserver_preload(
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
-    """The process kills itself, or stops, a moment after it enters `phase` with `step` committed."""
+class Injected:
+    """A fault and the worker that it strikes, built as a sentence: `fail(worker=1).at(step=7, phase="reduce")`."""
 
-    step: int
-    phase: str = "step"
-    delay_s: float = 0.0
-    signal: int = signal.SIGKILL
+    worker: int
+    fault: Fault
+
+    def at(self, step: int, phase: str = "step", delay_s: float = 0.0) -> "Injected":
+        """In this phase of this step, a moment after the training thread has entered it."""
+        assert phase in PHASES, phase
+        fault = dataclasses.replace(self.fault, step=step, phase=phase, delay_s=delay_s)
+        return Injected(self.worker, fault)
+
+    def __str__(self) -> str:
+        f = self.fault
+        later = f"+{1000 * f.delay_s:g}ms" if f.delay_s else ""
+        return f"{f.kind}-w{self.worker}-{f.phase}{f.step}{later}"
+
+
+def _injected(worker: int, kind: str, **given: Any) -> Injected:
+    return Injected(worker, Fault(kind, 0, **given))
+
+
+def fail(worker: int) -> Injected:
+    """SIGKILL."""
+    return _injected(worker, "kill")
+
+
+def crash(worker: int) -> Injected:
+    """SIGSEGV."""
+    return _injected(worker, "segfault")
+
+
+def hang(worker: int) -> Injected:
+    """SIGSTOP: no error comes back from it."""
+    return _injected(worker, "stop")
+
+
+def leave(worker: int) -> Injected:
+    """SIGTERM: its node goes away soon."""
+    return _injected(worker, "leave")
+
+
+def cut(worker: int) -> Injected:
+    """Its connections to the others end; it lives."""
+    return _injected(worker, "partition")
+
+
+def slow_down(worker: int, seconds: float, count: int) -> Injected:
+    """Each of `count` steps takes `seconds` longer."""
+    return _injected(worker, "slow", seconds=seconds, count=count)
+
+
+def poison(worker: int) -> Injected:
+    """A NaN in its gradient, once."""
+    return _injected(worker, "nan")
+
+
+def flip_a_bit(worker: int) -> Injected:
+    """A parameter's bit turns over in its memory."""
+    return _injected(worker, "flip")
+
+
+def blunder(worker: int) -> Injected:
+    """An exception in the user's code."""
+    return _injected(worker, "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +109,7 @@ class Told:
     step: int
     evaluated: int
     sha256: str = ""
+    leaving: bool = False
     records: tuple[StepRecord, ...] = ()
     parts: tuple[PartWritten, ...] = ()
     error: str = ""
@@ -74,8 +136,10 @@ class _Side:
         self.lock = threading.Lock()
         self.trainer: Any = None
         self.control: Any = None
+        self.leaving = False
 
     def serve(self) -> None:
+        signal.signal(signal.SIGTERM, self.leave)
         while True:
             try:
                 command, argument = self.pipe.recv()
@@ -84,11 +148,16 @@ class _Side:
             if command == "build":
                 self.build(**argument)
             elif command == "join":
-                membership, self.control.pause = argument
+                membership, pausing = argument
+                self.control.pause = pausing or self.leaving
                 self.control.abort.clear()
                 threading.Thread(target=self.run, args=(membership,), daemon=True).start()
             elif command == "abort":
                 self.control.abort.set()
+
+    def leave(self, *_: object) -> None:
+        """SIGTERM is a pause and a goodbye."""
+        self.leaving = self.control.pause = True
 
     def build(
         self, config: dict[str, Any], plan: dict[str, Any], run_dir: str, restore_from: str | None,
@@ -98,15 +167,7 @@ class _Side:
 
         from service.training.trainer import Control, Trainer
 
-        class Faulty(Control):
-            def enter(self, phase: str) -> None:
-                super().enter(phase)
-                for fault in faults:
-                    if (fault.step, fault.phase) == (self.step, phase):
-                        fail = threading.Timer(fault.delay_s, os.kill, (os.getpid(), fault.signal))
-                        fail.start() if fault.delay_s else fail.function(*fail.args)
-
-        self.control = Faulty()
+        self.control = Control(faults=list(faults))
         self.trainer = Trainer(
             recompose(config), Plan.from_dict(plan), Path(run_dir), torch.device("cpu"), self.control
         )  # fmt: skip
@@ -129,7 +190,7 @@ class _Side:
     def tell(self, outcome: str, error: str = "") -> None:
         state = self.trainer.state
         told = Told(
-            outcome, state.step, state.evaluated, self.trainer.sha256(),
+            outcome, state.step, state.evaluated, self.trainer.sha256(), self.leaving,
             tuple(self.control.records), tuple(self.control.parts), error,
         )  # fmt: skip
         with self.lock:
@@ -164,6 +225,14 @@ class Replica:
     @property
     def alive(self) -> bool:
         return self.process.is_alive()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it hangs for good; the controller would hear nothing of it for `heartbeat_s`."""
+        try:
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False
 
     def kill(self) -> None:
         self.process.kill()
@@ -210,15 +279,15 @@ class Crew:
 
     def build(
         self, case: Case, count: int, *, restore_from: Path | None = None,
-        faults: dict[int, tuple[Fault, ...]] | None = None,
+        faults: Sequence[Injected] = (),
     ) -> list[Replica]:  # fmt: skip
-        """`count` replicas of the case's run at step 0, or at a checkpoint's."""
+        """`count` replicas of the case's run at step 0, or at a checkpoint's; faults by index."""
         replicas = self.take(count)
         for index, replica in enumerate(replicas):
             replica.send("build", {
                 "config": case.config.to_dict(), "plan": case.plan.to_dict(), "run_dir": str(case.run_dir),
                 "restore_from": str(restore_from) if restore_from else None,
-                "faults": (faults or {}).get(index, ()),
+                "faults": tuple(f.fault for f in faults if f.worker == index),
             })  # fmt: skip
         for replica in replicas:
             assert replica.hear().state == "built"
@@ -250,7 +319,8 @@ class Crew:
     def until_ended(self, replicas: list[Replica]) -> dict[int, Told]:
         """Index -> how the generation ended, for those who live to tell.
 
-        Like the controller: as soon as one is dead or broken, the others are told to leave.
+        Like the controller: one that hangs is killed; as soon as one is dead or broken, the
+        others are told to leave.
         """
         left = dict(enumerate(replicas))
         told: dict[int, Told] = {}
@@ -260,6 +330,9 @@ class Crew:
             assert time.monotonic() < deadline, f"replicas {sorted(left)} hang"
             ready = wait([r.pipe for r in left.values()], 0.05)
             lost = False
+            for replica in left.values():
+                if replica.stopped:
+                    replica.process.kill()
             for index, replica in [(i, r) for i, r in left.items() if r.pipe in ready]:
                 try:
                     told[index] = replica.hear()

@@ -10,7 +10,7 @@ from service.artifacts import checkpoint
 from service.cluster import policy
 from service.cluster.policy import Form, View, WorkerView
 from service.messages import PartWritten, WorkerState
-from tests.distributed.replicas import Case, Crew, Fault, Replica, Told
+from tests.distributed.replicas import Case, Crew, Injected, Replica, Told, fail
 
 STATES = {
     "built": WorkerState.READY,
@@ -36,10 +36,7 @@ class Conductor:
         self.metrics: dict[tuple[int, bool], dict[str, float]] = {}
         self.lost = 0
 
-    def start(
-        self, count: int, faults: dict[int, tuple[Fault, ...]] | None = None,
-        restore_from: Path | None = None,
-    ) -> None:  # fmt: skip
+    def start(self, count: int, *faults: Injected, restore_from: Path | None = None) -> None:
         for replica in self.pool.build(self.case, count, faults=faults, restore_from=restore_from):
             name = f"w{len(self.replicas)}"
             self.replicas[name] = replica
@@ -116,25 +113,25 @@ def test_killed_at_a_random_moment(
     rng = random.Random(seed)
     world = rng.choice([2, 3, 4])
     victims = rng.sample(range(world), rng.randrange(1, world))
-    faults = {
-        victim: (Fault(rng.randrange(0, 19), "step", rng.choice([0.0, rng.random() * 0.006])),)
-        for victim in victims
-    }
+    faults = [
+        fail(v).at(rng.randrange(1, 20), "step", rng.choice([0.0, rng.random() * 0.006]))
+        for v in victims
+    ]
     conductor = Conductor(pool, case)
-    conductor.start(world, faults)
+    conductor.start(world, *faults)
     assert_nothing_tells(conductor, undisturbed)
     assert conductor.lost == len(victims)
 
 
 @pytest.mark.parametrize(("phase", "step", "victim"), [
-    ("join", 0, 1), ("receive", 0, 0), ("evaluate", 5, 0), ("evaluate", 10, 2), ("evaluate", 20, 1),
-    ("save", 20, 0), ("step", 19, 0),
+    ("join", 1, 1), ("receive", 1, 0), ("evaluate", 0, 0), ("evaluate", 5, 0), ("evaluate", 10, 2), ("evaluate", 20, 1),
+    ("save", 20, 0), ("step", 20, 0), ("forward", 7, 1), ("reduce", 7, 1), ("update", 7, 1),
 ])  # fmt: skip
 def test_killed_in_a_given_phase(
     pool: Crew, case: Case, undisturbed: Told, phase: str, step: int, victim: int
 ) -> None:
     conductor = Conductor(pool, case)
-    conductor.start(3, {victim: (Fault(step, phase),)})
+    conductor.start(3, fail(victim).at(step, phase))
     assert_nothing_tells(conductor, undisturbed)
     assert conductor.lost == 1
 
@@ -157,16 +154,18 @@ def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault(0), Fault(7, delay_s=0.001), Fault(13, delay_s=0.003)], ids=str
+    "fault",
+    [fail(1).at(1), fail(1).at(8, delay_s=0.001), fail(1).at(14, "reduce")],
+    ids=str,
 )
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_with_the_fast_reduction_no_step_is_lost_either(
-    pool: Crew, tmp_path: Path, fault: Fault, world: int
+    pool: Crew, tmp_path: Path, fault: Injected, world: int
 ) -> None:
     case = Case.of([*RUN, "reduction=fast", "optimizer.lr=1e-3"], tmp_path)
     undisturbed = pool.train(case, world)[0]
     conductor = Conductor(pool, case)
-    conductor.start(world, {1: (fault,)})
+    conductor.start(world, fault)
     assert conductor.finish().step == undisturbed.step
     losses = [
         m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated
