@@ -21,6 +21,7 @@ import psutil
 import ray
 
 from service.messages import (
+    Fault,
     Membership,
     StepRecord,
     WorkerFailure,
@@ -208,6 +209,13 @@ class Worker:
         """Vote for a checkpoint at the step's end."""
         if self._control is not None:
             self._control.save = True
+
+    async def inject(self, fault: Fault) -> None:
+        """Let a fault strike this worker; refused unless the run's config asks for chaos."""
+        if not self._spec.config["chaos"]["faults"]:
+            raise PermissionError("chaos.faults=0: no fault is injected into this run")
+        if self._control is not None:
+            self._control.faults.append(fault)
 
     async def exit(self) -> None:
         """End the process; the training thread is a daemon."""

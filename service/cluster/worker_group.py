@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
 
 from service.cluster.worker import Worker
-from service.messages import Membership, WorkerSpec, WorkerStatus
+from service.messages import Fault, Membership, WorkerSpec, WorkerStatus
 
 
 @dataclass
@@ -125,6 +125,9 @@ class WorkerGroup:
 
     def save(self, worker_id: str) -> None:
         self.handles[worker_id].actor.save.remote()
+
+    def inject(self, worker_id: str, fault: Fault) -> None:
+        self.handles[worker_id].actor.inject.remote(fault)
 
     def kill(self, worker_id: str, why: str) -> None:
         """End a worker that can't be talked to."""
