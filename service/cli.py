@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -151,9 +152,15 @@ def _print_summary(console: Console, summary: Any) -> None:
         f"{summary.samples_per_second:,.0f} samples/s",
         f"{outcome.wall_s:.1f} s in all",
     )
+    table.add_row("goodput", f"{outcome.goodput:.1%}", "of the time in committed steps")
     if outcome.incidents:
         lost = sum(i.steps_lost for i in outcome.incidents)
-        table.add_row("incidents", str(len(outcome.incidents)), f"{lost} steps lost")
+        kinds = ", ".join(f"{n} {k}" for k, n in Counter(i.kind for i in outcome.incidents).items())
+        table.add_row("incidents", str(len(outcome.incidents)), f"{kinds}; {lost} steps lost")
+        times = sorted(i.recovered_in_s for i in outcome.incidents if i.recovered_in_s is not None)
+        if times:
+            median = times[len(times) // 2]
+            table.add_row("recovery", f"{median:.2f} s", f"median; worst {times[-1]:.2f} s")
     if outcome.state_sha256:
         table.add_row("state sha256", outcome.state_sha256[:16] + "…", "")
     console.print(table)
@@ -286,6 +293,41 @@ def submit(
     except DescentError as error:
         _fail(error)
     raise typer.Exit(code)
+
+
+@app.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="A run id, a run's name or its folder.")],
+    workers: Annotated[
+        str, typer.Argument(help="workers=3, or workers={min: 1, max: 3}", metavar="workers=N")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path(
+        ".descent"
+    ),
+) -> None:
+    """Change the number of workers of a run while it trains; nothing is lost and no bit changes.
+
+    Workers join and leave at a step's end. A run can use as many as it has slots: start it
+    with slots=8 to be able to go up to 8.
+
+    Examples:
+
+      descent scale digits-mlp-20261123-101500-ab12 workers=3
+    """
+    from service.cluster import live, run_log
+    from service.config import compose
+    from service.errors import ConfigError
+
+    try:
+        wanted = compose([workers]).config.workers
+        if not workers.startswith("workers=") or wanted == "auto":
+            raise ConfigError(
+                f"{workers}: say how many, such as workers=3 or 'workers={{min: 1, max: 3}}'"
+            )
+        folder = run_log.find_run(run, output_dir.expanduser().resolve(), key="RUN")
+        print(f"{folder.name}: {live.ask_to_scale(folder, wanted, wait_s=30.0)}")
+    except DescentError as error:
+        _fail(error)
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ class Membership:
     """Samples in one forward and backward, the same on every rank."""
     behind: tuple[int, ...] = ()
     """The ranks that must receive the state; rank 0 always holds the newest."""
+    restore_from: str | None = None
+    """The checkpoint that this member loads before it joins."""
     save_only: bool = False
     """Write a checkpoint and leave: too few are left to train, or the run was told to stop."""
 

@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from service.artifacts import checkpoint
 from service.cluster import policy
+from service.cluster.commits import Commits
+from service.cluster.ledger import Ledger
+from service.cluster.live import Live, ScaleRequest
 from service.cluster.policy import View, WorkerView, deal_slots
+from service.cluster.roll_call import RollCall
 from service.cluster.run_log import RunLog
 from service.cluster.worker_group import WorkerGroup
 from service.config import RunConfig
-from service.errors import CheckpointError, DescentError
 from service.messages import (
     Incident,
     Membership,
-    PartWritten,
     RunState,
     StepRecord,
     WorkerFailure,
@@ -30,6 +31,8 @@ _POLL_S = 0.2
 _ABORT_S = 10.0
 """A member that is told to leave its generation and doesn't within this time is replaced."""
 _SAVE_S = 120.0
+_LOOK_EVERY_S = 1.0
+"""Between two looks at the cluster for room."""
 
 
 class Listener(Protocol):
@@ -53,11 +56,17 @@ class Outcome:
     checkpoint: Path | None = None
     state_sha256: str | None = None
     wall_s: float = 0.0
+    useful_s: float = 0.0
     samples: int = 0
     incidents: list[Incident] = field(default_factory=list)
     peak_rss_mb: float = 0.0
     workers: dict[str, str] = field(default_factory=dict)
     """The last generation's workers and the Ray nodes that they were on."""
+
+    @property
+    def goodput(self) -> float:
+        """Time spent in committed steps over wall time."""
+        return self.useful_s / self.wall_s if self.wall_s > 0 else 0.0
 
 
 class Controller:
@@ -65,32 +74,34 @@ class Controller:
 
     def __init__(
         self, config: RunConfig, plan: Plan, group: WorkerGroup, store: Store, log: RunLog,
-        checkpoints: Path, listener: Listener, *, config_sha256: str, restore_from: Path | None = None,
-        first_step: int = 0, check_health: Callable[[], None] = lambda: None,
+        commits: Commits, listener: Listener, *, resumed: bool = False, first_step: int = 0,
+        check_health: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._group, self._store = config, plan, group, store
         self._log, self._listener, self._check_health = log, listener, check_health
-        self._checkpoints, self._config_sha256 = checkpoints, config_sha256
-        self._restore_from = restore_from
+        self._commits = commits
+        self._ledger = Ledger(log, listener.incident, plan.batch_size)
+        self._roll = RollCall(config, group, self._ledger)
+        self._live = Live(log.run_dir)
+        self._restoring = resumed
+        self._low, self._high = plan.min_workers, plan.max_workers
         self._members: tuple[str, ...] = ()
         self._generation = 0
-        self._joined: set[str] = set()
+        self._joined: set[str] = set(group.handles) if resumed else set()
         self._micro_size = plan.micro_size
         self._halved_in = -1
         self._formed_at: tuple[int, int] | None = None
-        self._failures = 0
-        self._counted: set[str] = set()
-        self._parts: dict[tuple[int, int], dict[int, PartWritten]] = {}
+        self._stuck = 0
+        """Regroups that got nowhere."""
+        self._broke_at: tuple[str, int] | None = None
+        """Why and when (Unix ms) the generation broke, until its successor is formed."""
         self._abort_sent: float | None = None
         self._pause_sent = False
-        self._fault_seen: float | None = None
-        self._committed = first_step
+        self._saving = False
+        self._committed = self._first_step = first_step
         self._last_save = time.monotonic()
         self._stopping = False
         self._idle_since: float | None = None
-        self._started_at = time.monotonic()
-        self._first_step = first_step
-        self._checkpoint: Path | None = restore_from
         self._room_asked = 0.0
         self._room = 0
 
@@ -103,7 +114,7 @@ class Controller:
     def run(self) -> Outcome:
         """Until the run is over. Never raises for a fault of a worker."""
         if not self._group.handles:
-            self._start(self._plan.max_workers)
+            self._start(self._high + self._config.spares)
         while True:
             for status in self._group.poll(
                 acknowledged=(self._log.last_step, self._log.last_evaluation),
@@ -112,12 +123,14 @@ class Controller:
                 self._hear(status)
             self._log.flush()
             self._check_health()
-            self._find_silent()
+            self._roll.call(self._members, self._committed)
             self._ask_for_checkpoint()
+            self._scale()
             decision = policy.decide(self._view())
             if isinstance(decision, policy.End):
                 return self._end(decision)
             self._act(decision)
+            self._show("RUNNING")
             self._listener.tick()
 
     def _reporter(self) -> str | None:
@@ -126,18 +139,28 @@ class Controller:
 
     def _hear(self, status: WorkerStatus) -> None:
         for part in status.parts:
-            self._collect(part)
+            wrong = self._commits.collect(part)
+            if wrong is not None:
+                self._ledger.note("checkpoint failed", part.step, detail=wrong)
+        for notice in status.notices:
+            if self._ledger.notice(notice, self._by_rank()) and notice.kind == "straggler":
+                self._replace_straggler(notice.rank)
         for record in status.records:
             if self._log.is_new(record):
                 self._log.append(record)
                 self._listener.record(record, len(self._members))
+                self._recovered(record)
         self._committed = max(self._committed, status.step)
-        if (
-            self._fault_seen is not None
-            and status.state is WorkerState.RUNNING
-            and status.generation == self._generation
-        ):
-            self._recovered()
+        self._ledger.hear(status, status.worker_id == self._reporter())
+        if status.leaving:
+            self._roll.leaves(
+                status.worker_id, "told to end (SIGTERM)", self._members, self._committed
+            )
+        if status.state is WorkerState.BROKEN and status.generation == self._generation:
+            why = "out of memory" if status.out_of_memory else "connection lost"
+            self._broke_at = self._broke_at or (why, int(time.time() * 1000))
+        if status.diverged and status.generation == self._generation:
+            self._joined -= {self._members[rank] for rank in status.diverged}
         if (
             status.out_of_memory
             and status.generation == self._generation != self._halved_in
@@ -147,93 +170,50 @@ class Controller:
             self._micro_size = max(1, self._micro_size // 2)
             self._listener.note(f"out of memory: going on with batch.micro_size={self._micro_size}")
 
-    def _find_silent(self) -> None:
-        for worker_id, handle in self._group.handles.items():
-            if handle.dead:
-                continue
-            if self._group.silent_for(worker_id) > self._config.regroup.heartbeat_s:
-                self._group.kill(worker_id, f"no answer for {self._config.regroup.heartbeat_s:g} s")
-            status = handle.status
-            if (
-                status is not None
-                and status.state is WorkerState.RUNNING
-                and status.phase_age_s > self._config.regroup.stall_s
-            ):
-                self._group.kill(
-                    worker_id, f"no progress in '{status.phase}' for {status.phase_age_s:.0f} s"
-                )
-        for worker_id, handle in self._group.handles.items():
-            if handle.dead and worker_id not in self._counted:
-                self._counted.add(worker_id)
-                self._lost(worker_id)
+    def _by_rank(self) -> dict[int, tuple[str, str]]:
+        return {rank: (w, self._group.handles[w].host) for rank, w in enumerate(self._members)}
 
-    def _lost(self, worker_id: str) -> None:
-        handle = self._group.handles[worker_id]
-        self._failures += 1
-        if worker_id in self._members:
-            self._fault_seen = self._fault_seen or time.monotonic()
-        host = handle.status.host if handle.status else ""
-        incident = Incident(
-            kind="worker lost", step=self._committed, time_ms=int(time.time() * 1000),
-            worker=worker_id, host=host, detail=handle.why_dead,
-        )  # fmt: skip
-        self._log.incident(incident)
-        self._listener.incident(incident)
+    def _replace_straggler(self, rank: int | None) -> None:
+        if rank is not None and self._config.straggler.replace and rank < len(self._members):
+            self._roll.slow.add(self._members[rank])
 
-    def _recovered(self) -> None:
-        assert self._fault_seen is not None
-        took = time.monotonic() - self._fault_seen
-        self._fault_seen = None
-        if self._log.incidents:
-            self._log.incidents[-1] = replace(self._log.incidents[-1], recovered_in_s=took)
-        self._listener.note(
-            f"regrouped in {took:.2f} s: generation {self._generation}, {len(self._members)} workers, no step lost"
-        )
+    def _recovered(self, record: StepRecord) -> None:
+        took = self._ledger.committed(record)
+        if took is not None:
+            self._listener.note(
+                f"recovered in {took:.2f} s: generation {self._generation}, {len(self._members)} "
+                f"worker{'s' if len(self._members) != 1 else ''}, at step {record.step}"
+            )
 
     # -- what is known ----------------------------------------------------------------
 
     def _view(self) -> View:
         now = time.monotonic()
-        workers = {w: self._worker_view(w) for w in self._group.handles}
+        workers = {
+            w: self._roll.view(w, self._members, self._generation, w in self._joined)
+            for w in self._group.handles
+        }
         idle = not any(
             workers[w].state is WorkerState.RUNNING and not workers[w].dead for w in self._members
         )
         self._idle_since = (self._idle_since or now) if idle else None
+        regroup = self._config.regroup
         return View(
             workers=workers, members=self._members, generation=self._generation,
-            min_workers=self._plan.min_workers, max_workers=self._plan.max_workers,
-            failures=self._failures, max_failures=self._config.regroup.max_failures,
+            min_workers=self._low, max_workers=self._high,
+            failures=self._roll.failures + self._stuck, max_failures=regroup.max_failures,
             stopping=self._stopping, waited_s=now - self._idle_since if self._idle_since else 0.0,
-            patience_s=self._config.regroup.wait_s, startable=self._startable(now, workers),
+            patience_s=regroup.wait_s, startable=self._startable(now, workers),
+            spares=self._config.spares, saved_step=self._commits.step, save_tried=self._saving,
+            earlier=frozenset(self._roll.earlier),
         )  # fmt: skip
 
     def _startable(self, now: float, workers: Mapping[str, WorkerView]) -> int:
-        alive = sum(not v.dead for v in workers.values())
-        if alive >= self._plan.max_workers:
+        if sum(v.staying for v in workers.values()) >= self._high + self._config.spares:
             return 0
-        if now - self._room_asked > 1.0:  # an answer costs a round trip to the cluster
+        if now - self._room_asked > _LOOK_EVERY_S:  # an answer costs a round trip to the cluster
             self._room_asked, self._room = now, self._group.startable()
         return self._room
-
-    def _worker_view(self, worker_id: str) -> WorkerView:
-        handle = self._group.handles[worker_id]
-        status = handle.status
-        if status is None:
-            return WorkerView(WorkerState.STARTING, handle.dead)
-        state = status.state
-        if (
-            worker_id in self._members
-            and status.generation < self._generation
-            and state is not WorkerState.FAILED
-        ):
-            state = WorkerState.RUNNING  # told to join, not yet heard of there
-        return WorkerView(
-            state,
-            handle.dead,
-            status.generation,
-            (status.step, status.evaluated),
-            worker_id in self._joined,
-        )
 
     # -- acting -----------------------------------------------------------------------
 
@@ -249,20 +229,22 @@ class Controller:
             self._form(decision)
         elif isinstance(decision, policy.Start):
             self._start(decision.count)
+        elif isinstance(decision, policy.Retire):
+            for worker_id in decision.workers:
+                self._roll.retire(worker_id)
         elif isinstance(decision, policy.Restore):
             self._restore()
 
     def _start(self, count: int) -> None:
-        source = self._checkpoint if self._restore_from is not None else None
+        source = self._commits.newest if self._restoring and not self._members else None
         started = self._group.start(count, str(source) if source else None)
-        if source is not None and not self._members:
+        if source is not None:
             self._joined.update(started)  # they hold the checkpoint's state
         self._room_asked = time.monotonic()
         self._room = 0
 
     def _abort(self, workers: tuple[str, ...]) -> None:
         now = time.monotonic()
-        self._fault_seen = self._fault_seen or now
         if self._abort_sent is None:
             self._abort_sent = now
             for worker_id in workers:
@@ -273,48 +255,77 @@ class Controller:
 
     def _form(self, decision: policy.Form) -> None:
         # Regroups that get nowhere must end: a network that always fails, an error in the
-        # user's code that looks like a lost peer.
+        # user's code that looks like a lost peer. Where a worker is gone, that was counted.
         here = (self._committed, self._micro_size)
-        if here == self._formed_at:
-            self._failures += 1
+        if here == self._formed_at and set(decision.workers) == set(self._members):
+            self._stuck += 1
         self._formed_at = here
+        if self._broke_at is not None and not self._ledger.recovering:
+            why, at = self._broke_at
+            self._ledger.open(why, self._committed, at_ms=at)
         self._generation += 1
-        self._members = decision.workers
+        self._members, self._saving = decision.workers, decision.save_only
         world = len(decision.workers)
-        behind = decision.behind
-        if self._generation == 1 and self._restore_from is None:
-            behind = tuple(range(1, world))
+        source = str(self._commits.newest) if decision.restore else None
         for rank, worker_id in enumerate(decision.workers):
             self._group.join(worker_id, Membership(
                 generation=self._generation, rank=rank, world_size=world,
                 store_host=self._store.host, store_port=self._store.port,
-                slots=deal_slots(self._plan.slots, world), micro_size=self._micro_size, behind=behind,
+                slots=deal_slots(self._plan.slots, world), micro_size=self._micro_size,
+                behind=decision.behind, restore_from=source if rank == 0 else None,
+                save_only=decision.save_only,
             ))  # fmt: skip
         self._joined.update(decision.workers)
-        self._abort_sent, self._pause_sent = None, False
-        self._parts.clear()
+        self._abort_sent, self._pause_sent, self._broke_at = None, False, None
+        self._commits.forget()
         self._last_save = time.monotonic()
+        self._ledger.regrouped(self._committed)
         self._listener.world(self._generation, world, self._committed)
 
     def _restore(self) -> None:
         """All replicas are gone: the run goes on from its last checkpoint, or from its start."""
-        try:
-            target, skipped = checkpoint.newest(self._checkpoints)
-            self._checkpoint = self._restore_from = target
-            line = f"all workers are gone: going on from {target.name}"
-        except CheckpointError:
-            self._checkpoint = self._restore_from = None
-            skipped, line = (
-                [],
-                "all workers are gone and there is no checkpoint yet: starting again from step 0",
-            )
-        for reason in skipped:
+        for reason in self._commits.go_back():
             self._listener.note(f"skipped checkpoint: {reason}")
-        self._listener.note(line)
+        self._restoring = self._commits.newest is not None
+        source = self._commits.newest
+        line = f"going on from {source.name}" if source else "starting again: no checkpoint yet"
+        self._listener.note(f"no worker holds the state any more: {line}")
+        if not self._ledger.recovering:
+            self._ledger.open("state lost", self._committed)
+        self._ledger.lost(self._committed - max(self._commits.step, 0))
+        if not self._restoring:
+            # A replica that was in use can't be made new again.
+            for worker_id, handle in self._group.handles.items():
+                if not handle.dead and handle.status and handle.status.step > 0:
+                    self._roll.retire(worker_id)
         self._members, self._joined = (), set()
         self._generation += 1  # whoever might still be alive of the old one is fenced off
 
-    # -- checkpoints ------------------------------------------------------------------
+    def _scale(self) -> None:
+        request = self._live.asked()
+        if request is None:
+            return
+        wrong = self._cannot_scale(request)
+        if wrong is None:
+            self._low, self._high = request.low, request.high
+            now = len(self._members)
+            self._live.answer(request, True, f"{now} workers now, {request.high} wanted")
+            self._listener.note(f"asked for {request.high} workers, {now} now")
+        else:
+            self._live.answer(request, False, wrong)
+
+    def _cannot_scale(self, request: ScaleRequest) -> str | None:
+        if not 1 <= request.low <= request.high:
+            return f"workers={request.low}…{request.high}: at least 1, and min not above max"
+        if request.high > self._plan.slots:
+            return (
+                f"workers={request.high}: the run's global batch was cut into slots={self._plan.slots} at "
+                f"its start, so it can use {self._plan.slots} workers at the most"
+            )
+        room = self._group.placeable()
+        if request.high > room:
+            return f"workers={request.high}: the cluster can place {room} of this size"
+        return None
 
     def _ask_for_checkpoint(self) -> None:
         every = self._config.checkpoint.every_s
@@ -325,62 +336,39 @@ class Controller:
         if reporter is not None:
             self._group.save(reporter)
 
-    def _collect(self, part: PartWritten) -> None:
-        """Commit a checkpoint once every rank's share is on disk."""
-        key = (part.generation, part.step)
-        parts = self._parts.setdefault(key, {})
-        parts[part.rank] = part
-        if len(parts) < part.world_size:
-            return
-        del self._parts[key]
-        failed = [p for p in parts.values() if p.error]
-        try:
-            if failed:
-                raise CheckpointError(str(failed[0].error))
-            ordered = [parts[r] for r in range(part.world_size)]
-            self._checkpoint = checkpoint.commit(
-                self._checkpoints,
-                ordered,
-                run=self._log.run_dir.name,
-                config_sha256=self._config_sha256,
-            )
-            checkpoint.prune(self._checkpoints, self._config.checkpoint.keep_last)
-        except (DescentError, OSError) as error:
-            incident = Incident(
-                "checkpoint failed", part.step, int(time.time() * 1000), detail=str(error)
-            )
-            self._log.incident(incident)
-            self._listener.incident(incident)
+    def _show(self, state: str) -> None:
+        handles = self._group.handles
+        living = {w: handles[w].host for w in self._members if not handles[w].dead}
+        self._live.show(
+            state=state, step=self._committed, total_steps=self._plan.total_steps,
+            generation=self._generation, world_size=len(living), members=living,
+            workers={"min": self._low, "max": self._high}, incidents=len(self._log.incidents),
+            goodput=round(self._ledger.goodput, 4),
+        )  # fmt: skip
 
     # -- the end ----------------------------------------------------------------------
 
     def _end(self, decision: policy.End) -> Outcome:
-        self._drain(_SAVE_S if decision.state is not RunState.FAILED else 5.0)
-        failures = [
-            h.status.failure for h in self._group.handles.values() if h.status and h.status.failure
-        ]
-        hashes = {
-            h.status.state_sha256
-            for w, h in self._group.handles.items()
-            if w in self._members and h.status and h.status.state_sha256
-        }
+        statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
+        failures = [s.failure for s in statuses.values() if s.failure]
+        self._drain(5.0 if failures else _SAVE_S)
+        statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
+        members = {w: s for w, s in statuses.items() if w in self._members}
+        hashes = {s.state_sha256 for s in members.values() if s.state_sha256}
         reason = decision.reason
+        failure = failures[-1] if failures else self._roll.last_failure
         if failures and decision.state is RunState.FAILED:
-            reason = f"{failures[0].kind}: {failures[0].message}"
+            reason = f"{failures[-1].kind}: {failures[-1].message}"
         if len(hashes) > 1:
             self._listener.note("the replicas ended with different bits: please report this")
-        nodes = {
-            w: h.status.node
-            for w, h in self._group.handles.items()
-            if w in self._members and h.status
-        }
-        peak = max(
-            (h.status.peak_rss_mb for h in self._group.handles.values() if h.status), default=0.0
-        )
+        self._show(str(decision.state))
         return Outcome(
-            decision.state, reason, self._committed, failures[0] if failures else None, self._checkpoint,
-            min(hashes) if len(hashes) == 1 else None, time.monotonic() - self._started_at,
-            (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents, peak, nodes,
+            decision.state, reason, self._committed,
+            failure if decision.state is RunState.FAILED else None, self._commits.newest,
+            min(hashes) if len(hashes) == 1 else None, self._ledger.wall_s, self._ledger.useful_s,
+            (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents,
+            max((s.peak_rss_mb for s in statuses.values()), default=0.0),
+            {w: s.node for w, s in members.items()},
         )  # fmt: skip
 
     def _drain(self, patience_s: float) -> None:
@@ -389,20 +377,16 @@ class Controller:
         waiting = {w for w in self._members if not self._group.handles[w].dead}
         quiet = 0
         while waiting and quiet < 2 and time.monotonic() < deadline:
-            before = (self._log.last_step, self._log.last_evaluation, self._checkpoint)
+            before = (self._log.last_step, self._log.last_evaluation, self._commits.newest)
             for status in self._group.poll(
                 acknowledged=before[:2], reporter=self._reporter(), wait_s=0.02,
             ):  # fmt: skip
                 self._hear(status)
                 waiting.discard(status.worker_id)
             waiting = {w for w in waiting if not self._group.handles[w].dead}
-            done = not waiting and not self._parts
-            quiet = (
-                quiet + 1
-                if done
-                and before == (self._log.last_step, self._log.last_evaluation, self._checkpoint)
-                else 0
-            )
+            now = (self._log.last_step, self._log.last_evaluation, self._commits.newest)
+            done = not waiting and not self._commits.waiting
+            quiet = quiet + 1 if done and before == now else 0
             if done and quiet < 2:
                 waiting = {w for w in self._members if not self._group.handles[w].dead}
         self._log.flush()

@@ -104,17 +104,26 @@ def disconnect() -> None:
         ray.shutdown()
 
 
+def placeable(cpus: float, gpus: float) -> int:
+    """How many workers of this size the nodes that there are can hold when nothing else runs."""
+    import ray
+
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            by_cpu = int(has.get("CPU", 0) / cpus + 1e-9)
+            room += min(by_cpu, int(has.get("GPU", 0) / gpus + 1e-9)) if gpus > 0 else by_cpu
+    return room
+
+
 def check_fits(*, workers: int, cpus: float, gpus: float, wanted: str) -> None:
     """Raise ClusterError if `workers` of this size can't ever be placed on the nodes there are."""
     import ray
 
-    nodes: list[dict[str, Any]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    room = 0
-    for node in nodes:
-        by_cpu = int(node.get("CPU", 0) / cpus + 1e-9)
-        by_gpu = int(node.get("GPU", 0) / gpus + 1e-9) if gpus > 0 else by_cpu
-        room += min(by_cpu, by_gpu)
+    room = placeable(cpus, gpus)
     if workers > room:
+        nodes: list[dict[str, Any]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         total = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
         need = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         raise ClusterError(

@@ -4,7 +4,6 @@ Ray's start, the imports, the data and the tracking server don't wait for each o
 no actor starts before everything that the user could have got wrong has been looked at.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -13,10 +12,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,22 +26,18 @@ from rich.console import Console
 from service.artifacts import checkpoint
 from service.cluster import run_log
 from service.cluster.display import Display
+from service.cluster.listeners import Everyone
+from service.cluster.resume import config_sha256, with_saved_overrides
 from service.cluster.run_log import RunLog
-from service.config import Composed, RunConfig, compose, flatten
+from service.config import Composed, flatten
 from service.errors import CheckpointError, ConfigError, DescentError, TrackingError
-from service.messages import Incident, RunState, StepRecord, WorkerSpec
+from service.messages import RunState, WorkerSpec
 
 if TYPE_CHECKING:
     from service.artifacts.tracking import Tracker
     from service.cluster.controller import Controller, Outcome
     from service.cluster.ray_cluster import Cluster
     from service.training.plan import Prepared
-
-MAY_CHANGE = (
-    "steps", "epochs", "workers", "resources", "device", "evaluate", "checkpoint", "tracking",
-    "diagnostics", "regroup", "spares", "sentinel_every", "straggler", "chaos", "ray", "trusted_modules", "resume", "output_dir", "name", "data.path",
-)  # fmt: skip
-"""Keys in which a resumed run may differ from the run it goes on with: not the mathematics."""
 
 
 @dataclass(frozen=True)
@@ -66,71 +62,13 @@ class Summary:
             "state": str(o.state), "reason": o.reason, "step": o.step, "run_id": self.run_id,
             "run_dir": str(self.run_dir), "url": self.url, "tracking_uri": self.tracking_uri,
             "checkpoint": str(o.checkpoint) if o.checkpoint else None,
-            "state_sha256": o.state_sha256, "incidents": len(o.incidents), "wall_s": o.wall_s,
+            "state_sha256": o.state_sha256, "wall_s": o.wall_s, "goodput": o.goodput,
+            "incidents": len(o.incidents), "incidents_by_kind": Counter(i.kind for i in o.incidents),
+            "steps_lost": sum(i.steps_lost for i in o.incidents),
+            "samples_replayed": sum(i.samples_replayed for i in o.incidents),
             "samples_per_second": self.samples_per_second, "first_step_s": self.first_step_s,
             "peak_rss_mb": o.peak_rss_mb, "workers": o.workers, **self.figures,
         }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The run that is gone on with."""
-
-    run_dir: Path
-    run_id: str | None
-    checkpoint: Path
-    step: int
-    slots: int
-    skipped: tuple[str, ...]
-
-
-def config_sha256(config: RunConfig) -> str:
-    """A hash over what decides the mathematics of a run."""
-    fixed = {k: v for k, v in flatten(config.to_dict()).items() if not _may_change(k)}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
-def _may_change(key: str) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
-
-
-def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
-    """For `resume=…`: the run's own overrides first, then the new ones; refuses what would change its course.
-
-    Raises CheckpointError naming the keys that disagree.
-    """
-    config = composed.config
-    if config.resume is None:
-        return composed, None
-    run_dir = run_log.find_run(config.resume, Path(config.output_dir).expanduser())
-    saved = run_log.read_run_file(run_dir)
-    merged = compose(
-        [*saved["overrides"], *composed.overrides],
-        [*saved.get("config_dirs", ()), *composed.config_dirs],
-    )
-    before, now = flatten(saved["config"]), flatten(merged.config.to_dict())
-    differ = sorted(
-        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not _may_change(k)
-    )
-    if differ:
-        shown = ", ".join(f"{k}={now.get(k)} (the run has {before.get(k)})" for k in differ[:5])
-        raise CheckpointError(
-            f"resume={config.resume}: the config disagrees in {shown}; leave these out, or start a new run"
-        )
-    root = checkpoint.folder(run_dir, merged.config.checkpoint.dir)
-    wanted = Path(config.resume).expanduser()
-    skipped: list[str] = []
-    if (wanted / checkpoint.MANIFEST).is_file():
-        target = wanted.resolve()
-    else:
-        target, skipped = checkpoint.newest(root)
-    manifest = checkpoint.read_manifest(target)
-    if manifest.config_sha256 != saved["config_sha256"]:
-        raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
-    kept = replace(merged, config=merged.config.model_copy(update={"name": run_dir.name}))
-    return kept, Resumed(
-        run_dir, saved.get("run_id"), target, manifest.step, int(saved["slots"]), tuple(skipped)
-    )
 
 
 def name_of(composed: Composed) -> str:
@@ -172,58 +110,6 @@ def check_tracking(uri: str | None) -> None:
         raise TrackingError(
             f"tracking.uri={shown}: no answer ({reason}); start it, or use tracking.uri=null for the embedded store"
         ) from error
-
-
-class _Everyone:
-    """The controller's listener: the display and the tracking, one call each."""
-
-    def __init__(self, display: Display) -> None:
-        self.display = display
-        self.tracker: Tracker | None = None
-        self._held: list[StepRecord] = []
-        self.first_step_at: float | None = None
-
-    def attach(self, tracker: "Tracker") -> None:
-        """From now on records go to tracking; those that came before follow at once."""
-        self.tracker = tracker
-        for record in self._held:
-            tracker.log_metrics(record.step, record.metrics, record.time_ms)
-        self._held.clear()
-
-    def record(self, record: StepRecord, world_size: int) -> None:
-        if self.first_step_at is None and "train/loss" in record.metrics:
-            self.first_step_at = record.time_ms / 1000
-        self.display.record(record, world_size)
-        if self.tracker is None:
-            self._held.append(record)
-        else:
-            self.tracker.log_metrics(record.step, record.metrics, record.time_ms)
-
-    def incident(self, incident: Incident) -> None:
-        self.display.incident(incident)
-
-    def world(self, generation: int, world_size: int, step: int) -> None:
-        self.display.world(generation, world_size, step)
-        now = int(time.time() * 1000)
-        self.record_world(
-            StepRecord(
-                step,
-                {"cluster/world_size": float(world_size), "cluster/generation": float(generation)},
-                now,
-            )
-        )
-
-    def record_world(self, record: StepRecord) -> None:
-        if self.tracker is None:
-            self._held.append(record)
-        else:
-            self.tracker.log_metrics(record.step, record.metrics, record.time_ms)
-
-    def note(self, line: str) -> None:
-        self.display.note(line)
-
-    def tick(self) -> None:
-        self.display.tick()
 
 
 class Run:
@@ -303,12 +189,18 @@ class Run:
                         highlight=False,
                     )
 
-    def _write_run_file(self, prepared: "Prepared", run_id: str | None) -> None:
+    def _write_run_file(
+        self, prepared: "Prepared", run_id: str | None, outcome: "Outcome | None" = None
+    ) -> None:
+        ended = (
+            {"state": str(outcome.state), "state_sha256": outcome.state_sha256} if outcome else {}
+        )
         run_log.write_run_file(self.run_dir, {
             "name": self.run_dir.name, "run_id": run_id, "tracking_uri": self.config.tracking.uri,
             "overrides": [o for o in self.composed.overrides if not o.lstrip("+").startswith("resume=")],
             "config_dirs": list(self.composed.config_dirs), "config": self.config.to_dict(),
             "config_sha256": config_sha256(self.config), "slots": prepared.plan.slots, "plan": prepared.plan.to_dict(),
+            **ended,
         })  # fmt: skip
 
     def _describe(self, tracker: "Tracker", prepared: "Prepared") -> None:
@@ -347,8 +239,9 @@ class Run:
             share if self.config.resources.gpus == "auto" else float(self.config.resources.gpus)
         )
         ray_cluster.check_fits(
-            workers=prepared.plan.max_workers, cpus=self.config.resources.cpus, gpus=per_gpu,
-            wanted=f"workers={prepared.plan.max_workers}",
+            workers=prepared.plan.max_workers + self.config.spares, cpus=self.config.resources.cpus,
+            gpus=per_gpu, wanted=f"workers={prepared.plan.max_workers}"
+            + (f" and spares={self.config.spares}" if self.config.spares else ""),
         )  # fmt: skip
         return self._train(prepared, cluster, per_gpu)
 
@@ -372,6 +265,7 @@ class Run:
             ray_cluster.end_with_children(exit_code)
 
     def _train(self, prepared: "Prepared", cluster: Any, gpus: float) -> Summary:
+        from service.cluster.commits import Commits
         from service.cluster.controller import Controller
         from service.cluster.worker_group import WorkerGroup
         from service.training.collectives import Store
@@ -386,17 +280,20 @@ class Run:
         )  # fmt: skip
         group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
         first = self.resumed.step if self.resumed else 0
-        group.start(plan.max_workers, str(self.resumed.checkpoint) if self.resumed else None)
+        source = self.resumed.checkpoint if self.resumed else None
+        group.start(plan.max_workers + self.config.spares, str(source) if source else None)
         self._write_run_file(prepared, self.resumed.run_id if self.resumed else None)
         display = Display(
             self.console, self._title(prepared), plan.total_steps, plan.batch_size, first
         )
-        everyone = _Everyone(display)
+        everyone = Everyone(display)
+        commits = Commits(
+            checkpoint.folder(self.run_dir, self.config.checkpoint.dir), self.run_dir.name,
+            config_sha256(self.config), self.config.checkpoint.keep_last, source,
+        )  # fmt: skip
         controller = Controller(
-            self.config, plan, group, store, log, checkpoint.folder(self.run_dir, self.config.checkpoint.dir),
-            everyone, config_sha256=config_sha256(self.config),
-            restore_from=self.resumed.checkpoint if self.resumed else None, first_step=first,
-            check_health=lambda: self._attach_when_open(everyone, prepared),
+            self.config, plan, group, store, log, commits, everyone, resumed=source is not None,
+            first_step=first, check_health=lambda: self._attach_when_open(everyone, prepared),
         )  # fmt: skip
         self._controller = controller
         try:
@@ -417,7 +314,7 @@ class Run:
             self._opening = self._background.submit(self._open_tracker)
         return self._opening
 
-    def _attach_when_open(self, everyone: _Everyone, prepared: "Prepared") -> None:
+    def _attach_when_open(self, everyone: Everyone, prepared: "Prepared") -> None:
         """Called in every turn of the controller: once tracking is open, hand over what is known.
 
         Opening takes seconds of a core (imports, a new database's tables), which the workers'
@@ -430,13 +327,13 @@ class Run:
         if opening.done():
             self._attach(opening.result(), everyone, prepared)
 
-    def _attach(self, tracker: "Tracker", everyone: _Everyone, prepared: "Prepared") -> None:
+    def _attach(self, tracker: "Tracker", everyone: Everyone, prepared: "Prepared") -> None:
         self._write_run_file(prepared, tracker.run_id)
         self._describe(tracker, prepared)
         everyone.attach(tracker)
 
     def _finish(
-        self, outcome: "Outcome", prepared: "Prepared", everyone: _Everyone, log: RunLog
+        self, outcome: "Outcome", prepared: "Prepared", everyone: Everyone, log: RunLog
     ) -> Summary:
         with self.console.status("keeping plots, model and metrics…"):
             tracker = self._tracker_opening().result()
@@ -445,12 +342,17 @@ class Run:
             self._keep_plots(tracker, log)
             if outcome.incidents:
                 tracker.log_file(self.run_dir / run_log.INCIDENTS_FILE)
-            tracker.set_tags({"descent.workers": json.dumps(outcome.workers)})
+            tags = {
+                "descent.workers": json.dumps(outcome.workers),
+                "descent.goodput": f"{outcome.goodput:.4f}",
+            }
             if outcome.state_sha256:
-                tracker.set_tags({"descent.state_sha256": outcome.state_sha256})
+                tags["descent.state_sha256"] = outcome.state_sha256
+            tracker.set_tags(tags)
             if outcome.state is RunState.FINISHED and outcome.checkpoint is not None:
                 self._keep_model(tracker, prepared, outcome.checkpoint)
             undelivered = tracker.finish(str(outcome.state), deadline_s=60.0)  # type: ignore[arg-type]
+        self._write_run_file(prepared, tracker.run_id, outcome)
         trained_s = self._training_time(log)
         return Summary(
             self.run_dir, tracker.run_id, tracker.url, outcome, prepared.plan.to_dict(), self._figures(log),

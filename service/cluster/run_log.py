@@ -29,6 +29,7 @@ class RunLog:
         self.incidents: list[Incident] = []
         for record in self.records():
             self._note(record)
+        self.earlier_incidents = _lines(run_dir / INCIDENTS_FILE)
         self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._end_torn_line()
 
@@ -83,12 +84,25 @@ class RunLog:
         return points
 
     def incident(self, incident: Incident) -> None:
+        """Keep an incident of this process's part of the run."""
         self.incidents.append(incident)
         with (self.run_dir / INCIDENTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(incident)) + "\n")
 
+    def amend(self, index: int, incident: Incident) -> None:
+        """Replace an incident of which more is known by now; the file changes in one piece."""
+        self.incidents[index] = incident
+        lines = [*self.earlier_incidents, *(json.dumps(asdict(i)) for i in self.incidents)]
+        temporary = self.run_dir / f".{INCIDENTS_FILE}"
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self.run_dir / INCIDENTS_FILE)
+
     def close(self) -> None:
         self._metrics.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def write_run_file(run_dir: Path, content: dict[str, Any]) -> None:
@@ -109,7 +123,7 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run_dir}: not the folder of a run: {error}") from error
 
 
-def find_run(resume: str, output_dir: Path) -> Path:
+def find_run(resume: str, output_dir: Path, key: str = "resume") -> Path:
     """The run's folder from its MLflow run id, its name, or its path. Raises CheckpointError."""
     path = Path(resume).expanduser()
     for candidate in (path, path.parent, path.parent.parent):
@@ -124,4 +138,4 @@ def find_run(resume: str, output_dir: Path) -> Path:
             if resume in (content.get("run_id"), folder.name):
                 return folder.resolve()
     there = f"; there are: {', '.join(known[-5:])}" if known else f"; there are none in {runs}"
-    raise CheckpointError(f"resume={resume}: no run of that id, name or path{there}")
+    raise CheckpointError(f"{key}={resume}: no run of that id, name or path{there}")

@@ -9,6 +9,7 @@ import contextlib
 import os
 import queue
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -64,13 +65,30 @@ class Worker:
         self._failure: WorkerFailure | None = None
         self._out_of_memory = False
         self._sha256: str | None = None
+        self._leaving = False
         self._control: Any = None
         self._commands: queue.Queue[Membership | None] = queue.Queue()
         self._changed = threading.Event()
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._say_goodbye_on_sigterm()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
+
+    def _say_goodbye_on_sigterm(self) -> None:
+        """A SIGTERM announces the end: tell the controller, which pauses the others and lets us go.
+
+        The actor is made on the main thread, where Ray has put a handler that would exit at once.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def leave(*_: object) -> None:
+            self._leaving = True
+            self._notify()
+
+        signal.signal(signal.SIGTERM, leave)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     # -- the training thread ----------------------------------------------------------
 
@@ -104,11 +122,13 @@ class Worker:
         from service.training.collectives import PeerLost
         from service.training.trainer import OutOfMemory
 
-        self._control.pause = False
+        self._control.pause, self._control.diverged = False, ()
         self._generation = membership.generation
         self._out_of_memory = False
         self._become(WorkerState.RUNNING)
         try:
+            if membership.restore_from is not None:
+                trainer.restore(Path(membership.restore_from))
             outcome = trainer.run(membership)
             self._control.enter("finish")
             trainer.finish_saving()
@@ -168,7 +188,7 @@ class Worker:
         control = self._control
         state = self._state  # read first: what follows is at least as new
         records: tuple[StepRecord, ...] = ()
-        parts = ()
+        parts = notices = ()
         if control is not None:
             kept = control.records
             while kept and kept[0].step <= acknowledged["eval/loss" in kept[0].metrics]:
@@ -176,15 +196,18 @@ class Worker:
             if with_records:
                 records = tuple(kept[i] for i in range(min(len(kept), _RECORDS_PER_POLL)))
             parts = tuple(control.parts.popleft() for _ in range(len(control.parts)))
+            notices = tuple(control.notices.popleft() for _ in range(len(control.notices)))
         return WorkerStatus(
             worker_id=self._spec.worker_id, state=state, generation=self._generation,
             step=control.step if control else 0, evaluated=control.evaluated if control else -1,
             phase=control.phase if control else "import",
             phase_age_s=time.monotonic() - control.phase_since if control else 0.0,
-            records=records, parts=parts, failure=self._failure, out_of_memory=self._out_of_memory,
+            records=records, parts=parts, notices=notices, failure=self._failure, out_of_memory=self._out_of_memory,
             pid=os.getpid(), host=socket.gethostname(),
             node=self._node,
             peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, state_sha256=self._sha256,
+            leaving=self._leaving, diverged=control.diverged if control else (),
+            useful_s=control.useful_s if control else 0.0,
         )  # fmt: skip
 
     async def join(self, membership: Membership) -> None:

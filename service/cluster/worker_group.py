@@ -5,12 +5,13 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
 
+from service.cluster.ray_cluster import placeable
 from service.cluster.worker import Worker
 from service.messages import Fault, Membership, WorkerSpec, WorkerStatus
 
@@ -30,7 +31,12 @@ class Handle:
     status: WorkerStatus | None = None
     dead: bool = False
     why_dead: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    preempted: bool = False
+    """It went with its node, or was told to go: nobody's fault."""
+
+    @property
+    def host(self) -> str:
+        return self.status.host if self.status is not None else ""
 
 
 class WorkerGroup:
@@ -68,6 +74,17 @@ class WorkerGroup:
             room = min(room, float(free.get("GPU", 0)) / self._options["num_gpus"])
         return int(room + 1e-9)
 
+    def placeable(self) -> int:
+        """How many workers of this size the cluster's nodes can hold in all."""
+        return placeable(self._options["num_cpus"], self._options["num_gpus"])
+
+    def draining(self) -> set[str]:
+        """Ids of the nodes that have announced their end (a preemption, a SIGTERM, a scale-down)."""
+        # Ray has no public way to ask; its own Train library reads the same place.
+        with contextlib.suppress(RayError, AttributeError, RuntimeError):
+            return set(ray._private.state.state.get_draining_nodes())
+        return set()
+
     def poll(
         self, *, acknowledged: tuple[int, int], reporter: str | None, wait_s: float
     ) -> list[WorkerStatus]:
@@ -96,6 +113,7 @@ class WorkerGroup:
                 handle.status = ray.get(reference, timeout=5)
             except (ActorDiedError, ActorUnavailableError) as error:
                 handle.dead, handle.why_dead = True, _cause(error)
+                handle.preempted |= "node has died" in str(error)
                 continue
             except GetTimeoutError:
                 continue
@@ -106,6 +124,10 @@ class WorkerGroup:
             assert handle.status is not None
             statuses.append(handle.status)
         return statuses
+
+    def unheard_s(self, worker_id: str) -> float:
+        """Seconds since it was last heard of."""
+        return time.monotonic() - self.handles[worker_id].heard
 
     def silent_for(self, worker_id: str) -> float:
         """Seconds since a poll was sent that is still unanswered; 0 before the first answer."""
@@ -141,13 +163,18 @@ class WorkerGroup:
         with contextlib.suppress(RayError, ValueError):
             ray.kill(handle.actor, no_restart=True)
 
+    def retire(self, worker_id: str, why: str) -> None:
+        """Let a worker go in the ordinary way, which Ray doesn't take for an accident."""
+        handle = self.handles[worker_id]
+        handle.dead, handle.why_dead, handle.preempted = True, why, True
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(handle.actor, no_restart=True)
+
     def release(self) -> None:
-        """End all workers in the ordinary way, which Ray doesn't take for an accident."""
-        for handle in self.handles.values():
+        """End all workers."""
+        for worker_id, handle in self.handles.items():
             if not handle.dead:
-                handle.dead, handle.why_dead = True, "released"
-                with contextlib.suppress(RayError, ValueError):
-                    ray.kill(handle.actor, no_restart=True)
+                self.retire(worker_id, "released")
 
 
 def _cause(error: BaseException) -> str:

@@ -47,7 +47,9 @@ def _refuse(error: ValidationError, plain: Mapping[str, Any], sources: Sources) 
     value = these[0]["input"]
     kinds = {e["type"] for e in these}
     if not path:
-        raise ConfigError(_two_lengths(plain, sources)) from error
+        words = _own_words(these[-1])
+        lengths = words.startswith("steps=")
+        raise ConfigError(_two_lengths(plain, sources) if lengths else words) from error
     if path == ("experiment",):
         rule = "an experiment needs '# @package _global_' as its first line"
         raise ConfigError(f"{sources.where(path)}: {rule}") from error

@@ -20,7 +20,7 @@ import torch
 from service.artifacts import checkpoint
 from service.config import RunConfig, build
 from service.errors import TrainingError
-from service.messages import Fault, Membership, PartWritten, StepRecord
+from service.messages import Fault, Membership, Notice, PartWritten, StepRecord
 from service.training import collectives
 from service.training.collectives import Group
 from service.training.ema import Ema
@@ -59,6 +59,11 @@ class Control:
     phase_since: float = field(default_factory=time.monotonic)
     records: deque[StepRecord] = field(default_factory=deque)
     parts: deque[PartWritten] = field(default_factory=deque)
+    notices: deque[Notice] = field(default_factory=deque)
+    useful_s: float = 0.0
+    """Seconds spent in steps that were committed."""
+    diverged: tuple[int, ...] = ()
+    """Ranks whose bits differ from the majority's (all, where there is none): why the generation ended."""
     notify: Callable[[], None] = lambda: None
     faults: list[Fault] = field(default_factory=list)
     """To be injected, in tests and by `descent chaos`; otherwise empty."""

@@ -1,0 +1,121 @@
+"""Who is lost, who is about to go, who is too slow: what is known of the workers beyond their own words."""
+
+import time
+
+from service.cluster.ledger import Ledger
+from service.cluster.policy import Failure, WorkerView
+from service.cluster.worker_group import Handle, WorkerGroup
+from service.config import RunConfig
+from service.messages import WorkerFailure, WorkerState
+
+_LOOK_EVERY_S = 1.0
+"""Between two looks at the cluster for nodes that are going away."""
+
+
+class RollCall:
+    """Finds the silent and the dead, hears goodbyes, and counts what counts as a crash."""
+
+    def __init__(self, config: RunConfig, group: WorkerGroup, ledger: Ledger) -> None:
+        self._config, self._group, self._ledger = config, group, ledger
+        self.failures = 0
+        """Crashes so far: what regroup.max_failures bounds. Preemptions aren't."""
+        self.earlier: set[Failure] = set()
+        """What workers that were replaced had raised."""
+        self.last_failure: WorkerFailure | None = None
+        self.slow: set[str] = set()
+        self._leaving: set[str] = set()
+        self._counted: set[str] = set()
+        self._drains_asked = 0.0
+
+    def call(self, members: tuple[str, ...], step: int) -> None:
+        """Kill who hangs, note who is dead or about to go."""
+        for worker_id, handle in self._group.handles.items():
+            if not handle.dead:
+                self._kill_if_hanging(worker_id, handle)
+        for worker_id, handle in self._group.handles.items():
+            if handle.dead and worker_id not in self._counted:
+                self._counted.add(worker_id)
+                self._lost(worker_id, handle, members, step)
+        self._find_drained(members, step)
+
+    def _kill_if_hanging(self, worker_id: str, handle: Handle) -> None:
+        heartbeat, stall = self._config.regroup.heartbeat_s, self._config.regroup.stall_s
+        status = handle.status
+        if self._group.silent_for(worker_id) > heartbeat:
+            self._group.kill(worker_id, f"no answer for {heartbeat:g} s")
+        elif (
+            status is not None
+            and status.state is WorkerState.RUNNING
+            and status.phase_age_s > stall
+        ):
+            self._group.kill(
+                worker_id, f"no progress in '{status.phase}' for {status.phase_age_s:.0f} s"
+            )
+
+    def _lost(self, worker_id: str, handle: Handle, members: tuple[str, ...], step: int) -> None:
+        """A crash counts; a worker that went with its node, or had said goodbye, doesn't."""
+        self.failures += not (handle.preempted or worker_id in self._leaving)
+        kind = "node lost" if handle.preempted else "worker lost"
+        if worker_id in members:
+            self._ledger.open(
+                kind, step, unheard_s=self._group.unheard_s(worker_id), worker=worker_id,
+                host=handle.host, detail=handle.why_dead,
+            )  # fmt: skip
+        else:
+            self._ledger.note(
+                kind, step, worker=worker_id, host=handle.host, detail=handle.why_dead
+            )
+
+    def _find_drained(self, members: tuple[str, ...], step: int) -> None:
+        now = time.monotonic()
+        if now - self._drains_asked < _LOOK_EVERY_S:
+            return
+        self._drains_asked = now
+        draining = self._group.draining()
+        for worker_id, handle in self._group.handles.items():
+            if not handle.dead and handle.status is not None and handle.status.node in draining:
+                self.leaves(worker_id, "its node is being drained", members, step)
+
+    def leaves(self, worker_id: str, why: str, members: tuple[str, ...], step: int) -> None:
+        """A worker announces its end: a pause and a goodbye, not a fault."""
+        if worker_id in self._leaving:
+            return
+        self._leaving.add(worker_id)
+        if worker_id in members:
+            self._ledger.open(
+                "preempted", step, interrupts=False, worker=worker_id,
+                host=self._group.handles[worker_id].host, detail=why,
+            )  # fmt: skip
+            self._group.save(worker_id)  # in case it goes before somebody else has its state
+
+    def retire(self, worker_id: str) -> None:
+        """Let a worker go: one that nobody needs, or one that alone raised something."""
+        status = self._group.handles[worker_id].status
+        failure = status.failure if status else None
+        if failure is None:
+            self._counted.add(worker_id)
+            self._group.retire(worker_id, "no longer needed")
+            return
+        # Only this one raised it, for the first time: perhaps its machine is to blame.
+        self.earlier.add((failure.kind, failure.step + 1))
+        self.last_failure = failure
+        self._group.kill(worker_id, f"{failure.kind}: {failure.message}"[:300])
+
+    def view(
+        self, worker_id: str, members: tuple[str, ...], generation: int, joined: bool
+    ) -> WorkerView:
+        """The worker as the policy sees it."""
+        handle = self._group.handles[worker_id]
+        status, leaving = handle.status, worker_id in self._leaving
+        if status is None:
+            return WorkerView(WorkerState.STARTING, handle.dead, joined=joined, leaving=leaving)
+        state = status.state
+        behind = worker_id in members and status.generation < generation
+        if behind and state is not WorkerState.FAILED:
+            state = WorkerState.RUNNING  # told to join, not yet heard of there
+        failure = status.failure
+        return WorkerView(
+            state, handle.dead, status.generation, (status.step, status.evaluated), joined,
+            leaving, worker_id in self.slow,
+            (failure.kind, failure.step + 1) if failure is not None else None,
+        )  # fmt: skip
