@@ -11,6 +11,9 @@ from service.messages import WorkerFailure, WorkerState
 _LOOK_EVERY_S = 1.0
 """Between two looks at the cluster for nodes that are going away."""
 
+_START_S = 30.0
+"""A new actor's process may take this long before it answers at all, whatever regroup.wait_s is."""
+
 
 class RollCall:
     """Finds the silent and the dead, hears goodbyes, and counts what counts as a crash."""
@@ -41,11 +44,15 @@ class RollCall:
     def _kill_if_hanging(self, worker_id: str, handle: Handle) -> None:
         heartbeat, stall = self._config.regroup.heartbeat_s, self._config.regroup.stall_s
         status = handle.status
-        if self._group.silent_for(worker_id) > heartbeat:
+        wait_s = max(self._config.regroup.wait_s, _START_S)
+        if not handle.answered and self._group.unheard_s(worker_id) > wait_s:
+            self._counted.add(worker_id)
+            self._group.retire(worker_id, f"could not be placed within {wait_s:g} s")
+        elif self._group.silent_for(worker_id) > heartbeat:
             self._group.kill(worker_id, f"no answer for {heartbeat:g} s")
         elif (
             status is not None
-            and status.state is WorkerState.RUNNING
+            and status.state in (WorkerState.RUNNING, WorkerState.STARTING)
             and status.phase_age_s > stall
         ):
             self._group.kill(

@@ -78,17 +78,19 @@ class Worker:
     def _say_goodbye_on_sigterm(self) -> None:
         """A SIGTERM announces the end: tell the controller, which pauses the others and lets us go.
 
-        The actor is made on the main thread, where Ray has put a handler that would exit at once.
+        Only the main thread could set a handler, and an actor never gets to run there; but
+        the handler that Ray has set there ends in this function of its, which we replace.
+        Where Ray has no such function any more, a SIGTERM stays what it was: a crash, survived.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
+        internals = ray._private.worker
+        if hasattr(internals, "raise_sys_exit_with_custom_error_message"):
 
-        def leave(*_: object) -> None:
-            self._leaving = True
-            self._notify()
+            def leave(*_: object, **__: object) -> None:
+                self._leaving = True
+                self._notify()
 
-        signal.signal(signal.SIGTERM, leave)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            internals.raise_sys_exit_with_custom_error_message = leave
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     # -- the training thread ----------------------------------------------------------
 

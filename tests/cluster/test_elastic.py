@@ -1,0 +1,142 @@
+"""Growing, shrinking, goodbyes and spares in a real run; the oracle is the undisturbed run with one worker."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.runs import (
+    DESCENT,
+    end,
+    incidents_of,
+    logged_steps,
+    start,
+    wait_for_step,
+    workers_of,
+)
+
+MODULE = """
+import os
+import time
+from torch import nn
+
+class Slow(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
+
+    def forward(self, x):
+        time.sleep(0.03 if self.training else 0)
+        return super().forward(x)
+
+class Unlucky(Slow):
+    '''Raises in one process, once: as on a machine with a fault of its own.'''
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 40:
+            try:
+                os.close(os.open("unlucky", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                raise OSError("a cosmic ray")
+        return super().forward(x)
+"""
+STEPS = 120
+ROOM = ["resources.cpus=0.25", "slots=4", f"steps={STEPS}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("elastic")
+    (path / "nets.py").write_text(MODULE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> dict[str, Any]:
+    code, summary, err = end(start(folder, "undisturbed", "Slow", *ROOM, "workers=1"))
+    assert code == 0, err
+    return summary
+
+
+def assert_nothing_tells(
+    folder: Path, name: str, ended: tuple[int, dict[str, Any], str], undisturbed: dict[str, Any]
+) -> None:
+    code, summary, err = ended
+    assert code == 0, err
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert summary["eval/loss"] == undisturbed["eval/loss"]
+    assert logged_steps(folder, name) == list(range(1, STEPS + 1))
+
+
+def scale(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [DESCENT, "scale", *arguments], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def worlds(err: str) -> list[int]:
+    """The sizes of the generations after the first."""
+    return [int(n) for n in re.findall(r"generation \d+: (\d) worker", err)]
+
+
+def test_a_run_grows_and_shrinks_on_request(folder: Path, undisturbed: dict[str, Any]) -> None:
+    run = start(folder, "scaled", "Slow", *ROOM, "workers=1")
+    wait_for_step(run, folder, "scaled", 10)
+    refused = scale(folder, "scaled", "workers=5")
+    assert refused.returncode != 0 and "slots=4" in refused.stderr
+    grown = scale(folder, "scaled", "workers=3")
+    assert grown.returncode == 0 and "3 wanted" in grown.stdout, grown.stderr
+    while len(workers_of(run)) < 3:
+        assert run.poll() is None
+    wait_for_step(run, folder, "scaled", 60)
+    assert scale(folder, "scaled", "workers=2").returncode == 0
+    ended = end(run)
+    assert_nothing_tells(folder, "scaled", ended, undisturbed)
+    assert ended[1]["incidents"] == 0 and worlds(ended[2])[-1] == 2 and 3 in worlds(ended[2])
+    over = scale(folder, "scaled", "workers=1")
+    assert over.returncode != 0 and "is not running (FINISHED)" in over.stderr
+
+
+def test_a_sigterm_to_a_worker_is_a_goodbye_that_costs_nothing(
+    folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    run = start(folder, "goodbye", "Slow", *ROOM, "workers=2", "regroup.max_failures=0")
+    wait_for_step(run, folder, "goodbye", 15)
+    os.kill(workers_of(run)[0].pid, signal.SIGTERM)
+    ended = end(run)
+    assert_nothing_tells(folder, "goodbye", ended, undisturbed)
+    (incident,) = incidents_of(folder, "goodbye")
+    assert incident["kind"] == "preempted"
+    assert incident["steps_lost"] == incident["samples_replayed"] == 0
+
+
+def test_a_spare_takes_a_lost_workers_place_at_once(
+    folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    run = start(folder, "spare", "Slow", *ROOM, "workers=2", "spares=1")
+    wait_for_step(run, folder, "spare", 15)
+    workers = workers_of(run)
+    assert len(workers) == 3
+    workers[0].kill()
+    ended = end(run)
+    assert_nothing_tells(folder, "spare", ended, undisturbed)
+    assert [i["kind"] for i in incidents_of(folder, "spare")] == ["worker lost"]
+
+
+def test_an_exception_that_only_one_worker_raises_once_is_retried_elsewhere(
+    folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    ended = end(start(folder, "unlucky", "Unlucky", *ROOM, "workers=2"))
+    assert_nothing_tells(folder, "unlucky", ended, undisturbed)
+    (incident,) = incidents_of(folder, "unlucky")
+    assert incident["kind"] == "worker lost" and "a cosmic ray" in incident["detail"]
