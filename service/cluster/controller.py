@@ -280,7 +280,8 @@ class Controller:
         self._commits.forget()
         self._last_save = time.monotonic()
         self._ledger.regrouped(self._committed)
-        self._listener.world(self._generation, world, self._committed)
+        if not decision.save_only:
+            self._listener.world(self._generation, world, self._committed)
 
     def _restore(self) -> None:
         """All replicas are gone: the run goes on from its last checkpoint, or from its start."""

@@ -33,6 +33,10 @@ def sparkline(values: list[float], width: int = 32) -> str:
     return "".join(_SPARKS[round((v - low) / span * (len(_SPARKS) - 1))] for v in values)
 
 
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count != 1 else ''}"
+
+
 class Display:
     """Progress, losses, throughput, world size and incidents; see `controller.Listener`."""
 
@@ -45,7 +49,7 @@ class Display:
         self._loss = self._eval_loss = self._accuracy = math.nan
         self._best_accuracy, self._best_loss = -math.inf, math.inf
         self._rate = 0.0
-        self._world = 0
+        self._world = self._generation = 0
         self._incidents = 0
         self._losses: list[float] = []
         self._window_at = time.monotonic()
@@ -78,11 +82,9 @@ class Display:
         if not math.isnan(self._eval_loss):
             accuracy = f"accuracy {self._accuracy:.2%}" if not math.isnan(self._accuracy) else ""
             table.add_row("evaluation", f"{self._eval_loss:.4f}", accuracy)
-        workers = (
-            f"{self._world} worker{'s' if self._world != 1 else ''}"
-            if self._world
-            else self._status
-        )
+        workers = _workers(self._world) if self._world else self._status
+        if self._generation > 1:
+            workers += f", generation {self._generation}"
         if self._incidents:
             workers += f", {self._incidents} incident{'s' if self._incidents > 1 else ''}"
         table.add_row("speed", f"{self._rate:,.0f} samples/s", workers)
@@ -116,9 +118,9 @@ class Display:
         )
 
     def world(self, generation: int, world_size: int, step: int) -> None:
-        self._world = world_size
+        self._world, self._generation = world_size, generation
         if generation > 1:
-            self.note(f"generation {generation}: {world_size} workers from step {step + 1} on")
+            self.note(f"generation {generation}: {_workers(world_size)} from step {step + 1} on")
 
     def note(self, line: str) -> None:
         self._console.print(f"[yellow]![/yellow] {line}", highlight=False, soft_wrap=True)
@@ -143,7 +145,7 @@ class Display:
             accuracy = f" ({self._accuracy:.2%})" if not math.isnan(self._accuracy) else ""
             self._console.print(
                 f"step {self._step:,}/{self._total:,}: loss {self._loss:.4f}{evaluation}{accuracy}, "
-                f"{self._rate:,.0f} samples/s, {self._world} workers", highlight=False, soft_wrap=True,
+                f"{self._rate:,.0f} samples/s, {_workers(self._world)}", highlight=False, soft_wrap=True,
             )  # fmt: skip
 
     @property

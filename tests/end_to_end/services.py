@@ -140,7 +140,7 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     try:
         with process(head, folder / "head.log", environment):
             until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz"), "the Ray head")
-            address = f"{_own_address()}:{port}"
+            address = f"{own_address()}:{port}"
             with process(
                 [ray, "start", f"--address={address}", *small], folder / "node.log", environment
             ):
@@ -149,7 +149,7 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """The address that `ray start` gives this machine."""
     import ray.util
 

@@ -1,0 +1,126 @@
+"""Nodes that say goodbye, and nodes that are lost: several Ray nodes on one machine, as `ray start` makes them."""
+
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.runs import end, incidents_of, logged_steps, start, wait_for_step
+from tests.end_to_end.services import answers, free_port, own_address, process, until
+
+NETWORK = """
+import time
+from torch import nn
+
+class Slow(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
+
+    def forward(self, x):
+        time.sleep(0.05 if self.training else 0)
+        return super().forward(x)
+"""
+STEPS = 200
+RAY = str(Path(sys.executable).with_name("ray"))
+SMALL = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
+
+
+class Nodes:
+    """A head with one CPU; more nodes of one CPU each come and go."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], address: str) -> None:
+        self.folder, self._environment, self.address = folder, environment, address
+        self._count = 0
+
+    @contextmanager
+    def more(self) -> Iterator[Callable[[signal.Signals], None]]:
+        """One more node; yields how to send a signal to it (SIGKILL: to all its processes)."""
+        self._count += 1
+        log = self.folder / f"node-{self._count}.log"
+        command = [RAY, "start", f"--address={self.address}", *SMALL]
+        with process(command, log, self._environment) as node:
+
+            def send(number: signal.Signals) -> None:
+                if number is signal.SIGKILL:
+                    os.killpg(node.pid, number)
+                else:
+                    os.kill(node.pid, number)
+
+            until(lambda: "Ray runtime started" in log.read_text(), "the node")
+            yield send
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    folder = tmp_path_factory.mktemp("nodes")
+    (folder / "nets.py").write_text(NETWORK)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        port, dashboard = free_port(), free_port()
+        temporary = Path("/tmp") / f"ray-{secrets.token_hex(4)}"  # sockets' paths must be short
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        head = [RAY, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", *SMALL]  # fmt: skip
+        stack.enter_context(process(head, folder / "head.log", {**os.environ}))
+        url = f"http://127.0.0.1:{dashboard}/api/gcs_healthz"
+        until(lambda: answers(url), "the Ray head")
+        yield Nodes(folder, {**os.environ}, f"{own_address()}:{port}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Nodes) -> dict[str, Any]:
+    code, summary, err = end(start(nodes.folder, "undisturbed", "Slow", *LENGTH, "workers=1"))
+    assert code == 0, err
+    return summary
+
+
+LENGTH = [f"steps={STEPS}", "slots=2"]
+
+
+def test_a_nodes_sigterm_is_a_pause_and_a_goodbye_and_a_new_node_is_made_use_of(
+    nodes: Nodes, undisturbed: dict[str, Any]
+) -> None:
+    with nodes.more() as send, ExitStack() as stack:
+        run = start(
+            nodes.folder, "drained", "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=2",
+            "regroup.max_failures=0",
+        )  # fmt: skip
+        wait_for_step(run, nodes.folder, "drained", 10)
+        send(signal.SIGTERM)
+        until(lambda: bool(incidents_of(nodes.folder, "drained")), "the goodbye")
+        stack.enter_context(nodes.more())
+        code, summary, err = end(run)
+    assert code == 0, err
+    assert [i["kind"] for i in incidents_of(nodes.folder, "drained")] == ["preempted"]
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert logged_steps(nodes.folder, "drained") == list(range(1, STEPS + 1))
+    assert ": 1 worker from" in err and len(set(summary["workers"].values())) == 2
+
+
+def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(
+    nodes: Nodes, undisturbed: dict[str, Any]
+) -> None:
+    least = [
+        *LENGTH, f"ray.address={nodes.address}", "workers={min: 2, max: 2}", "regroup.wait_s=3",
+    ]  # fmt: skip
+    with nodes.more() as send:
+        run = start(nodes.folder, "few", "Slow", *least)
+        wait_for_step(run, nodes.folder, "few", 20)
+        send(signal.SIGKILL)
+        code, summary, err = end(run)
+    assert code == 1, err
+    assert summary["reason"] == "only 1 of at least 2 workers could be had for 3 s"
+    assert Path(summary["checkpoint"]).name == f"step-{summary['step']:09d}"
+    with nodes.more():
+        code, summary, err = end(start(nodes.folder, "few", "Slow", "resume=few"))
+    assert code == 0, err
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert logged_steps(nodes.folder, "few") == list(range(1, STEPS + 1))
