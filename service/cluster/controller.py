@@ -10,7 +10,7 @@ from service.cluster import policy
 from service.cluster.commits import Commits
 from service.cluster.ledger import Ledger
 from service.cluster.live import Live, ScaleRequest
-from service.cluster.policy import View, WorkerView, deal_slots
+from service.cluster.policy import View, WorkerView
 from service.cluster.roll_call import RollCall
 from service.cluster.run_log import RunLog
 from service.cluster.worker_group import WorkerGroup
@@ -25,6 +25,7 @@ from service.messages import (
     WorkerStatus,
 )
 from service.training.collectives import Store
+from service.training.dealing import deal_slots
 from service.training.plan import Plan
 
 _POLL_S = 0.2

@@ -260,14 +260,3 @@ def _form(view: View, chosen: Sequence[str]) -> Form:
         if rank and (view.workers[w].progress < source.progress or not view.workers[w].joined)
     )  # fmt: skip
     return Form(tuple(by_rank), behind, restore=not source.joined and view.saved_step >= 0)
-
-
-def deal_slots(slots: int, world_size: int) -> tuple[tuple[int, int], ...]:
-    """Contiguous ranges of slots per rank, as even as can be.
-
-    >>> deal_slots(4, 3)
-    ((0, 1), (1, 2), (2, 4))
-    """
-    return tuple(
-        (slots * r // world_size, slots * (r + 1) // world_size) for r in range(world_size)
-    )

@@ -35,6 +35,13 @@ class Feed:
         self._queue: deque[tuple[int, int, int]] = deque()
         self._waiting: dict[tuple[int, int, int], Future[Pair]] = {}
 
+    def numbers(self, indices: Indices) -> Indices:
+        """The samples' numbers in the data set as it is stored, before any split."""
+        data: object = self._data
+        while isinstance(data, Subset):
+            indices, data = data.indices[indices], data.data
+        return indices
+
     def take(self, indices: Indices) -> Pair:
         """The samples `indices`: inputs [n, …] and targets [n, …] on the device."""
         return self._to_device(self._data.gather(indices))

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.training.collectives import Group
+from service.training.buffers import Buffers
+from service.training.collectives import Group, PeerLost
 from service.training.objective import Objective
 from service.training.reduction import Reducer
 from service.training.sampling import stream_seed
+from service.training.side import Side, Sums
+from service.training.stopwatch import Stopwatch
 
 Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
@@ -36,127 +39,52 @@ class StepInput:
     """What the gradient is divided by: the expected number of loss terms in the global batch."""
     scale: Tensor
     """1 / nominal, a 0-d tensor on the device: where the backward starts."""
+    votes: Sequence[int] = ()
+    own: Sequence[float] = ()
+    """What this rank has to say of itself; the first is the step."""
+
+    def micro_batches(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """A slot's ranges, in order."""
+        return [
+            (start, min(start + self.micro_size, hi)) for start in range(lo, hi, self.micro_size)
+        ]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The same on every rank."""
+    """The same on every rank, but for `suspects`."""
 
     loss: float
     """Mean loss over the global batch."""
     gradient_norm: float
     """Before clipping; inf or nan where a gradient isn't finite."""
     committed: bool
+    """Whether the update took place: not where loss or gradient are not finite."""
     votes: tuple[int, ...]
     slot_losses: tuple[float, ...]
-
-
-class Buffers:
-    """Buffers that the forward changes (batch norm's statistics): per slot from the step's start, then averaged.
-
-    Each slot starts from the same values, as it would on a rank of its own, and the step
-    ends with the mean over slots, summed in slot order; whole numbers (counters) take
-    slot 0's. So they don't depend on who computed which slot.
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        owned = dict(model.named_buffers())
-        self._buffers = [owned[name] for name in names]
-        self.size = sum(b.numel() for b in self._buffers)
-        self._start: list[Tensor] = []
-
-    def begin(self) -> None:
-        self._start = [b.clone() for b in self._buffers]
-
-    def restart(self) -> None:
-        """Back to the values of the step's start."""
-        for buffer, start in zip(self._buffers, self._start, strict=True):
-            buffer.copy_(start)
-
-    def pack(self) -> Tensor:
-        return torch.cat([b.reshape(-1).to(torch.float64) for b in self._buffers])
-
-    def unpack(self, rows: Tensor) -> None:
-        """Take the mean of [slots, size]."""
-        total = rows[0].clone()
-        for row in rows[1:]:
-            total += row
-        mean, offset = total / rows.shape[0], 0
-        for buffer in self._buffers:
-            piece = slice(offset, offset + buffer.numel())
-            source = mean if buffer.is_floating_point() else rows[0]
-            buffer.copy_(source[piece].view_as(buffer))
-            offset += buffer.numel()
-
-
-class _Side:
-    """The small vector that travels beside the gradients: per slot loss sum and count, the votes, the buffers.
-
-    Each entry has one owner and the others add zero, so the sum over ranks is exact
-    whatever way it is computed. On a CPU the numbers stay Python's until they are sent.
-    """
-
-    def __init__(
-        self, given: StepInput, buffers: Buffers, group: Group, votes: Sequence[int]
-    ) -> None:
-        self._slots, self._buffers, self._group = given.num_slots, buffers, group
-        self._numbers = [0.0] * (2 * given.num_slots) + [float(v) for v in votes]
-        self._on_device: dict[int, Tensor] = {}
-        self._rows = torch.zeros(
-            given.num_slots, buffers.size, dtype=torch.float64, device=group.device
-        )
-        self._sent: Tensor | None = None
-        self._work: object = None
-
-    def add(self, slot: int, loss: Tensor, count: Tensor | int) -> None:
-        """Count in a micro-batch of `slot`."""
-        for place, number in ((2 * slot, loss.detach()), (2 * slot + 1, count)):
-            if isinstance(number, Tensor) and number.device.type != "cpu":
-                # Reading it now would make the host wait for the device.
-                self._on_device[place] = self._on_device.get(place, 0.0) + number.double()
-            else:
-                self._numbers[place] += float(number)
-
-    def end_slot(self, slot: int) -> None:
-        """Take the buffers as the slot's forwards have left them."""
-        if self._buffers.size:
-            self._rows[slot] = self._buffers.pack()
-
-    def send(self) -> None:
-        """Start the sum over all ranks."""
-        if self._group.world_size == 1 and not self._on_device:
-            return
-        numbers = torch.tensor(self._numbers, dtype=torch.float64).to(self._group.device)
-        for place, number in self._on_device.items():
-            numbers[place] = number
-        self._sent = torch.cat([numbers, self._rows.flatten()]) if self._buffers.size else numbers
-        self._work = self._group.sum_async(self._sent)
-
-    def receive(self) -> tuple[list[float], list[float], tuple[int, ...], Tensor]:
-        """Loss sums and counts per slot, votes, and buffers [slots, size]; the same on every rank."""
-        self._group.wait(self._work)
-        numbers, rows = self._numbers, self._rows
-        if self._sent is not None:
-            numbers = self._sent[: len(self._numbers)].tolist()
-            rows = self._sent[len(self._numbers) :].view_as(self._rows)
-        end = 2 * self._slots
-        return numbers[0:end:2], numbers[1:end:2], tuple(int(v) for v in numbers[end:]), rows
+    by_rank: tuple[Sequence[float], ...] = ()
+    """`own` of each rank."""
+    suspects: tuple[int, ...] = ()
+    """Ranks whose part of the gradient was seen here to be not finite."""
 
 
 def train_step(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective,
     reducer: Reducer, group: Group, buffers: Buffers, fetch: Fetch, given: StepInput, *,
-    autocast: Callable[[], AbstractContextManager[Any]], random: bool, votes: Sequence[int],
-    clip_norm: float | None, clip_value: float | None, enter: Callable[[str], None] = lambda _: None,
+    autocast: Callable[[], AbstractContextManager[Any]], random: bool, clip_norm: float | None,
+    clip_value: float | None, watch: Stopwatch, compare: Callable[[], None],
+    enter: Callable[[str], None] = lambda _: None,
 ) -> StepResult:  # fmt: skip
     """Compute this rank's slots, reduce with the others, and update unless something isn't finite.
 
-    `enter` is told the phases: forward, reduce (the side vector is sent, the last backward
-    begins), update.
+    `compare` is called once the gradient is there, before the update, and may refuse it by
+    raising. `enter` is told the phases: forward, reduce (the side vector is sent, the last
+    backward begins), update.
+
     Raises PeerLost when a collective can't be finished; the model is then still at the
     last committed step.
     """
-    side = _Side(given, buffers, group, votes)
+    side = Side(given.num_slots, buffers, group, given.votes, given.own)
     if buffers.size:
         buffers.begin()
     reducer.begin()
@@ -168,8 +96,7 @@ def train_step(
                 torch.manual_seed(stream_seed(given.seed, given.step, slot))
             if buffers.size and index:
                 buffers.restart()
-            for start in range(lo, hi, given.micro_size):
-                stop = min(start + given.micro_size, hi)
+            for start, stop in given.micro_batches(lo, hi):
                 last = last_slot and stop == hi
                 inputs, targets = fetch(start, stop)
 
@@ -180,6 +107,8 @@ def train_step(
                         output = reducer.forward(inputs)
                     value = objective(output, targets)
                     side.add(slot, value, objective.count(targets))
+                    if not reducer.own_backward:
+                        watch.stop(len(targets))
                     return value
 
                 def send(slot: int = slot) -> None:
@@ -188,33 +117,40 @@ def train_step(
                     enter("reduce")
 
                 reducer.backward(loss, given.scale, last, send)
+                if not reducer.own_backward and not last:
+                    watch.start()
             if not last_slot:
                 side.end_slot(slot)
             reducer.end_slot(slot, last_slot)
+        if reducer.own_backward:
+            watch.stop(sum(hi - lo for _, (lo, hi) in given.slots))
         sums = side.receive()
+        if any(said[0] != given.step for said in sums.by_rank):
+            # Memory that fails between the reduction and the update can make a rank decide alone.
+            raise PeerLost(f"the ranks are at different steps: {[int(s[0]) for s in sums.by_rank]}")
         reducer.finish()
+        compare()
         enter("update")
     except BaseException:
         # The step will run again, in another generation: what the forward moved goes back.
         buffers.restart()
         raise
-    return _commit(parameters, optimizer, buffers, sums, given, clip_norm, clip_value)
+    return _commit(parameters, optimizer, reducer, buffers, sums, given, clip_norm, clip_value)
 
 
 def _commit(
-    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, buffers: Buffers,
-    sums: tuple[list[float], list[float], tuple[int, ...], Tensor], given: StepInput,
-    clip_norm: float | None, clip_value: float | None,
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, reducer: Reducer,
+    buffers: Buffers, sums: Sums, given: StepInput, clip_norm: float | None, clip_value: float | None,
 ) -> StepResult:  # fmt: skip
     """The step's last act: everyone holds the same sums, so everyone decides the same."""
-    losses, counts, votes, rows = sums
-    count = sum(counts) or 1.0  # nothing to learn from: all labels ignored
+    count = sum(sums.counts) or 1.0  # nothing to learn from: all labels ignored
     gradients = [p.grad for p in parameters if p.grad is not None]
     if count != given.nominal:
         torch._foreach_mul_(gradients, given.nominal / count)
     norm = gradient_norm(gradients)
-    loss = sum(losses) / count
+    loss = sum(sums.losses) / count
     committed = norm < float("inf") and loss - loss == 0.0
+    suspects: tuple[int, ...] = ()
     if committed:
         if clip_norm is not None and norm > clip_norm:
             torch._foreach_mul_(gradients, clip_norm / (norm + 1e-6))
@@ -223,10 +159,13 @@ def _commit(
             torch._foreach_clamp_max_(gradients, clip_value)
         optimizer.step()
         if buffers.size:
-            buffers.unpack(rows)
-    elif buffers.size:
+            buffers.unpack(sums.rows)
+    else:
         buffers.restart()
-    return StepResult(loss, norm, committed, votes, tuple(losses))
+        suspects = reducer.dropped()
+    return StepResult(
+        loss, norm, committed, sums.votes, tuple(sums.losses), tuple(sums.by_rank), suspects
+    )
 
 
 def gradient_norm(gradients: list[Tensor]) -> float:

@@ -10,20 +10,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from service.artifacts import checkpoint
 from service.config import RunConfig, build
 from service.errors import TrainingError
 from service.messages import Fault, Membership, Notice, PartWritten, StepRecord
-from service.training import collectives
+from service.training import collectives, nonfinite
+from service.training.buffers import Buffers
 from service.training.collectives import Group
+from service.training.dealing import Dealer
 from service.training.ema import Ema
+from service.training.evaluation import evaluate
 from service.training.faults import Target, strike
 from service.training.feed import Feed
 from service.training.objective import Objective
@@ -31,8 +33,10 @@ from service.training.plan import Plan, build_data, build_model, build_optimizer
 from service.training.plateau import Plateau
 from service.training.reduction import Reducer, reducer_for
 from service.training.sampling import SampleOrder, slot_bounds
+from service.training.sentinel import Diverged, Sentinel
 from service.training.state import TrainState
-from service.training.step import Buffers, StepInput, StepResult, layer_norms, train_step
+from service.training.step import StepInput, StepResult, layer_norms, train_step
+from service.training.stopwatch import Stopwatch
 
 PAUSE, SAVE = 0, 1
 """Places of the votes in the step's side vector."""
@@ -63,7 +67,7 @@ class Control:
     useful_s: float = 0.0
     """Seconds spent in steps that were committed."""
     diverged: tuple[int, ...] = ()
-    """Ranks whose bits differ from the majority's (all, where there is none): why the generation ended."""
+    """After "diverged": the ranks of that generation whose state is not the majority's."""
     notify: Callable[[], None] = lambda: None
     faults: list[Fault] = field(default_factory=list)
     """To be injected, in tests and by `descent chaos`; otherwise empty."""
@@ -74,6 +78,20 @@ class Control:
         self.phase = phase
         if self.faults:
             strike(self.faults, phase, self.step, self.target)
+
+
+@dataclass
+class _Generation:
+    """What holds while the trainer is a member of one generation."""
+
+    membership: Membership
+    group: Group
+    reducer: Reducer
+    dealer: Dealer
+    watch: Stopwatch
+
+    mine: list[tuple[int, tuple[int, int]]]
+    """(slot, its range within the global batch) for the slots of this rank."""
 
 
 class Trainer:
@@ -100,6 +118,8 @@ class Trainer:
             None if self.evaluation is None else Feed(self.evaluation, None, device)
         )
         self.buffers = Buffers(model, plan.changing_buffers)
+        self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
+        self.make_dealer: Callable[..., Dealer] = Dealer
         self.saver = checkpoint.Saver(
             checkpoint.folder(run_dir, config.checkpoint.dir), self._saved
         )
@@ -114,11 +134,13 @@ class Trainer:
     def run(self, membership: Membership) -> str:
         """Take steps as a member of one generation until it ends.
 
-        Returns "finished" after the last step, "paused" when the members voted so.
-        Raises PeerLost when a member is gone: the state is then that of the last
-        committed step.
+        Returns "finished" after the last step, "paused" when the members voted so or were
+        only to save, "diverged" when the sentinel found replicas that differ (the ranks
+        are then in `control.diverged`, and the step was not committed). Raises PeerLost when
+        a member is gone: the state is then that of the last committed step.
         """
         self.control.enter("join")
+        self.control.diverged = ()
         collectives.leave()
         group = collectives.join(
             generation=membership.generation, rank=membership.rank, world_size=membership.world_size,
@@ -131,6 +153,9 @@ class Trainer:
                 self.control.enter("receive")
                 self.state.receive(group, self.device)
                 self._tell_progress()
+            if membership.save_only:
+                self._save(group, membership.generation)
+                return "paused"
             return self._loop(group, membership)
         except BaseException:
             group.abandon()  # others may be waiting for this rank's numbers
@@ -141,15 +166,24 @@ class Trainer:
 
     def _loop(self, group: Group, membership: Membership) -> str:
         self.state.model.train()
-        lo, hi = membership.slots[group.rank]
-        mine = [(slot, self.bounds[slot]) for slot in range(lo, hi)]
+        straggler = self.config.straggler
+        dealer = self.make_dealer(
+            membership.slots, self.plan.slots, straggler.deal, straggler.factor, straggler.after_s
+        )
         with reducer_for(
             self._forward, group, kind=self.config.reduction, shares=membership.slots,
             slots=self.plan.slots, find_unused=self.plan.unused_parameters,
         ) as reducer:  # fmt: skip
+            watch = Stopwatch(self.device, group.world_size > 1)
+            mine = self._slots(membership.slots[group.rank])
+            now = _Generation(membership, group, reducer, dealer, watch, mine)
             self._evaluate_if_due(group)
             while self.state.step < self.plan.total_steps:
-                votes = self._step(group, reducer, mine, membership.micro_size).votes
+                try:
+                    votes = self._step(now).votes
+                except Diverged as diverged:
+                    self._tell_divergence(diverged.ranks, membership)
+                    return "diverged"
                 self._evaluate_if_due(group)
                 if self.state.step == self.plan.total_steps:
                     break
@@ -160,6 +194,9 @@ class Trainer:
             self._save(group, membership.generation)
         return "finished"
 
+    def _slots(self, share: tuple[int, int]) -> list[tuple[int, tuple[int, int]]]:
+        return [(slot, self.bounds[slot]) for slot in range(*share)]
+
     def _due(self, every: int | str | None) -> bool:
         if every == "epoch":
             # The step with which an epoch's last sample was spent.
@@ -167,32 +204,109 @@ class Trainer:
             return step * batch // n > (step - 1) * batch // n
         return isinstance(every, int) and self.state.step % every == 0
 
-    def _step(
-        self, group: Group, reducer: Reducer, mine: list[tuple[int, tuple[int, int]]], micro: int
-    ) -> StepResult:
-        step = self.state.step + 1
+    def _step(self, now: _Generation) -> StepResult:
+        step, begun = self.state.step + 1, time.perf_counter()
+        seconds_per_sample = now.watch.begin()
         self.control.enter("step")
         learning_rate = self._set_learning_rate(step - 1)
-        self.feed.prepare(step, mine, micro)
         votes = (int(self.control.pause), int(self.control.save))
         self.control.save = False
         given = StepInput(
-            step, self.config.seed, mine, self.plan.slots, micro, self.plan.nominal, self._scale
-        )
+            step, self.config.seed, now.mine, self.plan.slots, now.membership.micro_size,
+            self.plan.nominal, self._scale, votes,
+            (step, seconds_per_sample, time.monotonic()),
+        )  # fmt: skip
+        self.sentinel.begin(step, now.group.world_size)
+        notice = None
         try:
-            result = train_step(
-                self._parameters, self.state.optimizer, self.objective, reducer, group, self.buffers,
-                lambda first, stop: self.feed.fetch(step, first, stop), given,
-                autocast=self._autocast, random=self.plan.random, votes=votes,
-                clip_norm=self.config.clip.norm, clip_value=self.config.clip.value,
-                enter=self.control.enter,
-            )  # fmt: skip
+            result = self._attempt(now, given)
+            if not result.committed:
+                result, notice = self._again(now, given, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise OutOfMemory(str(error)) from error
             raise
-        self._record(step, result, learning_rate)
+        if notice is not None:
+            self._notice(notice)
+        if result.committed:
+            self.control.useful_s += time.perf_counter() - begun
+        metrics = self._metrics(step, result, learning_rate)
+        if now.group.world_size > 1:
+            self._share_load(now, step, result, metrics)
+        self._record(step, metrics, result, notice)
         return result
+
+    def _attempt(self, now: _Generation, given: StepInput) -> StepResult:
+        self.feed.prepare(given.step, given.slots, given.micro_size)
+        return train_step(
+            self._parameters, self.state.optimizer, self.objective, now.reducer, now.group, self.buffers,
+            lambda first, stop: self.feed.fetch(given.step, first, stop), given,
+            autocast=self._autocast, random=self.plan.random, clip_norm=self.config.clip.norm,
+            clip_value=self.config.clip.value, watch=now.watch,
+            compare=lambda: self.sentinel.compare(now.group), enter=self.control.enter,
+        )  # fmt: skip
+
+    def _again(
+        self, now: _Generation, given: StepInput, first: StepResult
+    ) -> tuple[StepResult, Notice]:
+        """The same step once more: the same numbers come out unless hardware failed the first time."""
+        now.watch.begin()
+        second = self._attempt(now, given)
+        found: list[nonfinite.Finding] = []
+        if not second.committed:
+            self.control.enter("inspect")
+            inspector = nonfinite.Inspector(
+                self.state.model, self.objective, self.buffers, self._autocast, self.plan.random
+            )
+            samples = self.order.samples_of(given.step)
+            fetch = lambda first, stop: self.feed.take(samples[first:stop])  # noqa: E731
+            found = inspector.look(given, fetch, self.feed.numbers(samples))
+        told = nonfinite.exchange(now.group, first.suspects, found)
+        votes = tuple(a | b for a, b in zip(first.votes, second.votes, strict=True))
+        notice = nonfinite.notice(
+            given.step, now.membership.generation, now.dealer.shares, first, second.committed, told
+        )
+        return replace(second, votes=votes), notice
+
+    def _share_load(
+        self, now: _Generation, step: int, result: StepResult, metrics: dict[str, float]
+    ) -> None:
+        """Deal the slots anew where the ranks' speeds ask for it; all ranks know and do the same."""
+        dealer, generation = now.dealer, now.membership.generation
+        seconds = [said[1] for said in result.by_rank]
+        shares = dealer.learn(step, seconds, now=result.by_rank[0][2])
+        if shares is not None:
+            now.reducer.deal(shares)
+            now.mine = self._slots(shares[now.group.rank])
+            self.feed.forget()
+            counts = [hi - lo for lo, hi in shares]
+            detail = f"slots per rank, by speed: {', '.join(map(str, counts))}"
+            self._notice(Notice("slots dealt", step, generation, None, detail, {"shares": shares}))
+        if dealer.straggler is not None:
+            detail = (
+                f"rank {dealer.straggler} needs {dealer.ratio:.1f} times the usual time per sample"
+            )
+            extra = {"ratio": dealer.ratio}
+            self._notice(Notice("straggler", step, generation, dealer.straggler, detail, extra))
+        if dealer.ratio and step % self.config.diagnostics.every == 0:
+            metrics["cluster/slowest_rank_ratio"] = dealer.ratio
+
+    def _tell_divergence(self, ranks: tuple[int, ...], membership: Membership) -> None:
+        self.control.diverged = ranks
+        step = self.state.step + 1
+        whole = len(ranks) == membership.world_size
+        who = "the ranks differ and none can be trusted" if whole else (
+            f"rank {', '.join(map(str, ranks))}: not the bits of the other replicas"
+        )  # fmt: skip
+        detail = f"{who}, in the state after step {step - 1}; step {step} was not committed"
+        rank = ranks[0] if len(ranks) == 1 else None
+        self._notice(
+            Notice("diverged", step, membership.generation, rank, detail, {"ranks": ranks})
+        )
+
+    def _notice(self, notice: Notice) -> None:
+        self.control.notices.append(notice)
+        self.control.notify()
 
     def _set_learning_rate(self, step: int) -> float:
         multiplier = self.state.schedule(step)
@@ -202,21 +316,14 @@ class Trainer:
             self._multiplier = multiplier
         return float(self.state.optimizer.param_groups[0]["lr"])
 
-    def _record(self, step: int, result: StepResult, learning_rate: float) -> None:
+    def _metrics(self, step: int, result: StepResult, learning_rate: float) -> dict[str, float]:
         metrics = {
             "train/loss": result.loss,
             "train/learning_rate": learning_rate,
             "grad/norm": result.gradient_norm,
         }
         if not result.committed:
-            self.state.bad_steps += 1
             metrics["train/skipped"] = 1.0
-            if self.state.bad_steps >= self.config.regroup.max_bad_steps:
-                raise TooManyBadSteps(self._why_bad(step, result))
-        else:
-            self.state.bad_steps = 0
-            if self.state.ema is not None:
-                self.state.ema.update(self.state.model, step - 1)
         if step % self.config.diagnostics.every == 0 or step == 1:
             for layer, norm in layer_norms(self.state.model).items():
                 metrics[f"grad/norm/{layer}"] = norm
@@ -227,6 +334,23 @@ class Trainer:
                     (step - at) * self.plan.batch_size / (now - then)
                 )
             self._window = (now, step)
+        return metrics
+
+    def _record(
+        self, step: int, metrics: dict[str, float], result: StepResult, notice: Notice | None
+    ) -> None:
+        if result.committed:
+            self.state.bad_steps = 0
+            if self.state.ema is not None:
+                self.state.ema.update(self.state.model, step - 1)
+        else:
+            self.state.bad_steps += 1
+            if self.state.bad_steps >= self.config.regroup.max_bad_steps:
+                raise TooManyBadSteps(
+                    f"loss or gradient were not finite at step {step} ({notice.detail if notice else ''}), and "
+                    f"no step of the last {self.config.regroup.max_bad_steps} could be taken; try a lower "
+                    "optimizer.lr or clip.norm=1.0"
+                )
         self.state.step = self.control.step = step
         if (
             step % self.config.tracking.every == 0
@@ -234,14 +358,6 @@ class Trainer:
             or len(metrics) > 3
         ):
             self.control.records.append(StepRecord(step, metrics, int(time.time() * 1000)))
-
-    def _why_bad(self, step: int, result: StepResult) -> str:
-        slots = [str(s) for s, loss in enumerate(result.slot_losses) if loss - loss != 0.0]
-        where = f"the loss of slot {', '.join(slots)}" if slots else "the gradient"
-        return (
-            f"{where} is not finite at step {step}, and no step of the last "
-            f"{self.config.regroup.max_bad_steps} could be taken; try a lower optimizer.lr or clip.norm=1.0"
-        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
@@ -258,34 +374,13 @@ class Trainer:
             self._evaluate(group)
 
     def _evaluate(self, group: Group) -> None:
-        """Loss and accuracy on the held-out set, shared by all ranks.
-
-        The set is cut into chunks that don't depend on the number of ranks; each chunk's
-        sums have one owner, so the result's bits are the same for any world size.
-        """
         if self.evaluation is None or self.evaluation_feed is None:
             return
         self.control.enter("evaluate")
-        size = self.config.evaluate.batch_size
-        total = len(self.evaluation)
-        starts = range(0, total, size)
-        sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=self.device)
-        self.state.model.eval()
-        with self.state.averaged(), torch.no_grad(), self._autocast():
-            for chunk in range(group.rank, len(starts), group.world_size):
-                indices = np.arange(starts[chunk], min(starts[chunk] + size, total), dtype=np.int64)
-                inputs, targets = self.evaluation_feed.take(indices)
-                output = self.state.model(inputs)
-                sums[chunk, 0] = self.objective(output, targets)
-                sums[chunk, 1] = self.objective.count(targets)
-                if self.objective.by_class and not targets.is_floating_point():
-                    sums[chunk, 2] = self.objective.num_correct(output, targets)
-        self.state.model.train()
-        rows = group.sum_(sums).tolist()
-        count = sum(row[1] for row in rows)
-        metrics = {"eval/loss": sum(row[0] for row in rows) / count}
-        if self.objective.by_class:
-            metrics["eval/accuracy"] = sum(row[2] for row in rows) / count
+        metrics = evaluate(
+            self.state, self.objective, self.evaluation_feed, group, num_samples=len(self.evaluation),
+            size=self.config.evaluate.batch_size, autocast=self._autocast,
+        )  # fmt: skip
         if isinstance(self.state.schedule, Plateau) and self.state.step > 0:
             self.state.schedule.observe(metrics["eval/loss"])
         self.state.evaluated = self.control.evaluated = self.state.step

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
-from service.cluster.policy import deal_slots
 from service.config import RunConfig, compose, recompose
-from service.messages import Fault, Membership, PartWritten, StepRecord
+from service.messages import Fault, Membership, Notice, PartWritten, StepRecord
 from service.training.collectives import Store
+from service.training.dealing import deal_slots
 from service.training.faults import PHASES
 from service.training.plan import Plan, prepare
 
@@ -113,6 +113,8 @@ class Told:
     records: tuple[StepRecord, ...] = ()
     parts: tuple[PartWritten, ...] = ()
     error: str = ""
+    notices: tuple[Notice, ...] = ()
+    diverged: tuple[int, ...] = ()
 
     @property
     def losses(self) -> list[float]:
@@ -123,7 +125,10 @@ class Told:
     def metrics(self) -> list[tuple[int, dict[str, float]]]:
         """Without what depends on the clock."""
         return [
-            (r.step, {k: v for k, v in r.metrics.items() if not k.startswith("perf/")})
+            (
+                r.step,
+                {k: v for k, v in r.metrics.items() if not k.startswith(("perf/", "cluster/"))},
+            )
             for r in self.records
         ]
 
@@ -161,7 +166,7 @@ class _Side:
 
     def build(
         self, config: dict[str, Any], plan: dict[str, Any], run_dir: str, restore_from: str | None,
-        faults: tuple[Fault, ...],
+        faults: tuple[Fault, ...], tamper: Callable[[Any], None] | None,
     ) -> None:  # fmt: skip
         import torch
 
@@ -173,6 +178,8 @@ class _Side:
         )  # fmt: skip
         if restore_from is not None:
             self.trainer.restore(Path(restore_from))
+        if tamper is not None:
+            tamper(self.trainer)
         self.tell("built")
 
     def run(self, membership: Membership) -> None:
@@ -192,6 +199,7 @@ class _Side:
         told = Told(
             outcome, state.step, state.evaluated, self.trainer.sha256(), self.leaving,
             tuple(self.control.records), tuple(self.control.parts), error,
+            tuple(self.control.notices), self.control.diverged,
         )  # fmt: skip
         with self.lock:
             self.pipe.send(told)
@@ -279,15 +287,19 @@ class Crew:
 
     def build(
         self, case: Case, count: int, *, restore_from: Path | None = None,
-        faults: Sequence[Injected] = (),
+        faults: Sequence[Injected] = (), tamper: dict[int, Callable[[Any], None]] | None = None,
     ) -> list[Replica]:  # fmt: skip
-        """`count` replicas of the case's run at step 0, or at a checkpoint's; faults by index."""
+        """`count` replicas of the case's run at step 0, or at a checkpoint's; faults by index.
+
+        tamper: by replica, what is done to its trainer once it is built.
+        """
         replicas = self.take(count)
         for index, replica in enumerate(replicas):
             replica.send("build", {
                 "config": case.config.to_dict(), "plan": case.plan.to_dict(), "run_dir": str(case.run_dir),
                 "restore_from": str(restore_from) if restore_from else None,
                 "faults": tuple(f.fault for f in faults if f.worker == index),
+                "tamper": (tamper or {}).get(index),
             })  # fmt: skip
         for replica in replicas:
             assert replica.hear().state == "built"
@@ -295,7 +307,7 @@ class Crew:
 
     def form(
         self, case: Case, replicas: list[Replica], behind: tuple[int, ...] = (), *,
-        micro_size: int | None = None, pausing: int | None = None,
+        micro_size: int | None = None, pausing: int | None = None, save_only: bool = False,
     ) -> None:  # fmt: skip
         """Send the replicas, by rank, into the next generation; rank `pausing` votes for a pause."""
         self.generation += 1
@@ -303,13 +315,16 @@ class Crew:
         for rank, replica in enumerate(replicas):
             membership = Membership(
                 self.generation, rank, world, self.store.host, self.store.port,
-                deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind,
+                deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind, save_only,
             )  # fmt: skip
             replica.send("join", (membership, rank == pausing))
 
-    def train(self, case: Case, world: int, micro_size: int | None = None) -> list[Told]:
+    def train(
+        self, case: Case, world: int, micro_size: int | None = None,
+        tamper: dict[int, Callable[[Any], None]] | None = None,
+    ) -> list[Told]:  # fmt: skip
         """The whole run in one generation of `world` replicas; what each has to say at the end."""
-        replicas = self.build(case, world)
+        replicas = self.build(case, world, tamper=tamper)
         self.form(case, replicas, micro_size=micro_size)
         told = [replica.hear() for replica in replicas]
         assert [t.state for t in told] == ["finished"] * world, [t.error for t in told]

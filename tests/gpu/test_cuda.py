@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.cluster.policy import deal_slots
 from service.config import compose
 from service.messages import Membership
+from service.training.dealing import deal_slots
 from service.training.plan import prepare
 from service.training.trainer import Control, Trainer
 

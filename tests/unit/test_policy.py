@@ -18,10 +18,10 @@ from service.cluster.policy import (
     View,
     Wait,
     WorkerView,
-    deal_slots,
     decide,
 )
 from service.messages import RunState, WorkerState
+from service.training.dealing import deal_slots
 
 S = WorkerState
 

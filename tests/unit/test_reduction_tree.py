@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.training.reduction import combine, tree_nodes
+from service.training.reduction.tree import combine, tree_nodes
 
 
 def tree(expressions: list[str]) -> str:

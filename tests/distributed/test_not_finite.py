@@ -1,0 +1,188 @@
+"""Losses and gradients that are not finite: repeated, else skipped by all, and named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.messages import Notice
+from service.training.dealing import deal_slots
+from service.training.plan import build_data
+from service.training.sampling import SampleOrder, slot_bounds
+from tests.distributed.replicas import Case, Crew, Told
+
+BATCH, SLOTS, STEP = 30, 4, 7
+RUN = [f"batch.size={BATCH}", "model.depth=2", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5",
+       "ema.decay=0.9", "steps=12", "epochs=null", "reduction=exact", "schedule=plateau",
+       "straggler.deal=false"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnceNotFinite:
+    """Memory that fails once: the loss, or a layer's gradient, of this replica's first try of STEP."""
+
+    where: str
+
+    def __call__(self, trainer: Any) -> None:
+        failed = []
+
+        def now() -> bool:
+            strikes = (
+                trainer.control.step == STEP - 1 and trainer.state.model.training and not failed
+            )
+            if strikes:
+                failed.append(True)
+            return strikes
+
+        if self.where == "loss":
+            trainer.state.model.register_forward_hook(
+                lambda _, __, output: output * float("nan") if now() else output
+            )
+        else:
+            layer = trainer.state.model.get_submodule("layers.1.linear")
+            layer.weight.register_hook(lambda g: g * float("inf") if now() else g)
+
+
+@dataclass(frozen=True)
+class SpoilSample:
+    """One sample of the training data holds a NaN."""
+
+    number: int
+
+    def __call__(self, trainer: Any) -> None:
+        inputs = trainer.feed._data.inputs
+        assert inputs.is_floating_point()
+        inputs[self.number].view(-1)[5] = float("nan")
+
+
+@dataclass(frozen=True)
+class SpoilLayer:
+    """From STEP on the gradient of one layer overflows, whatever the sample."""
+
+    def __call__(self, trainer: Any) -> None:
+        layer = trainer.state.model.get_submodule("layers.1.linear")
+        layer.weight.register_hook(
+            lambda g: g * float("inf") if trainer.control.step >= STEP - 1 else g
+        )
+
+
+def run(pool: Crew, case: Case, world: int, tamper: dict[int, Callable[[Any], None]]) -> list[Told]:
+    replicas = pool.build(case, world, tamper=tamper)
+    pool.form(case, replicas)
+    told = [replica.hear() for replica in replicas]
+    pool.give(replicas)
+    return told
+
+
+def the_notice(told: list[Told], kind: str) -> Notice:
+    """All ranks tell one and the same."""
+    notices = {str([n for n in t.notices if n.kind == kind]) for t in told}
+    assert len(notices) == 1
+    (notice,) = [n for n in told[0].notices if n.kind == kind]
+    return notice
+
+
+@pytest.mark.parametrize(
+    ("where", "world", "victim"),
+    [("loss", 1, 0), ("loss", 2, 1), ("loss", 3, 0), ("gradient", 1, 0), ("gradient", 3, 1), ("gradient", 4, 2)],
+)  # fmt: skip
+def test_what_was_not_finite_once_is_repeated_and_nothing_tells(
+    pool: Crew, tmp_path: Path, where: str, world: int, victim: int
+) -> None:
+    case = Case.of(RUN, tmp_path)
+    undisturbed = pool.train(case, 1)[0]
+    told = run(pool, case, world, {victim: OnceNotFinite(where)})
+    for one in told:
+        assert (one.state, one.sha256) == ("finished", undisturbed.sha256), one.error
+        assert one.metrics == undisturbed.metrics
+    notice = the_notice(told, "step repeated")
+    assert (notice.step, notice.rank) == (STEP, victim)
+    assert where in notice.detail and f"rank {victim}" in notice.detail
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_fast_reduction_repeats_too(pool: Crew, tmp_path: Path, world: int) -> None:
+    case = Case.of([*RUN, "reduction=fast"], tmp_path)
+    undisturbed = pool.train(case, world)[0]
+    told = run(pool, case, world, {0: OnceNotFinite("gradient")})
+    assert {t.sha256 for t in told} == {undisturbed.sha256}
+    # DDP has summed in place: nobody can tell whose part it was, unless there is only one
+    assert the_notice(told, "step repeated").rank == (0 if world == 1 else None)
+
+
+@cache
+def sample_at(position: int) -> int:
+    """The sample at a place in STEP's batch."""
+    train, _ = build_data(Case.of(RUN, Path()).config)
+    return int(SampleOrder(len(train), BATCH, 0).samples_of(STEP)[position])
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_step_with_a_bad_sample_is_skipped_by_all_and_the_sample_is_named(
+    pool: Crew, tmp_path: Path, reduction: str, batch_norm: bool
+) -> None:
+    position = 20
+    number = sample_at(position)
+    norm = "batch" if batch_norm else "null"
+    case = Case.of([*RUN, f"reduction={reduction}", f"model.norm={norm}"], tmp_path)
+    slot = next(s for s, (lo, hi) in enumerate(slot_bounds(BATCH, SLOTS)) if lo <= position < hi)
+    hashes = set()
+    for world in (1, 3):
+        told = run(pool, case, world, {r: SpoilSample(number) for r in range(world)})
+        assert [t.state for t in told] == ["finished"] * world, told[0].error
+        assert len({t.sha256 for t in told}) == 1
+        hashes.add(told[0].sha256)
+        skipped = [step for step, m in told[0].metrics if m.get("train/skipped")]
+        assert skipped == [STEP]
+        notice = the_notice(told, "step skipped")
+        rank = next(r for r, (lo, hi) in enumerate(deal_slots(SLOTS, world)) if lo <= slot < hi)
+        (finding,) = notice.extra["slots"]
+        assert (notice.step, notice.rank, finding["rank"], finding["slot"]) == (
+            STEP,
+            rank,
+            rank,
+            slot,
+        )
+        assert finding["samples"] == [number] and finding["inputs"] and finding["loss"] == "nan"
+        assert finding["layers"][0] == "layers.0.linear"
+        assert (
+            f"rank {rank}, slot {slot}" in notice.detail and f"samples {number} " in notice.detail
+        )
+    if reduction == "exact":
+        assert len(hashes) == 1
+
+
+def test_a_gradient_that_is_never_finite_ends_the_run_and_names_the_layer(
+    pool: Crew, tmp_path: Path
+) -> None:
+    case = Case.of([*RUN, "model.norm=null", "regroup.max_bad_steps=3"], tmp_path)
+    told = run(pool, case, 2, {0: SpoilLayer(), 1: SpoilLayer()})
+    for one in told:
+        assert one.state == "failed" and one.error.startswith("TooManyBadSteps")
+        for words in (f"step {STEP + 2}", "rank 0, slot 0", "layers.1.linear", "all 7 samples",
+                      "optimizer.lr", "clip.norm=1.0"):  # fmt: skip
+            assert words in one.error
+        assert [n.step for n in one.notices if n.kind == "step skipped"] == [
+            STEP,
+            STEP + 1,
+            STEP + 2,
+        ]
+    slots = told[0].notices[0].extra["slots"]
+    assert [(f["rank"], f["slot"]) for f in slots] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert all(f["layers"] == ["layers.1.linear"] and f["loss"] != "nan" for f in slots)
+
+
+def test_a_generation_that_is_only_to_save_takes_no_step(pool: Crew, tmp_path: Path) -> None:
+    case = Case.of(RUN, tmp_path)
+    replicas = pool.build(case, 2)
+    pool.form(case, replicas[:1], pausing=0)
+    paused = replicas[0].hear()
+    pool.form(case, replicas, behind=(1,), save_only=True)
+    for told in (replica.hear() for replica in replicas):
+        assert (told.state, told.step, told.sha256) == ("paused", paused.step, paused.sha256)
+        assert {p.step for p in told.parts} == {paused.step}
+    pool.give(replicas)
