@@ -93,7 +93,7 @@ def hash_on_host(tensors: Sequence[Tensor]) -> int:
     found = 0
     for tensor in tensors:
         if tensor.numel():
-            found = zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), found)
+            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
     return found
 
 
