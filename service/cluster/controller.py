@@ -18,6 +18,7 @@ from service.config import RunConfig
 from service.messages import (
     Incident,
     Membership,
+    Notice,
     RunState,
     StepRecord,
     WorkerFailure,
@@ -144,8 +145,8 @@ class Controller:
             if wrong is not None:
                 self._ledger.note("checkpoint failed", part.step, detail=wrong)
         for notice in status.notices:
-            if self._ledger.notice(notice, self._by_rank()) and notice.kind == "straggler":
-                self._replace_straggler(notice.rank)
+            if notice.generation == self._generation:
+                self._hear_notice(notice)
         for record in status.records:
             if self._log.is_new(record):
                 self._log.append(record)
@@ -170,6 +171,16 @@ class Controller:
             self._halved_in = self._generation  # once, however many workers say it how often
             self._micro_size = max(1, self._micro_size // 2)
             self._listener.note(f"out of memory: going on with batch.micro_size={self._micro_size}")
+
+    def _hear_notice(self, notice: Notice) -> None:
+        if not self._ledger.is_new(notice):
+            return
+        if notice.kind == "slots dealt":  # a measure, not a fault
+            self._listener.note(f"step {notice.step}: {notice.detail}")
+            return
+        self._ledger.notice(notice, self._by_rank())
+        if notice.kind == "straggler":
+            self._replace_straggler(notice.rank)
 
     def _by_rank(self) -> dict[int, tuple[str, str]]:
         return {rank: (w, self._group.handles[w].host) for rank, w in enumerate(self._members)}

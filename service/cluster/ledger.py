@@ -77,19 +77,22 @@ class Ledger:
         self._open = [entry for entry in self._open if entry[0] not in over]
         return took
 
-    def notice(self, notice: Notice, members: Mapping[int, tuple[str, str]]) -> bool:
-        """What the ranks told; once, whoever tells it first. `members`: rank -> (worker, host)."""
+    def is_new(self, notice: Notice) -> bool:
+        """Whether it is heard for the first time: all ranks tell the same."""
         key = (notice.kind, notice.step, notice.rank)
-        if key in self._noticed:
-            return False
+        known = key in self._noticed
         self._noticed.add(key)
+        return not known
+
+    def notice(self, notice: Notice, members: Mapping[int, tuple[str, str]]) -> None:
+        """Keep what the ranks told. `members`: rank -> (worker, host)."""
         worker, host = members.get(-1 if notice.rank is None else notice.rank, ("", ""))
+        again = notice.kind in ("step repeated", "diverged")
         self.note(
             notice.kind, notice.step, worker=worker, host=host, detail=notice.detail,
-            samples_replayed=self._batch_size if notice.kind in ("step repeated", "diverged") else 0,
+            samples_replayed=self._batch_size if again else 0,
             extra={**notice.extra, "generation": notice.generation},
         )  # fmt: skip
-        return True
 
     def _add(self, incident: Incident) -> int:
         self._log.incident(incident)
