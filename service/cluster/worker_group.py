@@ -23,7 +23,8 @@ class Handle:
     worker_id: str
     actor: Any
     started: float
-    asked: float = 0.0
+    silent_s: float = 0.0
+    """How long we have listened in vain for the answer to the last question."""
     heard: float = 0.0
     """Monotonic time of the last answer (at first: of the start)."""
     answered: bool = False
@@ -62,7 +63,7 @@ class WorkerGroup:
             spec = replace(self._template, worker_id=worker_id, restore_from=restore_from)
             actor = ray.remote(Worker).options(**self._options).remote(spec)
             now = time.monotonic()
-            self.handles[worker_id] = Handle(worker_id, actor, now, asked=now, heard=now)
+            self.handles[worker_id] = Handle(worker_id, actor, now, heard=now)
             started.append(worker_id)
         return started
 
@@ -97,14 +98,20 @@ class WorkerGroup:
                 handle.poll = handle.actor.poll.remote(
                     acknowledged, handle.worker_id == reporter, wait_s
                 )
-                handle.asked = time.monotonic()
+                handle.silent_s = 0.0
             pending[handle.poll] = handle
         if not pending:
             time.sleep(min(wait_s, 0.05))
             return []
+        began = time.monotonic()
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=wait_s + 0.2)
         # Whatever else is there by now comes along without a wait of its own.
         more, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        # Only the time in which we listened counts: were we busy elsewhere for a while, the
+        # answer has been lying there, and nobody may be taken for dead.
+        listened = min(time.monotonic() - began, 2 * wait_s + 0.4)
+        for handle in pending.values():
+            handle.silent_s += listened
         statuses = []
         for reference in {*ready, *more}:
             handle = pending[reference]
@@ -130,11 +137,11 @@ class WorkerGroup:
         return time.monotonic() - self.handles[worker_id].heard
 
     def silent_for(self, worker_id: str) -> float:
-        """Seconds since a poll was sent that is still unanswered; 0 before the first answer."""
+        """Seconds of listening to an unanswered question; 0 before the first answer ever."""
         handle = self.handles[worker_id]
         if handle.dead or handle.poll is None or not handle.answered:
             return 0.0
-        return time.monotonic() - handle.asked
+        return handle.silent_s
 
     def join(self, worker_id: str, membership: Membership) -> None:
         self.handles[worker_id].actor.join.remote(membership)
