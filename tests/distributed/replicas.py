@@ -315,7 +315,8 @@ class Crew:
         for rank, replica in enumerate(replicas):
             membership = Membership(
                 self.generation, rank, world, self.store.host, self.store.port,
-                deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind, save_only,
+                deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind,
+                save_only=save_only,
             )  # fmt: skip
             replica.send("join", (membership, rank == pausing))
 
