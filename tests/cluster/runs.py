@@ -29,6 +29,14 @@ def start(folder: Path, name: str, network: str, *overrides: str) -> subprocess.
     )
 
 
+def resume(folder: Path, name: str) -> subprocess.Popen[str]:
+    """Go on with a run as its user would: nothing but its name."""
+    return subprocess.Popen(
+        [DESCENT, "train", "--json", f"resume={name}"], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
 def end(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, json.loads(out.splitlines()[-1]) if out.strip() else {}, err

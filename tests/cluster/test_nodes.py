@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.runs import end, incidents_of, logged_steps, start, wait_for_step
+from tests.cluster.runs import end, incidents_of, logged_steps, resume, start, wait_for_step
 from tests.end_to_end.services import answers, free_port, own_address, process, until
 
 NETWORK = """
@@ -120,7 +120,7 @@ def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(
     assert summary["reason"] == "only 1 of at least 2 workers could be had for 3 s"
     assert Path(summary["checkpoint"]).name == f"step-{summary['step']:08d}"
     with nodes.more():
-        code, summary, err = end(start(nodes.folder, "few", "Slow", "resume=few"))
+        code, summary, err = end(resume(nodes.folder, "few"))
     assert code == 0, err
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert logged_steps(nodes.folder, "few") == list(range(1, STEPS + 1))
