@@ -33,6 +33,8 @@ _POLL_S = 0.2
 _ABORT_S = 10.0
 """A member that is told to leave its generation and doesn't within this time is replaced."""
 _SAVE_S = 120.0
+_WITHOUT_STATE = ("running", "restore", "join", "receive")
+"""Phases of a generation in which a member that is behind may not have the state yet."""
 _LOOK_EVERY_S = 1.0
 """Between two looks at the cluster for room."""
 
@@ -90,6 +92,9 @@ class Controller:
         self._members: tuple[str, ...] = ()
         self._generation = 0
         self._joined: set[str] = set(group.handles) if resumed else set()
+        self._receiving: dict[str, int] = {}
+        """Members that don't hold the state yet, and the step that they will have when they do."""
+        self._differed: set[str] = set()
         self._micro_size = plan.micro_size
         self._halved_in = -1
         self._formed_at: tuple[int, int] | None = None
@@ -153,6 +158,7 @@ class Controller:
                 self._listener.record(record, len(self._members))
                 self._recovered(record)
         self._committed = max(self._committed, status.step)
+        self._find_holder(status)
         self._ledger.hear(status, status.worker_id == self._reporter())
         if status.leaving:
             self._roll.leaves(
@@ -287,13 +293,37 @@ class Controller:
                 behind=decision.behind, restore_from=source if rank == 0 else None,
                 save_only=decision.save_only,
             ))  # fmt: skip
-        self._joined.update(decision.workers)
+        self._expect_holders(decision)
         self._abort_sent, self._pause_sent, self._broke_at = None, False, None
         self._commits.forget()
         self._last_save = time.monotonic()
         self._ledger.regrouped(self._committed)
         if not decision.save_only:
             self._listener.world(self._generation, world, self._committed)
+
+    def _expect_holders(self, decision: policy.Form) -> None:
+        """Who is told to receive the state holds it only once it has: the source may die before."""
+        source = self._group.handles[decision.workers[0]].status
+        step = self._commits.step if decision.restore else source.step if source else 0
+        # Before the first step all hold the same, whoever sends: the seed decides it.
+        awaited = {decision.workers[rank] for rank in decision.behind} if step > 0 else set()
+        self._joined.update(set(decision.workers) - awaited)
+        self._receiving = dict.fromkeys(awaited - self._joined, step)
+        # One that differed has the step already, and not the state.
+        self._differed = {
+            w for w in self._receiving
+            if (status := self._group.handles[w].status) and status.step >= step
+        }  # fmt: skip
+
+    def _find_holder(self, status: WorkerStatus) -> None:
+        """Note when a member has received what it was to receive."""
+        step = self._receiving.get(status.worker_id)
+        if step is None or status.generation != self._generation or status.step < step:
+            return
+        before = status.phase in _WITHOUT_STATE or status.state is WorkerState.BROKEN
+        if not (before and status.worker_id in self._differed):
+            self._joined.add(status.worker_id)
+            del self._receiving[status.worker_id]
 
     def _restore(self) -> None:
         """All replicas are gone: the run goes on from its last checkpoint, or from its start."""

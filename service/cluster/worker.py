@@ -124,7 +124,7 @@ class Worker:
         from service.training.collectives import PeerLost
         from service.training.trainer import OutOfMemory
 
-        self._control.pause, self._control.diverged = False, ()
+        self._control.diverged = ()
         self._generation = membership.generation
         self._out_of_memory = False
         self._become(WorkerState.RUNNING)
@@ -195,9 +195,11 @@ class Worker:
             kept = control.records
             while kept and kept[0].step <= acknowledged["eval/loss" in kept[0].metrics]:
                 kept.popleft()
-            if with_records:
-                records = tuple(kept[i] for i in range(min(len(kept), _RECORDS_PER_POLL)))
             parts = tuple(control.parts.popleft() for _ in range(len(control.parts)))
+            # What the run will go on from must be logged before it does: this may be the last
+            # who has the records of the state that it hands on, or of a checkpoint.
+            if with_records or parts or state is not WorkerState.RUNNING:
+                records = tuple(kept[i] for i in range(min(len(kept), _RECORDS_PER_POLL)))
             notices = tuple(control.notices.popleft() for _ in range(len(control.notices)))
         return WorkerStatus(
             worker_id=self._spec.worker_id, state=state, generation=self._generation,
@@ -218,6 +220,8 @@ class Worker:
             return
         if self._control is not None:
             self._control.abort.clear()
+            # Here and not when the thread takes it up: a wish that comes in between counts.
+            self._control.pause = False
         self._commands.put(membership)
 
     async def abort(self, generation: int) -> None:

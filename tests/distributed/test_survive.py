@@ -155,7 +155,7 @@ def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
 
 @pytest.mark.parametrize(
     "fault",
-    [fail(1).at(1), fail(1).at(8, delay_s=0.001), fail(1).at(14, "reduce")],
+    [fail(1).at(1), fail(0).at(2), fail(1).at(8, delay_s=0.001), fail(1).at(14, "reduce")],
     ids=str,
 )
 @pytest.mark.parametrize("world", [2, 3, 4])

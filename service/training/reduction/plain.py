@@ -62,10 +62,11 @@ class Fast:
     ) -> None:
         # Only the step's last backward talks to the others; earlier micro-batches just add up.
         with contextlib.nullcontext() if last else self._ddp.no_sync():
-            value = loss() * self._world_size  # the reducer averages, we want the sum
-            if last:
-                before()
             try:
+                # The forward talks too: in its second step the reducer agrees on its buckets.
+                value = loss() * self._world_size  # the reducer averages, we want the sum
+                if last:
+                    before()
                 value.backward(scale.to(value.dtype))
             except RuntimeError as error:
                 if is_lost_peer(error):
