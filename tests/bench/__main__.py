@@ -8,7 +8,16 @@ from rich.console import Console
 
 from tests.bench.measure import BenchError, Result, show
 
-NAMES = ("step_loop", "two_workers", "startup", "memory", "exactness")
+NAMES = (
+    "step_loop",
+    "two_workers",
+    "startup",
+    "memory",
+    "exactness",
+    "recovery",
+    "fault_tax",
+    "regroup_scale",
+)
 
 
 def main(names: list[str]) -> int:

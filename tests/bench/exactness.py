@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import BenchError, Result, result_of, worst
+from tests.bench.measure import BenchError, Result, progress, result_of, worst
 from tests.bench.subjects import SUBJECTS
 
 _TURNS = 4
@@ -54,10 +54,12 @@ def _measure(world: int, name: str) -> Result:
                 process.kill()
     batch = SUBJECTS[name].batch
     pairs = [(batch / exact, batch / fast) for exact, fast in found]
-    return result_of(
+    result = result_of(
         f"exactness_{name}_{world}", pairs, 0.9, "higher",
         unit="samples/s; descent: exact, other: fast",
     )  # fmt: skip
+    progress(f"{name}, {world} workers: exact at {result.ratio:.3f} of fast")
+    return result
 
 
 def _composed(world: int, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -99,6 +99,11 @@ def show(console: Console, results: Sequence[Result], title: str) -> None:
     console.print(table)
 
 
+def progress(line: str) -> None:
+    """Something has been measured: benchmarks take minutes, and silence looks like a hang."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
 def environment() -> dict[str, str]:
     """One thread each, this repository importable, nothing sent home, Ray's token in memory only."""
     return {
@@ -127,13 +132,17 @@ def process(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen
             _end(child)
 
 
+def _signal_session(leader: int, number: signal.Signals) -> None:
+    """Signal a process and whoever belongs to its session: a Ray cluster is a dozen of them."""
+    for member in [leader, *psutil.pids()]:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(member) == leader:
+                os.kill(member, number)
+
+
 def _end(child: subprocess.Popen[str]) -> None:
-    """Kill the process and whoever belongs to its session: a Ray cluster is a dozen of them."""
     for _ in range(2):  # the second time for those that were being born
-        for member in [child.pid, *psutil.pids()]:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getsid(member) == child.pid:
-                    os.kill(member, signal.SIGKILL)
+        _signal_session(child.pid, signal.SIGKILL)
     child.wait()
 
 
@@ -160,7 +169,7 @@ class Training:
     """A `descent train` that is watched from outside while it runs."""
 
     def __init__(self, child: subprocess.Popen[str], folder: Path) -> None:
-        self._child, self._folder = child, folder
+        self._child, self._folder, self.pid = child, folder, child.pid
         self._offset = 0
         self.steps: list[tuple[int, int]] = []
         """(step, time in ms) of every step so far."""
@@ -188,7 +197,24 @@ class Training:
                 return bool(self.steps)
         return False
 
-    def wait_for(self, condition: Any) -> None:
+    def files(self, name: str) -> list[Path]:
+        """The run's files of this name: one, or none yet."""
+        return list(self._folder.glob(f".descent/runs/*/{name}"))
+
+    def status(self) -> dict[str, Any]:
+        """The run's own word on how it stands."""
+        for path in self.files("status.json"):
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        return {}
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the run, its Ray cluster's included."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._child.pid).children(recursive=True)
+        return []
+
+    def wait_for(self, condition: Any, every_s: float = 0.1) -> None:
         """Read on until `condition()` holds."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
@@ -197,11 +223,11 @@ class Training:
                 return
             if time.monotonic() > deadline:
                 raise BenchError("descent train made no progress")
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def worker(self) -> psutil.Process:
         """The process of the first worker actor."""
-        for member in psutil.Process(self._child.pid).children(recursive=True):
+        for member in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if member.cmdline()[:1] and member.cmdline()[0].startswith("ray::Worker"):
                     return member
@@ -215,19 +241,20 @@ def training(overrides: Sequence[str], folder: Path) -> Iterator[Training]:
         yield Training(child, folder)
 
 
-def steady(overrides: Sequence[str], folder: Path, seconds: float) -> Mapping[str, float]:
-    """Milliseconds a step of a real `descent train` once everything has settled.
+class Steady:
+    """A `descent train` in which everything has settled: its speed, window by window."""
 
-    The window opens two seconds after the tracking run is open: by then the metrics of
-    the first steps have been handed over and nothing is imported any more. It is the wall
-    time between two logged steps, so whatever happens in between counts: diagnostics,
-    reports to the controller, its writes. `cpu_ms` is the CPU time of the worker's
-    busiest thread, for machines that other work is on.
-    """
-    with training(overrides, folder) as run:
-        run.wait_for(run.tracked)
-        since = time.monotonic()
-        run.wait_for(lambda: time.monotonic() - since > _SETTLE_S and len(run.steps) > 5)
+    def __init__(self, run: Training) -> None:
+        self._run = run
+
+    def window(self, seconds: float) -> Mapping[str, float]:
+        """Milliseconds a step over the next `seconds`.
+
+        It is the wall time between two logged steps, so whatever happens in between counts:
+        diagnostics, reports to the controller, its writes. `cpu_ms` is the CPU time of the
+        worker's busiest thread, for machines that other work is on.
+        """
+        run = self._run
         worker = run.worker()
         before, begin = _thread_seconds(worker), time.time() * 1000
         since = time.monotonic()
@@ -235,12 +262,40 @@ def steady(overrides: Sequence[str], folder: Path, seconds: float) -> Mapping[st
         after, stop = _thread_seconds(worker), time.time() * 1000
         time.sleep(0.5)  # the last records are on their way
         run.read()
-    inside = [(s, t) for s, t in run.steps if begin <= t <= stop]
-    if len(inside) < 2:
-        raise BenchError(f"only {len(inside)} steps in {seconds} s")
-    (a, t_a), (b, t_b) = inside[0], inside[-1]
-    cpu_s = max(after[t] - before.get(t, 0.0) for t in after)
-    return {"ms": (t_b - t_a) / (b - a), "cpu_ms": 1000 * cpu_s / (b - a)}
+        inside = [(s, t) for s, t in run.steps if begin <= t <= stop]
+        if len(inside) < 2:
+            raise BenchError(f"only {len(inside)} steps in {seconds} s")
+        (a, t_a), (b, t_b) = inside[0], inside[-1]
+        cpu_s = max(after[t] - before.get(t, 0.0) for t in after)
+        return {"ms": (t_b - t_a) / (b - a), "cpu_ms": 1000 * cpu_s / (b - a)}
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """All its processes are stopped, so that the other side has the machine to itself."""
+        _signal_session(self._run.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal_session(self._run.pid, signal.SIGCONT)
+        since, steps = time.monotonic(), len(self._run.steps)
+        self._run.wait_for(
+            lambda: time.monotonic() - since > _SETTLE_S / 2 and len(self._run.steps) > steps + 5
+        )
+
+
+@contextlib.contextmanager
+def steady(overrides: Sequence[str], folder: Path) -> Iterator[Steady]:
+    """A real `descent train` once everything has settled.
+
+    That is two seconds after the tracking run is open: by then the metrics of the first
+    steps have been handed over and nothing is imported any more.
+    """
+    patient = ["regroup.heartbeat_s=600", "regroup.stall_s=600"]  # it will be set aside
+    with training([*overrides, *patient], folder) as run:
+        run.wait_for(run.tracked)
+        since = time.monotonic()
+        run.wait_for(lambda: time.monotonic() - since > _SETTLE_S and len(run.steps) > 5)
+        yield Steady(run)
 
 
 def _thread_seconds(worker: psutil.Process) -> dict[int, float]:

@@ -9,7 +9,7 @@ because a fixed part (torch, Ray) and one that grows with the parameters make up
 import tempfile
 from pathlib import Path
 
-from tests.bench.measure import Result, descent, output_of, result_of
+from tests.bench.measure import Result, descent, output_of, progress, result_of
 from tests.bench.subjects import SUBJECTS
 
 _STEPS = 50
@@ -33,4 +33,5 @@ def _measure(name: str) -> Result:
             theirs = output_of(["-m", "tests.bench.bare_loop", name], Path(folder))
             pairs.append((ours["peak_rss_mb"], theirs["peak_rss_mb"]))
             parameters = theirs["parameters"]
+        progress(f"{name}: {pairs[-1][0]:.0f} against {pairs[-1][1]:.0f} MiB")
     return result_of(f"memory_{name}", pairs, None, "lower", unit="MiB", parameters=parameters)

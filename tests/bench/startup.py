@@ -11,7 +11,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bench.measure import PAIRS, PATIENCE_S, BenchError, Result, process, result_of, training
+from tests.bench.measure import (
+    PAIRS,
+    PATIENCE_S,
+    BenchError,
+    Result,
+    process,
+    progress,
+    result_of,
+    training,
+)
 from tests.bench.subjects import SUBJECTS
 
 _SUBJECT = "10ms"
@@ -19,7 +28,10 @@ _SUBJECT = "10ms"
 
 def run() -> list[Result]:
     """The one result, in seconds."""
-    pairs = [(_descent(), _ray_train()) for _ in range(PAIRS)]
+    pairs = []
+    for _ in range(PAIRS):
+        pairs.append((_descent(), _ray_train()))
+        progress(f"{pairs[-1][0]:.1f} against {pairs[-1][1]:.1f} s")
     return [result_of("startup", pairs, 0.5, "lower", unit="s to the first step")]
 
 
