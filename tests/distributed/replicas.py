@@ -5,6 +5,7 @@ a case costs a new generation of the one store, not a new interpreter.
 """
 
 import dataclasses
+import faulthandler
 import multiprocessing as mp
 import os
 import signal
@@ -208,6 +209,7 @@ class _Side:
 def _replica(pipe: Connection) -> None:
     # Ctrl-C is for the test; the end of the pipe is for us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)
     _Side(pipe).serve()
     os._exit(0)
 
@@ -241,6 +243,12 @@ class Replica:
             return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
         except psutil.NoSuchProcess:
             return False
+
+    def show_stacks(self) -> None:
+        """Where its threads are, on stderr."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(1)
 
     def kill(self) -> None:
         self.process.kill()
@@ -343,7 +351,10 @@ class Crew:
         aborted = False
         deadline = time.monotonic() + DEADLINE_S
         while left:
-            assert time.monotonic() < deadline, f"replicas {sorted(left)} hang"
+            if time.monotonic() > deadline:
+                for replica in left.values():
+                    replica.show_stacks()
+                raise AssertionError(f"replicas {sorted(left)} hang: stacks on stderr")
             ready = wait([r.pipe for r in left.values()], 0.05)
             lost = False
             for replica in left.values():
@@ -352,7 +363,7 @@ class Crew:
             for index, replica in [(i, r) for i, r in left.items() if r.pipe in ready]:
                 try:
                     told[index] = replica.hear()
-                    lost |= told[index].state == "broken"
+                    lost |= told[index].state in ("broken", "failed")
                 except (EOFError, ConnectionResetError):
                     lost = True
                 del left[index]

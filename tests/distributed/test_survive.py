@@ -1,139 +1,152 @@
-"""Replicas are killed at any moment; the survivors go on, and nothing tells afterwards."""
+"""A fault of each kind in each phase; the survivors go on, and nothing tells afterwards.
+
+Nothing: the hash of the final state, the figures of every step and evaluation, each
+logged once, are those of the undisturbed run.
+"""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from service.artifacts import checkpoint
-from service.cluster import policy
-from service.cluster.policy import Form, View, WorkerView
-from service.messages import PartWritten, WorkerState
-from tests.distributed.replicas import Case, Crew, Injected, Replica, Told, fail
+from tests.distributed import tally
+from tests.distributed.conductor import RUN, Conductor, assert_nothing_tells, parts_of, survives
+from tests.distributed.replicas import (
+    Case,
+    Crew,
+    Injected,
+    Told,
+    blunder,
+    crash,
+    cut,
+    fail,
+    hang,
+    leave,
+    slow_down,
+)  # fmt: skip
 
-STATES = {
-    "built": WorkerState.READY,
-    "paused": WorkerState.PAUSED,
-    "broken": WorkerState.BROKEN,
-    "finished": WorkerState.FINISHED,
-    "failed": WorkerState.FAILED,
-}
-RUN = ["batch.size=30", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5", "ema.decay=0.9",
-       "steps=20", "epochs=null", "reduction=exact"]  # fmt: skip
-
-
-class Conductor:
-    """Leads a run through its generations as the controller does, with the same policy."""
-
-    def __init__(self, pool: Crew, case: Case) -> None:
-        self.pool, self.case = pool, case
-        self.replicas: dict[str, Replica] = {}
-        self.told: dict[str, Told] = {}
-        self.members: tuple[str, ...] = ()
-        self.joined: set[str] = set()
-        self.formed: list[Form] = []
-        self.metrics: dict[tuple[int, bool], dict[str, float]] = {}
-        self.lost = 0
-
-    def start(self, count: int, *faults: Injected, restore_from: Path | None = None) -> None:
-        for replica in self.pool.build(self.case, count, faults=faults, restore_from=restore_from):
-            name = f"w{len(self.replicas)}"
-            self.replicas[name] = replica
-            self.told[name] = Told("built", 0, -1)
-
-    def view(self) -> View:
-        workers = {
-            name: WorkerView(
-                STATES[told.state], not self.replicas[name].alive, 0, (told.step, told.evaluated),
-                name in self.joined,
-            )
-            for name, told in self.told.items()
-        }  # fmt: skip
-        return View(workers, self.members, self.pool.generation, 1, max(1, len(workers)))
-
-    def generation(self, pausing: int | None = None) -> Form:
-        """Form the next generation as the policy says, and follow it to its end."""
-        decision = policy.decide(self.view())
-        assert isinstance(decision, Form), decision
-        self.formed.append(decision)
-        self.members = decision.workers
-        chosen = [self.replicas[name] for name in decision.workers]
-        self.pool.form(self.case, chosen, decision.behind, pausing=pausing)
-        self.joined.update(decision.workers)
-        ended = self.pool.until_ended(chosen)
-        for index, told in ended.items():
-            assert told.state != "failed", told.error
-            self.told[decision.workers[index]] = told
-            self._collect(told)
-        for index in set(range(len(chosen))) - ended.keys():
-            self.replicas[decision.workers[index]].process.join()
-            self.lost += 1
-        return decision
-
-    def _collect(self, told: Told) -> None:
-        """What each replica recorded; whoever recorded a step recorded the same."""
-        for step, metrics in told.metrics:
-            known = self.metrics.setdefault((step, "eval/loss" in metrics), metrics)
-            if self.case.config.reduction == "exact":
-                assert known == metrics
-
-    def finish(self) -> Told:
-        """Go on until the run is over; a member's last word."""
-        while not all(self.told[w].state == "finished" for w in self.members) or not self.members:
-            self.generation()
-        last = [self.told[w] for w in self.members]
-        assert len({t.sha256 for t in last}) == 1
-        self.pool.give(list(self.replicas.values()))
-        return last[0]
+each = pytest.mark.parametrize
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case.of(RUN, tmp_path_factory.mktemp("run"))
+@each("fault", [
+    fail(1).at(1, "join"), fail(0).at(1, "receive"), fail(2).at(1, "receive"),
+    fail(0).at(20, "step"), fail(1).at(7, "forward"), fail(0).at(7, "update"), fail(1).at(7, "update"),
+    fail(0).at(0, "evaluate"), fail(1).at(5, "evaluate"), fail(2).at(10, "evaluate", delay_s=0.002),
+    fail(0).at(20, "evaluate"), fail(0).at(20, "save"), fail(2).at(20, "save", delay_s=0.001),
+    crash(1).at(7, "reduce"), crash(2).at(3, "forward"),
+], ids=str)  # fmt: skip
+def test_a_worker_dies(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
+    assert survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
-@pytest.fixture(scope="module")
-def undisturbed(pool: Crew, case: Case) -> Told:
-    return pool.train(case, 1)[0]
+@each("world", [2, 3, 4])
+@each("delay_ms", [0, 0.3, 1, 3])
+def test_a_worker_dies_in_the_middle_of_a_reduction(
+    pool: Crew, case: Case, undisturbed: Told, world: int, delay_ms: float
+) -> None:
+    fault = fail(worker=world - 1).at(step=7, phase="reduce", delay_s=delay_ms / 1000)
+    assert survives(pool, case, undisturbed, world, fault).lost == 1
 
 
-def assert_nothing_tells(conductor: Conductor, undisturbed: Told) -> None:
-    last = conductor.finish()
-    assert (last.step, last.sha256) == (undisturbed.step, undisturbed.sha256)
-    # Every step and every evaluation is there, with the undisturbed run's figures.
-    wanted = {(step, "eval/loss" in m): m for step, m in undisturbed.metrics}
-    assert conductor.metrics == wanted
+@each("delay_ms", [0, 4, 16])
+def test_a_worker_dies_between_two_buckets(pool: Crew, tmp_path: Path, delay_ms: float) -> None:
+    # 18 MB of gradients travel in buckets of 8 MB.
+    case = Case.of(
+        ["model.width=1500", "model.depth=3", "batch.size=8", "steps=5", "epochs=null", "reduction=exact"],
+        tmp_path,
+    )  # fmt: skip
+    fault = fail(worker=1).at(step=3, phase="reduce", delay_s=delay_ms / 1000)
+    survives(pool, case, pool.train(case, 1)[0], 3, fault)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_a_random_moment(
-    pool: Crew, case: Case, undisturbed: Told, seed: int
-) -> None:  # fmt: skip
-    rng = random.Random(seed)
-    world = rng.choice([2, 3, 4])
-    victims = rng.sample(range(world), rng.randrange(1, world))
-    faults = [
-        fail(v).at(rng.randrange(1, 20), "step", rng.choice([0.0, rng.random() * 0.006]))
-        for v in victims
-    ]
-    conductor = Conductor(pool, case)
-    conductor.start(world, *faults)
-    assert_nothing_tells(conductor, undisturbed)
-    assert conductor.lost == len(victims)
+@each("fault", [
+    hang(0).at(1, "join"), hang(1).at(1, "receive"), hang(1).at(4, "step"), hang(2).at(7, "forward"),
+    hang(0).at(7, "reduce"), hang(1).at(7, "reduce", delay_s=0.001), hang(1).at(7, "update"),
+    hang(2).at(10, "evaluate"), hang(0).at(20, "save"),
+], ids=str)  # fmt: skip
+def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
+    assert survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
-@pytest.mark.parametrize(("phase", "step", "victim"), [
-    ("join", 1, 1), ("receive", 1, 0), ("evaluate", 0, 0), ("evaluate", 5, 0), ("evaluate", 10, 2), ("evaluate", 20, 1),
-    ("save", 20, 0), ("step", 20, 0), ("forward", 7, 1), ("reduce", 7, 1), ("update", 7, 1),
-])  # fmt: skip
-def test_killed_in_a_given_phase(
-    pool: Crew, case: Case, undisturbed: Told, phase: str, step: int, victim: int
+@each("fault", [
+    cut(2).at(1, "receive"), cut(1).at(4, "step"), cut(0).at(7, "forward"), cut(2).at(7, "reduce"),
+    cut(0).at(7, "reduce", delay_s=0.001), cut(1).at(7, "update"), cut(0).at(10, "evaluate"),
+    cut(1).at(20, "save"),
+], ids=str)  # fmt: skip
+def test_a_worker_is_cut_off_from_the_others_and_stays(
+    pool: Crew, case: Case, undisturbed: Told, fault: Injected
+) -> None:
+    conductor = survives(pool, case, undisturbed, 3, fault)
+    assert conductor.lost == 0
+    assert len(conductor.members) == 3
+
+
+def test_a_slow_worker_is_waited_for(pool: Crew, case: Case, undisturbed: Told) -> None:
+    fault = slow_down(worker=1, seconds=0.05, count=5).at(step=4)
+    conductor = survives(pool, case, undisturbed, 3, fault)
+    assert conductor.lost == 0 and len(conductor.formed) == 1
+
+
+@each("fault", [leave(0).at(1, "forward"), leave(1).at(7, "reduce"), leave(2).at(10, "evaluate")], ids=str)  # fmt: skip
+def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
+    conductor = survives(pool, case, undisturbed, 3, fault)
+    assert (conductor.lost, conductor.left, len(conductor.members)) == (0, 1, 2)
+
+
+def test_an_error_in_the_users_code_is_no_fault_to_survive(pool: Crew, case: Case) -> None:
+    replicas = pool.build(case, 2, faults=[blunder(worker=1).at(step=3, phase="forward")])
+    pool.form(case, replicas)
+    told = pool.until_ended(replicas)
+    assert (told[1].state, told[1].error) == ("failed", "RuntimeError: injected error")
+    assert (told[0].state, told[0].step) == ("broken", 2)  # nobody waits for ever
+    pool.give(replicas)
+
+
+@each("faults", [
+    [fail(0).at(7, "reduce"), fail(2).at(7, "reduce")],
+    [fail(1).at(7, "forward"), fail(3).at(7, "update")],
+    [hang(0).at(7, "reduce"), fail(1).at(7, "reduce")],
+    [hang(1).at(10, "evaluate"), hang(2).at(10, "evaluate")],
+    [cut(1).at(7, "reduce"), fail(3).at(7, "reduce", delay_s=0.0005)],
+], ids=lambda f: "-and-".join(map(str, f)))  # fmt: skip
+def test_two_at_once(pool: Crew, case: Case, undisturbed: Told, faults: list[Injected]) -> None:
+    deaths = sum(f.fault.kind in ("kill", "stop") for f in faults)
+    assert survives(pool, case, undisturbed, 4, *faults).lost == deaths
+
+
+def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturbed: Told) -> None:
+    conductor = survives(
+        pool, case, undisturbed, 4,
+        fail(worker=0).at(step=4, phase="update"), hang(worker=2).at(step=8, phase="reduce"),
+        crash(worker=1).at(step=12, phase="forward"),
+    )  # fmt: skip
+    assert conductor.lost == 3
+    assert [len(f.workers) for f in conductor.formed] == [4, 3, 2, 1]
+
+
+@each("during", [
+    fail(2).at(7, "join"), hang(2).at(7, "join"), fail(0).at(7, "receive"), hang(3).at(7, "receive"),
+    cut(0).at(7, "receive"),
+], ids=str)  # fmt: skip
+def test_a_second_fault_during_the_regroup_after_the_first(
+    pool: Crew, case: Case, undisturbed: Told, during: Injected
+) -> None:
+    # w1 is killed when w0 may have committed a step more than the others: they must receive it.
+    faults = [fail(worker=1).at(step=7, phase="update"), cut(worker=2).at(step=7, phase="reduce")]
+    survives(pool, case, undisturbed, 4, *faults, during)
+
+
+def test_the_source_dies_while_a_newcomer_receives(
+    pool: Crew, case: Case, undisturbed: Told
 ) -> None:
     conductor = Conductor(pool, case)
-    conductor.start(3, fail(victim).at(step, phase))
+    conductor.start(2)
+    conductor.generation(pausing=0)
+    here = conductor.told["w0"].step
+    assert 0 < here < undisturbed.step
+    conductor.start(1, fail(worker=0).at(step=here + 1, phase="receive", delay_s=0.001))
     assert_nothing_tells(conductor, undisturbed)
-    assert conductor.lost == 1
 
 
 def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
@@ -153,12 +166,41 @@ def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
     assert_nothing_tells(conductor, undisturbed)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [fail(1).at(1), fail(0).at(2), fail(1).at(8, delay_s=0.001), fail(1).at(14, "reduce")],
-    ids=str,
-)
-@pytest.mark.parametrize("world", [2, 3, 4])
+@each("seed", range(12))
+def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Told, seed: int) -> None:
+    rng = random.Random(seed)
+    world = rng.choice([2, 3, 4])
+    faults = []
+    for worker in rng.sample(range(world), rng.randrange(1, world)):
+        kind = rng.choice([fail, fail, crash, hang, cut])
+        phase = rng.choice(["step", "forward", "reduce", "update"])
+        faults.append(
+            kind(worker).at(rng.randrange(1, 17), phase, rng.choice([0.0, rng.random() * 0.006]))
+        )
+    lost = survives(pool, case, undisturbed, world, *faults).lost
+    assert lost == sum(f.fault.kind != "partition" for f in faults)
+
+
+def test_each_sample_of_an_epoch_is_spent_once(pool: Crew, tmp_path: Path) -> None:
+    steps = 3 * tally.SAMPLES // tally.BATCH
+    case = Case.of([*tally.OVERRIDES, f"steps={steps}", "epochs=null"], tmp_path)
+    conductor = Conductor(pool, case)
+    conductor.start(
+        4, fail(worker=0).at(step=9, phase="reduce"), cut(worker=2).at(step=17, phase="reduce"),
+        hang(worker=3).at(step=23, phase="update"), cut(worker=1).at(step=31, phase="forward"),
+        leave(worker=2).at(step=38, phase="reduce"),
+    )  # fmt: skip
+    conductor.finish()
+    assert (conductor.lost, conductor.left, len(conductor.members)) == (2, 1, 1)
+    parts = parts_of([conductor.told[w] for w in conductor.members], steps)
+    saved = checkpoint.commit(tmp_path / "checkpoints", parts, run="r", config_sha256="0" * 64)
+    tensors, _ = checkpoint.load(saved)
+    assert tensors["model/spent"].tolist() == [3.0] * tally.SAMPLES  # three epochs
+
+
+@each("fault", [fail(1).at(1), fail(0).at(2), fail(1).at(8, "forward", delay_s=0.001), fail(1).at(14, "reduce"),
+                cut(0).at(9, "reduce"), hang(1).at(6, "update")], ids=str)  # fmt: skip
+@each("world", [2, 4])
 def test_with_the_fast_reduction_no_step_is_lost_either(
     pool: Crew, tmp_path: Path, fault: Injected, world: int
 ) -> None:
@@ -171,26 +213,3 @@ def test_with_the_fast_reduction_no_step_is_lost_either(
         m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated
     ]
     assert losses == pytest.approx(undisturbed.losses, rel=1e-4)
-
-
-def parts_of(told: list[Told], step: int) -> list[PartWritten]:
-    parts = sorted((p for t in told for p in t.parts if p.step == step), key=lambda p: p.rank)
-    assert [p.rank for p in parts] == list(range(parts[0].world_size))
-    return parts
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (1, 4)])
-def test_resumed_from_a_checkpoint_by_other_replicas(
-    pool: Crew, tmp_path: Path, before: int, after: int, schedule: str
-) -> None:
-    case = Case.of([*RUN, "checkpoint.every=5", f"schedule={schedule}"], tmp_path)
-    whole = pool.train(replace(case, run_dir=tmp_path / "whole"), before)
-    root = tmp_path / "whole" / "checkpoints"
-    target = checkpoint.commit(root, parts_of(whole, 10), run="r", config_sha256="0" * 64)
-    resumed = Conductor(pool, case)
-    resumed.start(after, restore_from=target)
-    resumed.joined.update(resumed.replicas)
-    last = resumed.finish()
-    assert last.sha256 == whole[0].sha256
-    assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 10]
