@@ -164,6 +164,8 @@ def _print_summary(console: Console, summary: Any) -> None:
     if outcome.state_sha256:
         table.add_row("state sha256", outcome.state_sha256[:16] + "…", "")
     console.print(table)
+    if outcome.chaos is not None:
+        _print_verdict(console, outcome.chaos.to_dict())
     console.print(f"run         {summary.run_id}", highlight=False, soft_wrap=True)
     console.print(f"folder      {summary.run_dir}", highlight=False, soft_wrap=True)
     if outcome.checkpoint:
@@ -184,6 +186,104 @@ def _print_summary(console: Console, summary: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:
+    """How the faults were taken, by kind."""
+
+    def row(name: str, v: dict[str, Any]) -> list[str]:
+        times = [v["recovery_median_s"], v["recovery_worst_s"]]
+        shown = ["" if t is None else f"{t:.2f} s" for t in times]
+        return [name, f"{v['survived']} of {v['struck']}", *shown]
+
+    table = Table("fault", "survived", "median recovery", "worst", box=None, padding=(0, 3, 0, 0))
+    for name, kind in verdict["kinds"].items():
+        table.add_row(*row(name, kind))
+    table.add_row(*row("[bold]all[/bold]", verdict))
+    console.print()
+    console.print(table)
+    missed = verdict["faults"] - verdict["struck"]
+    if missed:
+        console.print(
+            f"[yellow]![/yellow] {missed} of {verdict['faults']} faults found no moment to strike: the run was over "
+            "first; a longer run (steps=…) or a smaller chaos.every_s takes them all",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    console.print(f"steps lost  {verdict['steps_lost']}", highlight=False)
+
+
+@app.command()
+def chaos(
+    run_or_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A finished run (its id, name or folder), or overrides as for descent train; overrides may follow a run.",
+            show_default=False,
+        ),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path(
+        ".descent"
+    ),
+    config_dir: ConfigDirs = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the verdict as one JSON object on stdout.")
+    ] = False,
+) -> None:
+    """Put a training through faults and say whether anything of it shows in the result.
+
+    Workers are killed, stopped, slowed down and cut off, gradients become NaN, a worker dies in the middle of a checkpoint, at random moments that chaos.seed fixes. The verdict: faults survived, steps lost, whether the result has the same bits as without faults, and how long the next step took to come.
+
+    With RUN, a finished run is done once more under chaos, with a new name, and its result is the reference. With overrides, the reference is trained first: one worker, no faults.
+
+    Examples:
+
+      descent chaos digits-mlp-20261123-101500-ab12
+
+      descent chaos RUN chaos.faults=50 chaos.seed=1 spares=1
+
+      descent chaos experiment=digits workers=4 resources.cpus=0.25 chaos.kinds.stop=0
+
+      descent train chaos.faults=20     (faults in a training of its own, without comparing)
+
+    chaos.kinds holds a weight for each kind: kill, stop (no answer any more: found after regroup.heartbeat_s), slow, nan, partition (cut off from the others), kill_in_save; 0 leaves one out. Injected faults don't count towards regroup.max_failures. The bits can be compared with reduction=exact, which is the default here unless RUN or you say fast.
+
+    Exit codes: 0 survived and equal, 1 otherwise, 2 refused before it started.
+    """
+    from service.cluster import trial
+
+    given = run_or_overrides or []
+    console = Console(stderr=as_json)
+    try:
+        if given and "=" not in given[0] and not given[0].startswith("~"):
+            root = output_dir.expanduser().resolve()
+            result = trial.under_chaos(*trial.of_run(given[0], given[1:], root))
+        else:
+            result = trial.under_chaos(*trial.of_overrides(_composed(given, config_dir)))
+    except DescentError as error:
+        _fail(error)
+    except trial.Ended as ended:
+        raise typer.Exit(ended.exit_code) from None
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        _print_trial(console, result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _print_trial(console: Console, result: Any) -> None:
+    summary = result.summary
+    if "chaos" in summary:
+        _print_verdict(console, summary["chaos"])
+    bits = {
+        True: "[green]yes[/green]",
+        False: "[red]no[/red]",
+        None: "not promised with reduction=fast",
+    }
+    console.print(f"bits equal  {bits[result.equal]}", highlight=False)
+    console.print(f"reference   {result.reference}", highlight=False, soft_wrap=True)
+    console.print(f"disturbed   {summary['run_dir']}", highlight=False, soft_wrap=True)
+    if summary["state"] != "FINISHED":
+        console.print(f"[red]{summary['state']}[/red]: {escape(summary['reason'])}", soft_wrap=True)
 
 
 @app.command()

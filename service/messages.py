@@ -93,7 +93,8 @@ class Notice:
 
     kind: "step skipped" (not finite, and not when repeated either), "step repeated" (not
     finite, but finite when repeated), "diverged" (a replica's bits differ from the
-    majority's), "straggler" (a rank that stays slow), "slots dealt" (anew, by speed).
+    majority's), "straggler" (a rank that stays slow), "slots dealt" (anew, by speed),
+    "injected" (a fault of chaos that left its worker alive).
     """
 
     kind: str

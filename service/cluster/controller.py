@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from service.cluster import policy
+from service.cluster.chaos import Chaos, Verdict
 from service.cluster.commits import Commits
 from service.cluster.ledger import Ledger
 from service.cluster.live import Live, ScaleRequest
@@ -66,6 +67,8 @@ class Outcome:
     peak_rss_mb: float = 0.0
     workers: dict[str, str] = field(default_factory=dict)
     """The last generation's workers and the Ray nodes that they were on."""
+    chaos: Verdict | None = None
+    """How the run took the faults that were injected into it."""
 
     @property
     def goodput(self) -> float:
@@ -87,6 +90,8 @@ class Controller:
         self._ledger = Ledger(log, listener.incident, plan.batch_size)
         self._roll = RollCall(config, group, self._ledger)
         self._live = Live(log.run_dir)
+        chaotic = config.chaos.faults > 0
+        self._chaos = Chaos(config.chaos, plan.total_steps, first_step) if chaotic else None
         self._restoring = resumed
         self._low, self._high = plan.min_workers, plan.max_workers
         self._members: tuple[str, ...] = ()
@@ -137,6 +142,7 @@ class Controller:
             if isinstance(decision, policy.End):
                 return self._end(decision)
             self._act(decision)
+            self._disturb()
             self._show("RUNNING")
             self._listener.tick()
 
@@ -150,13 +156,18 @@ class Controller:
             if wrong is not None:
                 self._ledger.note("checkpoint failed", part.step, detail=wrong)
         for notice in status.notices:
-            if notice.generation == self._generation:
+            if notice.kind == "injected":
+                if self._chaos is not None:
+                    self._chaos.notice(notice, status.worker_id)
+            elif notice.generation == self._generation:
                 self._hear_notice(notice)
         for record in status.records:
             if self._log.is_new(record):
                 self._log.append(record)
                 self._listener.record(record, len(self._members))
                 self._recovered(record)
+                if self._chaos is not None:
+                    self._chaos.observe(record)
         self._committed = max(self._committed, status.step)
         self._find_holder(status)
         self._ledger.hear(status, status.worker_id == self._reporter())
@@ -219,7 +230,7 @@ class Controller:
         return View(
             workers=workers, members=self._members, generation=self._generation,
             min_workers=self._low, max_workers=self._high,
-            failures=self._roll.failures + self._stuck, max_failures=regroup.max_failures,
+            failures=self._roll.failures + self._stuck, max_failures=regroup.max_failures + (self._chaos.allowance if self._chaos else 0),
             stopping=self._stopping, waited_s=now - self._idle_since if self._idle_since else 0.0,
             patience_s=regroup.wait_s, startable=self._startable(now, workers),
             spares=self._config.spares, saved_step=self._commits.step, save_tried=self._saving,
@@ -344,6 +355,24 @@ class Controller:
         self._members, self._joined = (), set()
         self._generation += 1  # whoever might still be alive of the old one is fenced off
 
+    def _disturb(self) -> None:
+        """Inject what chaos has in store for this moment."""
+        if self._chaos is None:
+            return
+        handles = self._group.handles
+        settled = bool(self._members) and not self._ledger.recovering and not self._pause_sent and all(
+            not (h := handles[w]).dead and h.status is not None
+            and (h.status.state, h.status.generation) == (WorkerState.RUNNING, self._generation)
+            for w in self._members
+        )  # fmt: skip
+        dead = {w for w, handle in handles.items() if handle.dead}
+        for worker_id, fault in self._chaos.tick(
+            time.time(), self._members, dead, self._generation, self._committed, settled
+        ):
+            self._group.inject(worker_id, fault)
+            if fault.phase == "save":
+                self._group.save(worker_id)
+
     def _scale(self) -> None:
         request = self._live.asked()
         if request is None:
@@ -405,13 +434,17 @@ class Controller:
         if len(hashes) > 1:
             self._listener.note("the replicas ended with different bits: please report this")
         self._show(str(decision.state))
+        verdict = None
+        if self._chaos is not None:
+            self._chaos.finished(decision.state is RunState.FINISHED)
+            verdict = self._chaos.verdict(sum(i.steps_lost for i in self._log.incidents))
         return Outcome(
             decision.state, reason, self._committed,
             failure if decision.state is RunState.FAILED else None, self._commits.newest,
             min(hashes) if len(hashes) == 1 else None, self._ledger.wall_s, self._ledger.useful_s,
             (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents,
             max((s.peak_rss_mb for s in statuses.values()), default=0.0),
-            {w: s.node for w, s in members.items()},
+            {w: s.node for w, s in members.items()}, verdict,
         )  # fmt: skip
 
     def _drain(self, patience_s: float) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from service.artifacts import checkpoint
-from service.cluster import run_log
+from service.cluster import chaos, run_log
 from service.cluster.display import Display
 from service.cluster.listeners import Everyone
 from service.cluster.resume import config_sha256, with_saved_overrides
@@ -68,6 +68,7 @@ class Summary:
             "samples_replayed": sum(i.samples_replayed for i in o.incidents),
             "samples_per_second": self.samples_per_second, "first_step_s": self.first_step_s,
             "peak_rss_mb": o.peak_rss_mb, "workers": o.workers, **self.figures,
+            **({"chaos": o.chaos.to_dict()} if o.chaos else {}),
         }  # fmt: skip
 
 
@@ -243,6 +244,7 @@ class Run:
             gpus=per_gpu, wanted=f"workers={prepared.plan.max_workers}"
             + (f" and spares={self.config.spares}" if self.config.spares else ""),
         )  # fmt: skip
+        chaos.check(self.config.chaos, prepared.plan.max_workers)
         return self._train(prepared, cluster, per_gpu)
 
     def close(self) -> None:

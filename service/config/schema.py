@@ -5,6 +5,7 @@ loss) stay mappings here; their arguments are checked when they are built, which
 happens before any worker starts.
 """
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ def _has_target(value: dict[str, Any]) -> dict[str, Any]:
 Spec = dict[str, Any]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+CHAOS_KINDS = ("kill", "stop", "slow", "nan", "partition", "kill_in_save")
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -160,6 +162,26 @@ class Chaos(Section):
     """Mean time between two faults."""
     kinds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Kind -> weight."""
+
+    @field_validator("kinds")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        for kind in value:
+            if kind not in CHAOS_KINDS:
+                close = difflib.get_close_matches(kind, CHAOS_KINDS, 1)
+                hint = (
+                    f"did you mean {close[0]!r}?"
+                    if close
+                    else f"there are {', '.join(CHAOS_KINDS)}"
+                )
+                raise ValueError(f"there is no fault {kind!r}; {hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _some(self) -> "Chaos":
+        if self.faults and not any(self.kinds.values()):
+            raise ValueError(f"faults={self.faults}, but no kind has a weight above 0")
+        return self
 
 
 class RunConfig(Section):

@@ -35,10 +35,11 @@ class Target:
 
     parameters: Sequence[nn.Parameter] = ()
     group: Group | None = None
+    generation: int = 0
 
 
-def strike(faults: list[Fault], phase: str, committed: int, target: Target) -> None:
-    """Let those faults happen whose moment this is, and take them off the list."""
+def strike(faults: list[Fault], phase: str, committed: int, target: Target) -> list[Fault]:
+    """Let those faults happen whose moment this is, and take them off the list; which, to whoever lives on."""
     step = committed if phase in _AFTER_COMMIT else committed + 1
     due = [f for f in faults if f.phase == phase and step >= f.step]
     for fault in due:
@@ -46,6 +47,7 @@ def strike(faults: list[Fault], phase: str, committed: int, target: Target) -> N
         if fault.kind == "slow" and fault.count > 1:
             faults.append(replace(fault, step=step + 1, count=fault.count - 1))
         _inject(fault, target)
+    return due
 
 
 def _inject(fault: Fault, target: Target) -> None:

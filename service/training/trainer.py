@@ -77,7 +77,11 @@ class Control:
         self.phase_since = time.monotonic()
         self.phase = phase
         if self.faults:
-            strike(self.faults, phase, self.step, self.target)
+            for fault in strike(self.faults, phase, self.step, self.target):
+                generation = self.target.generation
+                self.notices.append(
+                    Notice("injected", self.step + 1, generation, detail=fault.kind)
+                )
 
 
 @dataclass
@@ -148,6 +152,7 @@ class Trainer:
             abort=self.control.abort,
         )  # fmt: skip
         self.control.target.group = group
+        self.control.target.generation = membership.generation
         try:
             if membership.behind:
                 self.control.enter("receive")

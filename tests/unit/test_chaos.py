@@ -1,0 +1,137 @@
+"""What chaos injects, where and when, and how it judges what it saw; the controller is played by hand."""
+
+from typing import Any
+
+import pytest
+
+from service.cluster.chaos import Chaos, check
+from service.config import compose
+from service.config.schema import CHAOS_KINDS
+from service.config.schema import Chaos as ChaosConfig
+from service.errors import ConfigError
+from service.messages import Fault, Notice, StepRecord
+
+EVERY = dict.fromkeys(CHAOS_KINDS, 1.0)
+MEMBERS = ("w0", "w1", "w2")
+
+
+def settings(**given: Any) -> ChaosConfig:
+    return ChaosConfig(**{"faults": 12, "kinds": EVERY, "every_s": 1.0, **given})
+
+
+class Played:
+    """A run of 1,000 steps, one a tenth of a second, that survives whatever comes."""
+
+    def __init__(self, chaos: Chaos) -> None:
+        self.chaos = chaos
+        self.now, self.step, self.generation = 0.0, 0, 1
+        self.members, self.dead = list(MEMBERS), set[str]()
+        self.injected: list[tuple[float, str, Fault]] = []
+
+    def turn(self, settled: bool = True) -> list[tuple[str, Fault]]:
+        given = self.chaos.tick(
+            self.now, self.members, self.dead, self.generation, self.step, settled
+        )
+        self.injected += [(self.now, *one) for one in given]
+        return given
+
+    def commit(self) -> None:
+        self.now, self.step = self.now + 0.1, self.step + 1
+        self.chaos.observe(StepRecord(self.step, {"train/loss": 1.0}, int(self.now * 1000)))
+
+    def suffer(self, worker: str, fault: Fault) -> None:
+        if fault.kind in ("kill", "stop"):
+            self.dead.add(worker)
+            self.turn(settled=False)
+            self.members = [w for w in self.members if w != worker] + [f"n{len(self.dead)}"]
+            self.generation += 1
+        else:
+            self.chaos.notice(
+                Notice("injected", self.step + 1, self.generation, detail=fault.kind), worker
+            )
+            self.generation += fault.kind == "partition"
+        self.turn(settled=False)
+
+    def play(self, steps: int = 1000) -> "Played":
+        while self.step < steps:
+            for worker, fault in self.turn():
+                assert self.turn() == [], "a second fault before the first is over"
+                self.suffer(worker, fault)
+            self.commit()
+        self.chaos.finished(True)
+        return self
+
+
+def test_all_faults_strike_each_kind_at_least_once_and_are_survived() -> None:
+    played = Played(Chaos(settings(), 1000)).play()
+    verdict = played.chaos.verdict(steps_lost=0).to_dict()
+    assert verdict["struck"] == verdict["survived"] == verdict["faults"] == 12
+    assert set(verdict["kinds"]) == set(CHAOS_KINDS)
+    assert all(kind["survived"] == kind["struck"] >= 1 for kind in verdict["kinds"].values())
+    assert verdict["recovery_worst_s"] == pytest.approx(0.1, abs=0.002)  # the next step
+    assert verdict["kinds"]["nan"]["recovery_median_s"] is None
+
+
+def test_the_seed_decides_what_is_injected() -> None:
+    def drawn(seed: int) -> list[tuple[float, str, Fault]]:
+        return Played(Chaos(settings(seed=seed), 1000)).play().injected
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_in_a_short_run_the_faults_come_closer_together() -> None:
+    played = Played(Chaos(settings(every_s=1000.0), 60)).play(60)
+    assert len(played.injected) == 12
+
+
+def test_nothing_comes_while_the_run_is_unsettled_or_would_be_left_without_a_survivor() -> None:
+    deadly = settings(kinds={"kill": 1.0, "partition": 1.0}, every_s=0.1)
+    played = Played(Chaos(deadly, 100))
+    played.members = ["w0"]
+    for _ in range(50):
+        assert played.turn() == []
+        played.commit()
+    played.members = list(MEMBERS)
+    assert played.turn(settled=False) == []
+    assert len(played.turn()) == 1
+
+
+def test_a_fault_that_ends_a_run_is_not_survived() -> None:
+    played = Played(Chaos(settings(kinds={"kill": 1.0}, faults=3, every_s=0.1), 100))
+    while not (given := played.turn()):
+        played.commit()
+    played.dead.add(given[0][0])
+    played.turn(settled=False)
+    played.chaos.finished(False)
+    verdict = played.chaos.verdict(steps_lost=0)
+    assert (verdict.struck, verdict.survived) == (1, 0)
+
+
+def test_a_growth_in_between_is_not_taken_for_a_recovery() -> None:
+    played = Played(Chaos(settings(kinds={"kill_in_save": 1.0}, faults=1, every_s=0.1), 100))
+    while not played.turn():
+        played.commit()
+    played.members.append("w9")
+    played.generation += 1
+    played.turn(settled=False)
+    played.commit()
+    assert played.chaos.verdict(0).struck == 0
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    (["chaos.kinds.kil=1"], "did you mean 'chaos.kinds.kill'"),
+    (["+chaos.kinds.kil=1"], "kill"),
+    (["chaos.faults=3", *(f"chaos.kinds.{kind}=0" for kind in CHAOS_KINDS)], "weight"),
+    (["chaos.faults=-1"], "chaos.faults"),
+    (["chaos.every_s=0"], "chaos.every_s"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        compose(overrides)
+
+
+def test_one_worker_alone_is_refused_unless_no_fault_needs_another() -> None:
+    with pytest.raises(ConfigError, match="workers=2"):
+        check(settings(), max_workers=1)
+    check(settings(kinds={"nan": 1.0, "slow": 1.0}), max_workers=1)
+    check(settings(), max_workers=2)
