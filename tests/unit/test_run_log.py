@@ -1,0 +1,105 @@
+"""The run's own files: each step once over resumes, torn lines, incidents that are amended."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.cluster.run_log import (
+    INCIDENTS_FILE,
+    METRICS_FILE,
+    RunLog,
+    find_run,
+    read_run_file,
+    write_run_file,
+)
+from service.errors import CheckpointError
+from service.messages import Incident, StepRecord
+
+
+def train(step: int, loss: float = 1.0) -> StepRecord:
+    return StepRecord(step, {"train/loss": loss}, 1000 * step)
+
+
+def evaluation(step: int) -> StepRecord:
+    return StepRecord(step, {"eval/loss": 0.5}, 1000 * step)
+
+
+def test_after_a_resume_known_steps_are_not_new(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    for record in (evaluation(0), train(1), train(2), evaluation(2), train(3)):
+        assert log.is_new(record)
+        log.append(record)
+    log.close()
+    again = RunLog(tmp_path)
+    assert (again.last_step, again.last_evaluation) == (3, 2)
+    assert not again.is_new(train(3)) and again.is_new(train(4))
+    assert not again.is_new(evaluation(2)) and again.is_new(evaluation(3))
+    again.append(train(4, 0.25))
+    assert again.history() == {
+        "eval/loss": [(0, 0.5), (2, 0.5)],
+        "train/loss": [(1, 1.0), (2, 1.0), (3, 1.0), (4, 0.25)],
+    }
+    again.close()
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=6), st.data())
+def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(
+    tmp_path_factory: pytest.TempPathFactory, losses: list[float], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    log = RunLog(folder)
+    for index, loss in enumerate(losses):
+        log.append(train(index + 1, loss))
+    log.close()
+    whole = (folder / METRICS_FILE).read_bytes()
+    kept = data.draw(st.integers(0, len(whole)))
+    (folder / METRICS_FILE).write_bytes(whole[:kept])
+    again = RunLog(folder)
+    # A line that lost nothing but its end of line is whole all the same.
+    complete = sum(1 for end in _ends(whole) if end - 1 <= kept)
+    assert again.last_step == complete
+    again.append(train(complete + 1, 0.125))
+    assert again.history()["train/loss"] == [
+        *((i + 1, loss) for i, loss in enumerate(losses[:complete])), (complete + 1, 0.125),
+    ]  # fmt: skip
+    again.close()
+
+
+def _ends(content: bytes) -> list[int]:
+    return [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+
+
+def test_an_incident_is_kept_at_once_and_amended_later(tmp_path: Path) -> None:
+    first = RunLog(tmp_path)
+    first.incident(Incident("worker lost", 3, 1000))
+    first.close()
+    log = RunLog(tmp_path)
+    log.incident(Incident("preempted", 5, 2000))
+    log.incident(Incident("worker lost", 7, 3000))
+    log.amend(1, replace(log.incidents[1], recovered_in_s=0.25))
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / INCIDENTS_FILE).read_text().splitlines()]
+    assert [(i["kind"], i["step"], i["recovered_in_s"]) for i in lines] == [
+        ("worker lost", 3, None), ("preempted", 5, None), ("worker lost", 7, 0.25),
+    ]  # fmt: skip
+
+
+def test_a_run_is_found_by_id_name_and_path(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    write_run_file(folder, {"run_id": "abc123"})
+    assert read_run_file(folder) == {"run_id": "abc123"}
+    inside = folder / "checkpoints" / "step-00000001"
+    for word in ("abc123", "mine", str(folder), str(inside)):
+        assert find_run(word, tmp_path) == folder
+    with pytest.raises(
+        CheckpointError, match="resume=other: no run of that id, name or path; there are: mine"
+    ):
+        find_run("other", tmp_path)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not the folder of a run"):
+        read_run_file(folder)
