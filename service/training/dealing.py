@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from service.messages import Notice
+
 Shares = tuple[tuple[int, int], ...]
 """Per rank the half-open range of slots that it computes."""
 
-_WINDOW = 5
-"""Steps between two looks at the speeds; each rank's figure is the median over them."""
-_GAIN = 0.9
+_WINDOW, _WINDOW_S = 5, 0.25
+"""At least so many steps and seconds between two looks at the speeds: each is a median over them."""
+_GAIN = 0.85
 """Dealt anew where the slowest rank is expected to need at most this share of its time."""
 
 
@@ -69,9 +71,10 @@ class Dealer:
     _seen: list[Sequence[float]] = field(default_factory=list)
     _slow_since: dict[int, float] = field(default_factory=dict)
     _named: set[int] = field(default_factory=set)
+    _since: float = 0.0
     _warm: bool = False
 
-    def learn(self, step: int, seconds: Sequence[float], now: float) -> Shares | None:  # noqa: ARG002
+    def learn(self, seconds: Sequence[float], now: float) -> Shares | None:
         """Take note of the ranks' seconds per sample; the new shares where dealing anew pays.
 
         now: one clock for all ranks, in seconds.
@@ -80,7 +83,9 @@ class Dealer:
         if min(seconds) <= 0.0:
             return None
         self._seen.append(seconds)
-        if len(self._seen) < _WINDOW:
+        if len(self._seen) == 1:
+            self._since = now
+        if len(self._seen) < _WINDOW or now - self._since < _WINDOW_S:
             return None
         # The median, so that a hiccup (a page fault, a collected generation) moves nothing.
         speeds = [statistics.median(column) for column in zip(*self._seen, strict=True)]
@@ -109,3 +114,16 @@ class Dealer:
             return None
         self.shares = wanted
         return wanted
+
+
+def dealt(step: int, generation: int, shares: Shares) -> Notice:
+    """What all ranks tell when the slots were dealt anew after `step`."""
+    counts = ", ".join(str(hi - lo) for lo, hi in shares)
+    detail = f"slots per rank, by speed: {counts}"
+    return Notice("slots dealt", step, generation, None, detail, {"shares": shares})
+
+
+def straggling(step: int, generation: int, rank: int, ratio: float) -> Notice:
+    """What all ranks tell of one that has been slow for long."""
+    detail = f"rank {rank} needs {ratio:.1f} times the usual time per sample"
+    return Notice("straggler", step, generation, rank, detail, {"ratio": ratio})

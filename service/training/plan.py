@@ -186,9 +186,11 @@ def _batch_and_slots(config: RunConfig, num_samples: int, most: int) -> tuple[in
 
 def _one_dtype(config: RunConfig, model: nn.Module) -> None:
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
-    if config.reduction == "exact" and len(kinds) > 1:
+    if (config.reduction == "exact" or config.compress is not None) and len(kinds) > 1:
+        wish = "reduction=exact" if config.compress is None else f"compress={config.compress}"
         raise ConfigError(
-            f"reduction=exact: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; use reduction=fast"
+            f"{wish}: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; "
+            "use reduction=fast and compress=null"
         )
 
 

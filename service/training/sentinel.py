@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from service.messages import Membership, Notice
 from service.training.collectives import Group
 from service.training.state import MODEL, TrainState
 
@@ -119,3 +120,14 @@ def _row_hashes(tensor: Tensor) -> list[Tensor]:
     whole = len(bits) - len(bits) % _ROW
     parts = [bits[:whole].view(-1, _ROW), bits[whole:].view(1, -1)]
     return [torch.hash_tensor(p, dim=1).view(torch.int64) for p in parts if p.numel()]
+
+
+def notice(step: int, membership: Membership, ranks: tuple[int, ...]) -> Notice:
+    """What all ranks tell when `ranks` differ in the state that `step` began with."""
+    if len(ranks) == membership.world_size:
+        who = "the replicas differ, and no majority of them agrees"
+    else:
+        who = f"rank {', '.join(map(str, ranks))}: not the bits of the other replicas"
+    detail = f"{who}, in the state after step {step - 1}; step {step} was not committed"
+    rank = ranks[0] if len(ranks) == 1 else None
+    return Notice("diverged", step, membership.generation, rank, detail, {"ranks": ranks})

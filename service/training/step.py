@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.errors import TrainingError
 from service.training.buffers import Buffers
 from service.training.collectives import Group, PeerLost
 from service.training.objective import Objective
@@ -20,6 +21,11 @@ from service.training.reduction import Reducer
 from service.training.sampling import stream_seed
 from service.training.side import Side, Sums
 from service.training.stopwatch import Stopwatch
+
+
+class HalfUpdated(TrainingError):
+    """The optimizer's update failed in the middle: this replica must receive the state anew."""
+
 
 Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
@@ -82,7 +88,7 @@ def train_step(
     backward begins), update.
 
     Raises PeerLost when a collective can't be finished; the model is then still at the
-    last committed step.
+    last committed step. Raises HalfUpdated where it is not.
     """
     side = Side(given.num_slots, buffers, group, given.votes, given.own)
     if buffers.size:
@@ -157,7 +163,7 @@ def _commit(
         if clip_value is not None:
             torch._foreach_clamp_min_(gradients, -clip_value)
             torch._foreach_clamp_max_(gradients, clip_value)
-        optimizer.step()
+        _update(optimizer)
         if buffers.size:
             buffers.unpack(sums.rows)
     else:
@@ -166,6 +172,17 @@ def _commit(
     return StepResult(
         loss, norm, committed, sums.votes, tuple(sums.losses), tuple(sums.by_rank), suspects
     )
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    """The update itself. Unlike a step that fails before, it can't simply run again."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise HalfUpdated(
+            f"the optimizer failed in the middle of an update ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}), so this replica's state is lost"
+        ) from error
 
 
 def gradient_norm(gradients: list[Tensor]) -> float:

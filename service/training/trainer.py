@@ -5,12 +5,10 @@ another thread touches: the worker's main thread sets wishes and reads progress 
 """
 
 import contextlib
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,14 @@ import torch
 
 from service.artifacts import checkpoint
 from service.config import RunConfig, build
-from service.errors import TrainingError
-from service.messages import Fault, Membership, Notice, PartWritten, StepRecord
-from service.training import collectives, nonfinite
+from service.messages import Membership, Notice, PartWritten, StepRecord
+from service.training import collectives, dealing, nonfinite, sentinel
 from service.training.buffers import Buffers
 from service.training.collectives import Group
+from service.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
 from service.training.dealing import Dealer
 from service.training.ema import Ema
 from service.training.evaluation import evaluate
-from service.training.faults import Target, strike
 from service.training.feed import Feed
 from service.training.objective import Objective
 from service.training.plan import Plan, build_data, build_model, build_optimizer_for, build_schedule
@@ -38,50 +35,7 @@ from service.training.state import TrainState
 from service.training.step import StepInput, StepResult, layer_norms, train_step
 from service.training.stopwatch import Stopwatch
 
-PAUSE, SAVE = 0, 1
-"""Places of the votes in the step's side vector."""
-
-
-class TooManyBadSteps(TrainingError):
-    """Several steps in a row without finite gradients."""
-
-
-class OutOfMemory(Exception):
-    """A micro-batch didn't fit; the next generation runs smaller ones."""
-
-
-@dataclass
-class Control:
-    """Wishes from outside and progress to the outside; every field is replaced, never mutated in parts."""
-
-    abort: threading.Event = field(default_factory=threading.Event)
-    pause: bool = False
-    save: bool = False
-    step: int = 0
-    evaluated: int = -1
-    phase: str = "starting"
-    phase_since: float = field(default_factory=time.monotonic)
-    records: deque[StepRecord] = field(default_factory=deque)
-    parts: deque[PartWritten] = field(default_factory=deque)
-    notices: deque[Notice] = field(default_factory=deque)
-    useful_s: float = 0.0
-    """Seconds spent in steps that were committed."""
-    diverged: tuple[int, ...] = ()
-    """After "diverged": the ranks of that generation whose state is not the majority's."""
-    notify: Callable[[], None] = lambda: None
-    faults: list[Fault] = field(default_factory=list)
-    """To be injected, in tests and by `descent chaos`; otherwise empty."""
-    target: Target = field(default_factory=Target)
-
-    def enter(self, phase: str) -> None:
-        self.phase_since = time.monotonic()
-        self.phase = phase
-        if self.faults:
-            for fault in strike(self.faults, phase, self.step, self.target):
-                generation = self.target.generation
-                self.notices.append(
-                    Notice("injected", self.step + 1, generation, detail=fault.kind)
-                )
+__all__ = ["Control", "OutOfMemory", "TooManyBadSteps", "Trainer"]
 
 
 @dataclass
@@ -176,8 +130,8 @@ class Trainer:
             membership.slots, self.plan.slots, straggler.deal, straggler.factor, straggler.after_s
         )
         with reducer_for(
-            self._forward, group, kind=self.config.reduction, shares=membership.slots,
-            slots=self.plan.slots, find_unused=self.plan.unused_parameters,
+            self._forward, group, kind=self.config.reduction, compress=self.config.compress,
+            shares=membership.slots, slots=self.plan.slots, find_unused=self.plan.unused_parameters,
         ) as reducer:  # fmt: skip
             watch = Stopwatch(self.device, group.world_size > 1)
             mine = self._slots(membership.slots[group.rank])
@@ -187,7 +141,8 @@ class Trainer:
                 try:
                     votes = self._step(now).votes
                 except Diverged as diverged:
-                    self._tell_divergence(diverged.ranks, membership)
+                    self.control.diverged = diverged.ranks
+                    self._notice(sentinel.notice(self.state.step + 1, membership, diverged.ranks))
                     return "diverged"
                 self._evaluate_if_due(group)
                 if self.state.step == self.plan.total_steps:
@@ -255,9 +210,10 @@ class Trainer:
         self, now: _Generation, given: StepInput, first: StepResult
     ) -> tuple[StepResult, Notice]:
         """The same step once more: the same numbers come out unless hardware failed the first time."""
+        # Before the second try: once that is committed nothing may fail until it is counted.
+        told = nonfinite.exchange(now.group, first.suspects, [])
         now.watch.begin()
         second = self._attempt(now, given)
-        found: list[nonfinite.Finding] = []
         if not second.committed:
             self.control.enter("inspect")
             inspector = nonfinite.Inspector(
@@ -266,7 +222,7 @@ class Trainer:
             samples = self.order.samples_of(given.step)
             fetch = lambda first, stop: self.feed.take(samples[first:stop])  # noqa: E731
             found = inspector.look(given, fetch, self.feed.numbers(samples))
-        told = nonfinite.exchange(now.group, first.suspects, found)
+            told = nonfinite.exchange(now.group, (), found)
         votes = tuple(a | b for a, b in zip(first.votes, second.votes, strict=True))
         notice = nonfinite.notice(
             given.step, now.membership.generation, now.dealer.shares, first, second.committed, told
@@ -279,35 +235,16 @@ class Trainer:
         """Deal the slots anew where the ranks' speeds ask for it; all ranks know and do the same."""
         dealer, generation = now.dealer, now.membership.generation
         seconds = [said[1] for said in result.by_rank]
-        shares = dealer.learn(step, seconds, now=result.by_rank[0][2])
+        shares = dealer.learn(seconds, now=result.by_rank[0][2])
         if shares is not None:
             now.reducer.deal(shares)
             now.mine = self._slots(shares[now.group.rank])
             self.feed.forget()
-            counts = [hi - lo for lo, hi in shares]
-            detail = f"slots per rank, by speed: {', '.join(map(str, counts))}"
-            self._notice(Notice("slots dealt", step, generation, None, detail, {"shares": shares}))
+            self._notice(dealing.dealt(step, generation, shares))
         if dealer.straggler is not None:
-            detail = (
-                f"rank {dealer.straggler} needs {dealer.ratio:.1f} times the usual time per sample"
-            )
-            extra = {"ratio": dealer.ratio}
-            self._notice(Notice("straggler", step, generation, dealer.straggler, detail, extra))
+            self._notice(dealing.straggling(step, generation, dealer.straggler, dealer.ratio))
         if dealer.ratio and step % self.config.diagnostics.every == 0:
             metrics["cluster/slowest_rank_ratio"] = dealer.ratio
-
-    def _tell_divergence(self, ranks: tuple[int, ...], membership: Membership) -> None:
-        self.control.diverged = ranks
-        step = self.state.step + 1
-        whole = len(ranks) == membership.world_size
-        who = "the ranks differ and none can be trusted" if whole else (
-            f"rank {', '.join(map(str, ranks))}: not the bits of the other replicas"
-        )  # fmt: skip
-        detail = f"{who}, in the state after step {step - 1}; step {step} was not committed"
-        rank = ranks[0] if len(ranks) == 1 else None
-        self._notice(
-            Notice("diverged", step, membership.generation, rank, detail, {"ranks": ranks})
-        )
 
     def _notice(self, notice: Notice) -> None:
         self.control.notices.append(notice)

@@ -1,5 +1,7 @@
 """Losses and gradients that are not finite: repeated, else skipped by all, and named."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -69,6 +71,26 @@ class SpoilLayer:
         )
 
 
+@dataclass(frozen=True)
+class DieInTry:
+    """SIGKILL as the first or the second try of STEP enters `phase`."""
+
+    number: int
+    phase: str
+
+    def __call__(self, trainer: Any) -> None:
+        enter, tries = trainer.control.enter, []
+
+        def entering(phase: str) -> None:
+            enter(phase)
+            if phase == self.phase and trainer.control.step == STEP - 1:
+                tries.append(True)
+                if len(tries) == self.number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer.control.enter = entering
+
+
 def run(pool: Crew, case: Case, world: int, tamper: dict[int, Callable[[Any], None]]) -> list[Told]:
     replicas = pool.build(case, world, tamper=tamper)
     pool.form(case, replicas)
@@ -101,6 +123,27 @@ def test_what_was_not_finite_once_is_repeated_and_nothing_tells(
     notice = the_notice(told, "step repeated")
     assert (notice.step, notice.rank) == (STEP, victim)
     assert where in notice.detail and f"rank {victim}" in notice.detail
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("phase", ["forward", "reduce", "update"])
+def test_a_rank_that_dies_in_either_try_costs_no_step(
+    pool: Crew, tmp_path: Path, number: int, phase: str
+) -> None:
+    case = Case.of(RUN, tmp_path)
+    undisturbed = pool.train(case, 1)[0]
+    replicas = pool.build(
+        case, 3, tamper={0: OnceNotFinite("gradient"), 1: DieInTry(number, phase)}
+    )
+    pool.form(case, replicas)
+    ended = pool.until_ended(replicas)
+    assert {i: t.state for i, t in ended.items()} == {0: "broken", 2: "broken"}
+    order = sorted(ended, key=lambda i: -ended[i].step)
+    behind = tuple(r for r, i in enumerate(order) if ended[i].step < ended[order[0]].step)
+    pool.form(case, [replicas[i] for i in order], behind)
+    for told in (replicas[i].hear() for i in order):
+        assert (told.state, told.sha256) == ("finished", undisturbed.sha256), told.error
+    pool.give(replicas)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -1,14 +1,20 @@
 """What only a GPU can show. Run by hand there: python -m pytest tests/gpu (not part of make test)."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from service.config import compose
 from service.messages import Membership
+from service.training.collectives import Group
 from service.training.dealing import deal_slots
 from service.training.plan import prepare
+from service.training.reduction.compressed import Compressed
+from service.training.sentinel import hash_on_device
+from service.training.stopwatch import Stopwatch
 from service.training.trainer import Control, Trainer
 
 
@@ -65,3 +71,45 @@ def test_the_same_run_gives_the_same_losses_on_the_gpu(tmp_path: Path) -> None:
     first = losses(tmp_path / "a", "cuda", "model.dropout=0.2", "reduction=exact", "slots=2")
     second = losses(tmp_path / "b", "cuda", "model.dropout=0.2", "reduction=exact", "slots=2")
     assert first == second
+
+
+def test_a_state_has_the_same_hash_wherever_it_lies() -> None:
+    state = [torch.randn(3, 1500), torch.randn(7).bfloat16(), torch.tensor(3.0)]
+    on_gpu = [t.cuda() for t in state]
+    before = int(hash_on_device(on_gpu))  # type: ignore[arg-type]
+    assert before == int(hash_on_device(state))  # type: ignore[arg-type]
+    on_gpu[0].view(torch.int32)[1, 7] ^= 1
+    assert before != int(hash_on_device(on_gpu))  # type: ignore[arg-type]
+
+
+def test_powersgd_on_the_gpu_is_that_of_the_cpu() -> None:
+    batch, found = torch.randn(6, 50).double(), []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Linear(50, 40).double().to(device)
+        group = Group(0, 1, torch.device(device), threading.Event())
+        reducer = Compressed(model, group, "powersgd")
+        for _ in range(3):
+            reducer.begin()
+            reducer.backward(
+                lambda m=model, d=device: m(batch.to(d)).square().sum(),
+                torch.tensor(1.0, device=device), True, lambda: None,
+            )  # fmt: skip
+            reducer.finish()
+        found.append(model.weight.grad.cpu())
+    torch.testing.assert_close(*found)
+
+
+def test_the_stopwatch_measures_the_device_and_not_the_host() -> None:
+    a, watch = torch.randn(8192, 8192, device="cuda"), Stopwatch(torch.device("cuda"), True)
+    for _ in range(2):
+        a @ a
+    measured = []
+    for products in (1, 20):
+        watch.begin()
+        for _ in range(products):
+            a @ a
+        watch.stop(1)
+        torch.cuda.synchronize()
+        measured.append(watch.begin())
+    assert 0.0 < 5 * measured[0] < measured[1]

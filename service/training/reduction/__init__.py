@@ -1,7 +1,8 @@
 """How the slots' gradients become one gradient: several reducers behind one interface.
 
 `Solo` for one replica of one slot range where bits across sizes don't matter, `Fast`
-on DDP's overlapped reducer, `Exact` on one fixed pairwise tree over slot numbers.
+on DDP's overlapped reducer, `Compressed` where fewer bytes shall travel, `Exact` on one
+fixed pairwise tree over slot numbers.
 All leave the *sum* over the global batch, times `scale`, in `p.grad`.
 """
 
@@ -12,6 +13,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from service.training.collectives import Group
+from service.training.reduction.compressed import Compressed
 from service.training.reduction.exact import Exact
 from service.training.reduction.plain import Fast, Solo
 
@@ -48,6 +50,7 @@ def reducer_for(
     group: Group,
     *,
     kind: str,
+    compress: str | None,
     shares: Sequence[tuple[int, int]],
     slots: int,
     find_unused: bool,
@@ -55,11 +58,13 @@ def reducer_for(
     """The reducer for one generation; its hooks are gone when the generation ends."""
     if group.world_size == 1 and (slots == 1 or kind == "fast"):
         yield Solo(model)
-    elif kind == "fast":
+    elif kind == "fast" and compress is None:
         yield Fast(model, group, find_unused)
     else:
-        exact = Exact(model, group, shares, slots)
-        try:
-            yield exact
-        finally:
-            exact.close()
+        made = (
+            Exact(model, group, shares, slots)
+            if compress is None
+            else Compressed(model, group, compress)
+        )
+        with contextlib.closing(made):
+            yield made
