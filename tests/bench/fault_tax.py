@@ -121,9 +121,9 @@ def _replica(
     """One process: its trainers take turns; rank 0 hands back the seconds a step, pair by pair."""
     import torch
 
-    from service.cluster.policy import deal_slots
     from service.config import recompose
     from service.messages import Membership
+    from service.training.dealing import deal_slots
     from service.training.plan import Plan
     from service.training.trainer import Control, Trainer
 

@@ -221,8 +221,8 @@ class _Run:
 
     def form(self, pipes: list[Connection], behind: tuple[int, ...]) -> tuple[float, list[dict[str, float]]]:  # fmt: skip
         """The next generation; when it was told, and when each member came through what."""
-        from service.cluster.policy import deal_slots
         from service.messages import Membership
+        from service.training.dealing import deal_slots
 
         self.pipes = pipes
         self._generation += 1
