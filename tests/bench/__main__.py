@@ -1,6 +1,7 @@
 """`python -m tests.bench [NAME…]`: run the benchmarks; each ends with one JSON line, all with one table."""
 
 import importlib
+import signal
 import sys
 import time
 
@@ -29,6 +30,8 @@ def main(names: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    # A time-out's SIGTERM must reach the blocks that end the measured processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(width=None if sys.stdout.isatty() else 120)
     everything: list[Result] = []
     failed = []

@@ -190,6 +190,14 @@ class Training:
             error = (self._folder / "stderr.txt").read_text(encoding="utf-8")
             raise BenchError(f"descent train ended by itself:\n{error[-2000:]}")
 
+    def _story(self) -> str:
+        """What is known of a run that got stuck, for whoever looks into it."""
+        told = (self._folder / "stderr.txt").read_text(encoding="utf-8")[-1000:]
+        ago = f"{time.time() - self.steps[-1][1] / 1000:.0f} s ago" if self.steps else "never"
+        workers = [(p.pid, p.status()) for p in self.processes() if p.name().startswith("ray::")]
+        incidents = [f.read_text(encoding="utf-8")[-1000:] for f in self.files("incidents.jsonl")]
+        return f"last step {ago}; {self.status()}; {workers}; {incidents}; {told}"
+
     def tracked(self) -> bool:
         """Whether the tracking run is open: from then on metrics flow to MLflow."""
         for path in self._folder.glob(".descent/runs/*/run.json"):
@@ -222,7 +230,7 @@ class Training:
             if condition():
                 return
             if time.monotonic() > deadline:
-                raise BenchError("descent train made no progress")
+                raise BenchError(f"descent train made no progress: {self._story()}")
             time.sleep(every_s)
 
     def worker(self) -> psutil.Process:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.bench.measure import PAIRS, Result, output_of, progress, result_of, steady, worst
 from tests.bench.subjects import SUBJECTS
 
-_SECONDS = 4.0
+_SECONDS = 3.0
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
