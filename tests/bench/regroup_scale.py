@@ -12,8 +12,8 @@ continued to 64 and 512.
 
 All processes share this machine's cores: work that every process does by itself (connecting to
 n - 1 others, its part of a step) counts n times per core here, and once where each has a core
-of its own. So each term is also given divided by the processes per core, and both are
-continued: `shared` as measured, `own` for one core each. Between machines there is a
+of its own. So each term but `detect`, which waits, is also fitted divided by the processes per
+core, and both are continued: `shared` as measured, `own` for one core each. Between machines there is a
 network; its latency is not in here.
 """
 
@@ -56,8 +56,9 @@ def run() -> list[Result]:
     fitted = {term: fit({n: m[term] for n, m in measured.items()}) for term in TERMS}
     cores = len(os.sched_getaffinity(0))
     own = {
-        term: fit({n: m[term] / max(1.0, n / cores) for n, m in measured.items()}) for term in TERMS
-    }
+        term: fit({n: m[term] / (_per_core(n, cores) if term != "detect" else 1.0) for n, m in measured.items()})
+        for term in TERMS
+    }  # fmt: skip
     _print(measured, fitted, own)
     killed = {n: sum(m[t] for t in TERMS if t != "receive") for n, m in measured.items()}
     return [Result("regroup_scale", killed[_WORLDS[-1]], None, "lower", {
@@ -68,13 +69,18 @@ def run() -> list[Result]:
     })]  # fmt: skip
 
 
+def _per_core(processes: int, cores: int) -> float:
+    return max(1.0, processes / cores)
+
+
 def fit(points: dict[int, float]) -> dict[str, Any]:
     """a + b·f(n) by least squares: the f, a and b, the residual and what it says for larger n.
 
-    A growing form must halve the constant's error, or the constant stays: four points
+    What didn't occur (one survivor of two meets nobody) is left out. A growing form must halve the constant's error, or the constant stays: four points
     with noise would otherwise always grow. Neither a nor b may be negative.
     """
-    n, seconds = np.array(list(points)), np.array(list(points.values()))
+    there = {n: s for n, s in points.items() if s > 0}
+    n, seconds = np.array(list(there)), np.array(list(there.values()))
     found = []
     for name, growth in _GROWTH.items():
         f = np.array([growth(float(x)) for x in n])
