@@ -66,6 +66,10 @@ def run() -> list[Result]:
         "ratios": [rounded(killed[n]) for n in _WORLDS], "worlds": list(_WORLDS),
         "terms_s": {n: {t: rounded(s) for t, s in m.items()} for n, m in measured.items()},
         "shared": fitted, "own_core": own,
+        "total_s": {
+            name: {m: rounded(sum(f[t][f"at_{m}_s"] for t in TERMS if t != "receive")) for m in _PREDICTED}
+            for name, f in (("shared", fitted), ("own_core", own))
+        },
     })]  # fmt: skip
 
 
