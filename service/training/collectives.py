@@ -41,12 +41,14 @@ _LOST = (
     "aborted",
     "store",
 )
+_FAREWELL = 0x0FF
+"""The tag of a message that nobody gets."""
 _WEDGED = datetime.timedelta(seconds=600)
 _CONNECT = datetime.timedelta(seconds=8)
 """For connecting to members that were all there a moment ago; one may have died since."""
 
 
-_held: deque[dist.ProcessGroup] = deque(maxlen=2)
+_held: deque[dist.ProcessGroup] = deque()
 """The last process groups, kept beyond their end: were DDP's reducer the last to hold one, it
 would be taken down under Python's lock, while gloo's thread needs that lock to put its last
 tensors away, and both would wait for ever. Let go of here, it goes without the lock."""
@@ -83,6 +85,7 @@ class Group:
         self.device = device
         self._abort = abort
         self._connections: set[int] = set()
+        self._processes: dist.ProcessGroup | None = None
         self._closed = threading.Event()
 
     def _check(self) -> None:
@@ -149,9 +152,9 @@ class Group:
             find_unused_parameters=find_unused, init_sync=False, **no_buffers,
         )  # fmt: skip
 
-    def watch(self, connections: set[int]) -> None:
+    def watch(self, connections: set[int], processes: dist.ProcessGroup) -> None:
         """From now on an abort shuts these sockets (inode numbers) down, whoever waits in them."""
-        self._connections = connections
+        self._connections, self._processes = connections, processes
         threading.Thread(target=self._watch, name="abort", daemon=True).start()
 
     def _watch(self) -> None:
@@ -166,10 +169,19 @@ class Group:
             if number in self._connections:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
+        # A connection on which a message had begun to arrive for a collective that has failed
+        # since is never read again by gloo, so it would not see the end: it would spin, and
+        # whoever else waits for that peer would do so for ever. What can't be sent, it sees.
+        processes = self._processes
+        if processes is not None:
+            for peer in set(range(self.world_size)) - {self.rank}:
+                with contextlib.suppress(RuntimeError):
+                    processes.send([torch.zeros(1)], peer, _FAREWELL)
 
     def close(self) -> None:
         """Leave the generation; what is still under way is dropped."""
         self._closed.set()
+        self._processes = None
         if self.world_size > 1 and dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
@@ -263,15 +275,23 @@ def join(
             store=store, rank=rank, world_size=world_size,
             timeout=_WEDGED if device.type == "cuda" else _CONNECT,
         )  # fmt: skip
-        _held.append(dist.distributed_c10d._get_default_group())
+        processes = dist.distributed_c10d._get_default_group()
+        _hold(processes)
         opened = [port for number, port in _listening().items() if number not in listening]
         # Nobody computes, and so nobody can die of it, before all are connected.
         answers = _meet(group, store, "connected", ",".join(map(str, opened)))
         if device.type == "cpu":
             dist.distributed_c10d._set_pg_timeout(_WEDGED)
             ports = {int(port) for answer in answers for port in answer.split(",") if port}
-            group.watch(_connected_through(ports) - earlier)
+            group.watch(_connected_through(ports) - earlier, processes)
     return group
+
+
+def _hold(processes: dist.ProcessGroup) -> None:
+    """Keep this process group and the last one; let an older one go, on a thread of its own since its end may take long."""
+    _held.append(processes)
+    if len(_held) > 2:
+        threading.Thread(target=_held.popleft, name="let go", daemon=True).start()
 
 
 def _meet(group: Group, store: PrefixStore, place: str, word: str) -> list[str]:
