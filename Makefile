@@ -23,7 +23,7 @@ train: $(STAMP)  ## train the default experiment; ARGS="experiment=… optimizer
 
 soak: $(STAMP)   ## 200 faults in one run, and whether anything of them shows in its result; some minutes
 	@$(BIN)/descent chaos experiment=digits name=soak-$$(date +%s) epochs=null steps=6000 batch.size=64 \
-		workers=4 spares=1 resources.cpus=0.25 evaluate.every=500 checkpoint.every=30s regroup.heartbeat_s=2 \
+		workers=4 spares=3 resources.cpus=0.25 evaluate.every=500 checkpoint.every=30s regroup.heartbeat_s=2 \
 		tracking.system_metrics=false diagnostics.every=1000 chaos.faults=200 chaos.every_s=0.3 chaos.kinds.kill=2 \
 		chaos.kinds.nan=4 chaos.kinds.slow=3 chaos.kinds.partition=6 chaos.kinds.kill_in_save=0.5 chaos.kinds.stop=0.5 $(ARGS)
 

@@ -2,7 +2,7 @@
 
 The controller asks in each of its turns what to inject, and tells what it sees. One fault
 at a time: the next comes only when a step was committed after the last. What is drawn
-(kinds, victims, phases, pauses) depends on the seed alone; when it strikes, also on the run.
+(kinds, victims, phases, pauses) depends on the seed; when it strikes, also on the run.
 """
 
 import random
@@ -92,9 +92,12 @@ class Chaos:
         share = (count + 1) / (len(self._kinds) + 1)
         if now < self._next and committed < self._first + share * (self._total - self._first):
             return []
-        kind = self._kinds[count]
-        if kind in NEED_PEERS and len(members) < 2:
-            return []  # until a replacement has joined
+        # While only one is left, until a replacement has joined, what it can take alone comes first.
+        fit = [k for k in self._kinds[count:] if len(members) > 1 or k not in NEED_PEERS]
+        if not fit:
+            return []
+        kind = fit[0]
+        self._kinds.insert(count, self._kinds.pop(self._kinds.index(kind, count)))
         self._next = None
         worker = members[self._random.randrange(len(members))]
         self._open = Strike(kind, worker, committed, now, generation)

@@ -445,6 +445,10 @@ class Run:
             f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, reduction {self.config.reduction}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+        if self.config.chaos.faults:
+            display.note(
+                f"chaos.faults={self.config.chaos.faults} are to come; they don't count towards regroup.max_failures"
+            )
         if self.resumed is not None:
             for reason in self.resumed.skipped:
                 display.note(f"skipped checkpoint: {reason}")

@@ -76,7 +76,8 @@ def of_run(run: str, overrides: Sequence[str], output_dir: Path) -> tuple[Refere
             f"RUN={run}: ended as {saved.get('state') or 'unfinished'}, so there is no result to compare with; "
             "take a finished run, or give overrides instead"
         )
-    kept = [o for o in saved["overrides"] if o.lstrip("+").split("=")[0] not in ("name", "slots")]
+    ours = ("name", "slots", "chaos.faults")
+    kept = [o for o in saved["overrides"] if o.lstrip("+").split("=")[0] not in ours]
     given = [*kept, f"slots={saved['slots']}", *overrides]
     composed = _with_faults(given, saved.get("config_dirs", ()), f"{run_dir.name}-chaos")
     if config_sha256(composed.config) != config_sha256(
