@@ -27,8 +27,9 @@ DOORS = {
     "omegaconf": ("config/",),
     "ray": ("cluster/",),
     "mlflow": ("artifacts/tracking.py", "artifacts/export.py"),
-    "boto3": ("artifacts/store.py",),
-    "botocore": ("artifacts/store.py",),
+    "boto3": ("artifacts/store/",),
+    "botocore": ("artifacts/store/",),
+    "s3transfer": ("artifacts/store/",),
     "matplotlib": ("artifacts/report.py",),
 }
 """Outside library -> the only files, or packages, that may import it."""

@@ -1,0 +1,129 @@
+"""The connection to an S3 server: one boto3 client, its transfer manager, and what the server can do."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore.config import Config
+
+from service.artifacts.store.base import Content
+from service.artifacts.store.s3_errors import FAILURES, code_of
+
+MAX_TRIES = int(os.environ.get("AWS_MAX_ATTEMPTS", "8"))
+_PARALLEL = 10
+_PART = 8 << 20
+_CRT = importlib.util.find_spec("awscrt") is not None
+
+
+def extra_arguments() -> dict[str, str]:
+    """What every write says: CRC32C where this botocore can compute it, else its default (CRC32)."""
+    return {"ChecksumAlgorithm": "CRC32C"} if _CRT else {}
+
+
+class Server:
+    """A client and what is known of the server behind it; safe to share between threads."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.endpoint = str(client.meta.endpoint_url)
+        self.repeated: set[str] = set()
+        """Keys whose CreateMultipartUpload was sent more than once: an upload may be left over."""
+        self._conditional: dict[str, bool] = {}
+        self._lock = threading.Lock()
+        client.meta.events.register("after-call.s3.CreateMultipartUpload", self._created)
+
+    @classmethod
+    def open(cls) -> "Server":
+        """By AWS's own conventions: environment, profile, role, AWS_ENDPOINT_URL_S3."""
+        # "standard": exponential backoff with jitter, for 5xx, throttling, resets and time-outs
+        retries: Any = {
+            "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
+            "total_max_attempts": MAX_TRIES,
+        }
+        config = Config(
+            retries=retries, connect_timeout=10, read_timeout=30, tcp_keepalive=True,
+            max_pool_connections=_PARALLEL + 2,
+        )  # fmt: skip
+        session: Any = boto3.session.Session()
+        return cls(session.client("s3", config=config))
+
+    def _created(self, parsed: Any, **_: Any) -> None:
+        if parsed.get("ResponseMetadata", {}).get("RetryAttempts") and "Key" in parsed:
+            self.repeated.add(parsed["Key"])
+
+    @contextlib.contextmanager
+    def transfers(self) -> Iterator[Any]:
+        """boto3's transfer manager; at the end of the block it has finished or given up."""
+        config = TransferConfig(
+            multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_PARALLEL,
+            num_download_attempts=MAX_TRIES, preferred_transfer_client="crt" if _CRT else "auto",
+        )  # fmt: skip
+        with create_transfer_manager(self.client, config) as manager:
+            yield manager
+
+    def conditional(self, bucket: str, key: str) -> bool:
+        """Whether the server honours `If-None-Match: *`; found out once, by writing a probe twice."""
+        with self._lock:
+            if bucket not in self._conditional:
+                probe = {"Bucket": bucket, "Key": f"{key}-{secrets.token_hex(6)}", "Body": b""}
+                try:
+                    self.client.put_object(**probe)
+                    self._conditional[bucket] = not self._overwrites(probe)
+                finally:
+                    with contextlib.suppress(*FAILURES):
+                        self.client.delete_object(Bucket=bucket, Key=probe["Key"])
+            return self._conditional[bucket]
+
+    def _overwrites(self, probe: dict[str, Any]) -> bool:
+        try:
+            self.client.put_object(**probe, IfNoneMatch="*")
+        except FAILURES as error:
+            if code_of(error) in ("PreconditionFailed", "412"):
+                return False
+            if code_of(error) not in ("NotImplemented", "501", "InvalidArgument"):
+                raise
+        return True
+
+
+class View(io.RawIOBase):
+    """Memory as a file of fixed size that the transfer manager reads from or writes to, without a copy."""
+
+    def __init__(self, content: Content) -> None:
+        super().__init__()
+        self._view, self._at = memoryview(content).cast("B"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return not self._view.readonly
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._view.nbytes}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self._view.nbytes if size is None or size < 0 else self._at + size
+        found = bytes(self._view[self._at : stop])
+        self._at += len(found)
+        return found
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        self._view[self._at : self._at + view.nbytes] = view  # ValueError where it doesn't fit
+        self._at += view.nbytes
+        return view.nbytes
