@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from service import cli_checkpoint
 from service.errors import DescentError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 _EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
 
 

@@ -73,18 +73,29 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class FileWritten:
+    """A file of a checkpoint that is on disk."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class PartWritten:
-    """One rank's share of a checkpoint is on disk."""
+    """One rank's share of a checkpoint is on disk, or could not be written: see `error`."""
 
     step: int
     rank: int
     world_size: int
     generation: int
-    file: str
-    size: int
-    sha256: str
+    files: tuple[FileWritten, ...] = ()
     scalars: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    stalled_s: float = 0.0
+    """How long the training thread was held up for it."""
+    took_s: float = 0.0
+    """From the call to the last byte on disk."""
 
 
 @dataclass(frozen=True)

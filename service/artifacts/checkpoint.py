@@ -1,11 +1,12 @@
-"""Checkpoints: safetensors files and a JSON manifest that is written last.
+"""Checkpoints: safetensors files and a JSON manifest that is written last, on disk or on S3.
 
     checkpoints/step-00000120/
-        state-00000-of-00002.safetensors   one file per rank, its share of the tensors
-        state-00001-of-00002.safetensors
-        manifest.json                      sizes, SHA-256, step, config hash; without it nothing here counts
+        model-00000-of-00002.safetensors       per rank its share of the parameters and buffers,
+        model-00001-of-00002.safetensors       under the module's own names: no Descent needed to read them
+        optimizer-00000-of-00002.safetensors   …
+        manifest.json                          sizes, SHA-256, step, config hash; without it nothing here counts
 
-Workers write the files in the background and report them; the controller, which hears
+Workers write the files in the background (`saver`) and report them; the controller, which hears
 of all, writes the manifest. A folder without a valid manifest does not exist.
 """
 
@@ -13,23 +14,30 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from service.errors import CheckpointError
+from service.artifacts.place import Place, place, store_at
+from service.artifacts.store import Store
+from service.errors import CheckpointError, StoreError
 from service.messages import PartWritten
 
 if TYPE_CHECKING:  # torch takes seconds to import, and looking for a checkpoint doesn't need it
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-_STEP = re.compile(r"^step-(\d{8,})$")
+FORMAT = 2
+_STEP = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"([a-z]+)-\d{5}-of-\d{5}\.safetensors")
+_PARALLEL = 8
+_PIECE = 4 << 20
+
+P = TypeVar("P", bound=Place)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,24 +52,38 @@ class Manifest:
     """File name -> {"size": bytes, "sha256": hex}."""
     scalars: dict[str, float]
     versions: dict[str, str]
+    time_ms: int = 0
+    """Unix time of the commit."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all files."""
+        return sum(entry["size"] for entry in self.files.values())
 
 
-def folder(run_dir: Path, configured: str | None) -> Path:
+class NoCheckpoint(CheckpointError):
+    """There is none, not even a damaged one."""
+
+
+def folder(run_dir: Path, configured: str | None) -> Place:
     """Where a run's checkpoints lie."""
-    return (
-        Path(configured).expanduser().resolve() / run_dir.name
-        if configured
-        else run_dir / "checkpoints"
-    )
+    return place(configured) / run_dir.name if configured else run_dir / "checkpoints"
 
 
-def step_dir(root: Path, step: int) -> Path:
+def step_dir(root: P, step: int) -> P:
     """Where the checkpoint of a step lies under `root`."""
-    return root / f"step-{step:08d}"
+    return root / f"step-{step:08d}"  # type: ignore[return-value]
 
 
-def _step_of(target: Path) -> int:
-    return int(target.name.removeprefix("step-"))
+def step_of(name: str) -> int | None:
+    """The step in a folder's name; None for any other folder."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def file_name(group: str, rank: int, world_size: int) -> str:
+    """The file for a rank's share of "model", "optimizer" or "ema"."""
+    return f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def share(tensors: Mapping[str, "Tensor"], rank: int, world_size: int) -> list[str]:
@@ -76,176 +98,199 @@ def share(tensors: Mapping[str, "Tensor"], rank: int, world_size: int) -> list[s
     return sorted(mine)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# -- writing --------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class Saver:
-    """Writes this rank's share from a copy, on a thread of its own; one save at a time."""
-
-    def __init__(self, root: Path, done: Callable[[PartWritten], None]) -> None:
-        self.root = root
-        self._done = done
-        self._thread = ThreadPoolExecutor(1, "saver")
-        self._last: Future[None] | None = None
-
-    def save(
-        self, tensors: Mapping[str, "Tensor"], *, step: int, rank: int, world_size: int, generation: int,
-        scalars: Mapping[str, float],
-    ) -> None:  # fmt: skip
-        """Copy this rank's share to host memory and return; the write goes on behind."""
-        self.wait()  # the copy of the last save is still in memory: never two
-        copies = {
-            n: tensors[n].detach().to("cpu", copy=True).contiguous()
-            for n in share(tensors, rank, world_size)
-        }
-        part = PartWritten(step, rank, world_size, generation, f"state-{rank:05d}-of-{world_size:05d}.safetensors",
-                           0, "", dict(scalars))  # fmt: skip
-        self._last = self._thread.submit(self._write, copies, part)
-
-    def _write(self, tensors: dict[str, "Tensor"], part: PartWritten) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        size, digest, problem = 0, "", None
-        try:
-            target = step_dir(self.root, part.step)
-            target.mkdir(parents=True, exist_ok=True)
-            # The name carries the generation until it is whole: a rank of an older
-            # generation that is still writing can't touch a newer one's file.
-            partial = target / f".{part.file}.{part.generation}"
-            save_file(tensors, partial)
-            _sync(partial)
-            size, digest = partial.stat().st_size, _sha256(partial)
-            partial.replace(target / part.file)
-        except (OSError, SafetensorError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        self._done(PartWritten(part.step, part.rank, part.world_size, part.generation, part.file, size, digest, part.scalars, problem))  # fmt: skip
-
-    def wait(self) -> None:
-        """Until the last save is on disk (or has failed, which its part says)."""
-        if self._last is not None:
-            self._last.result()
-
-
-def commit(root: Path, parts: Sequence[PartWritten], *, run: str, config_sha256: str) -> Path:
+def commit(root: P, parts: Sequence[PartWritten], *, run: str, config_sha256: str, time_ms: int = 0) -> P:  # fmt: skip
     """Write the manifest over parts that are all on disk; from then on the checkpoint exists.
 
-    Raises CheckpointError when a file isn't there as reported, OSError when the disk refuses.
+    Raises CheckpointError when a file isn't there as reported, StoreError when disk or server refuse.
     """
     step = parts[0].step
     target = step_dir(root, step)
-    for part in parts:
-        file = target / part.file
-        if not file.is_file() or file.stat().st_size != part.size:
+    store = store_at(target)
+    there = {entry.key: entry.size for entry in store.list()}
+    written = {f.name: f for part in parts for f in part.files}
+    for file in written.values():
+        if there.get(file.name) != file.size:
             raise CheckpointError(
-                f"{file}: not there with {part.size} bytes as its worker reported; do all nodes share {root}?"
+                f"{target}/{file.name}: not there with {file.size} bytes as its worker reported; do all nodes share {root}?"
             )
     manifest = Manifest(
         FORMAT, step, run, config_sha256,
-        {p.file: {"size": p.size, "sha256": p.sha256} for p in parts},
-        dict(parts[0].scalars), {"torch": version("torch"), "descent-service": version("descent-service")},
+        {f.name: {"size": f.size, "sha256": f.sha256} for f in written.values()},
+        dict(parts[0].scalars), {"torch": version("torch"), "descent-service": version("descent-service")}, time_ms,
     )  # fmt: skip
-    temporary = target / f".{MANIFEST}"
-    temporary.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(target / MANIFEST)
-    _sync(target)
+    content = _sealed(manifest)
+    if not store.put_if_absent(MANIFEST, content):
+        # A checkpoint of this step that was passed over (damaged, or of a course that was
+        # left): its files have just been overwritten, so its manifest is worth nothing.
+        store.delete([MANIFEST])
+        if not store.put_if_absent(MANIFEST, content):
+            raise CheckpointError(f"{target}: another process is writing checkpoints of this run")
     return target
 
 
-def read_manifest(target: Path) -> Manifest:
-    """The manifest of a checkpoint folder. Raises CheckpointError if it has none that is valid."""
-    path = target / MANIFEST
+def _sealed(manifest: Manifest) -> bytes:
+    """The manifest as JSON with a hash over itself, so that damage to it shows as well."""
+    content = asdict(manifest)
+    content["sha256"] = _seal(content)
+    return json.dumps(content, indent=1, sort_keys=True).encode()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -- reading --------------------------------------------------------------------------
+
+
+def read_manifest(target: Place) -> Manifest:
+    """The manifest of a checkpoint folder. Raises CheckpointError if it has none that is valid,
+    StoreError if that can't be found out."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**raw)
-        assert manifest.format == FORMAT, f"format {manifest.format}, this version reads {FORMAT}"
-        assert type(manifest.step) is int, manifest.step
-        assert target.name == step_dir(target.parent, manifest.step).name, (
-            f"of step {manifest.step}"
-        )
-        assert manifest.files, "no files"
-        assert all(type(v) in (int, float) for v in manifest.scalars.values()), manifest.scalars
-        for name, entry in manifest.files.items():
-            assert re.fullmatch(r"state-\d{5}-of-\d{5}\.safetensors", name), name
-            assert isinstance(entry["size"], int) and re.fullmatch(r"[0-9a-f]{64}", entry["sha256"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{target}: no {MANIFEST}, so no complete checkpoint") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"{path}: not a valid manifest: {error}") from error
+        raw = store_at(target).get(MANIFEST)
+    except StoreError as error:
+        if error.kind == "missing":
+            raise CheckpointError(f"{target}: no {MANIFEST}, so no complete checkpoint") from error
+        raise
+    try:
+        return _parsed(json.loads(raw.decode()), target)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError) as error:  # fmt: skip
+        raise CheckpointError(f"{target / MANIFEST}: not a valid manifest: {error}") from error
+
+
+def _parsed(raw: dict[str, Any], target: Place) -> Manifest:
+    assert isinstance(raw, dict), "no object"
+    known = raw.get("format") == FORMAT
+    assert known, f"format {raw.get('format')!r}, this version reads {FORMAT}"
+    seal = raw.pop("sha256", None)
+    assert seal == _seal(raw), "its SHA-256 is not its own; it was changed or damaged"
+    manifest = Manifest(**raw)
+    assert type(manifest.step) is int and target.name == f"step-{manifest.step:08d}", (
+        f"of step {manifest.step}"
+    )
+    assert manifest.files, "no files"
+    assert all(type(v) in (int, float) for v in manifest.scalars.values()), manifest.scalars
+    for name, entry in manifest.files.items():
+        assert _FILE.fullmatch(name), name
+        assert type(entry["size"]) is int and entry["size"] > 0, entry
+        assert re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), entry
     return manifest
 
 
-def load(target: Path) -> tuple[dict[str, "Tensor"], Manifest]:
-    """All tensors of a checkpoint on the CPU, sizes and hashes verified. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def load(target: Place) -> tuple[dict[str, "Tensor"], Manifest]:
+    """All tensors of a checkpoint on the CPU, sizes and hashes verified; files are read side by side.
 
+    Raises CheckpointError for a checkpoint that is damaged, StoreError where that can't be found out.
+    """
     manifest = read_manifest(target)
+    store = store_at(target)
     tensors: dict[str, Tensor] = {}
-    for name, entry in sorted(manifest.files.items()):
-        file = target / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != entry["size"]:
-            raise CheckpointError(
-                f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}"
-            )
-        if _sha256(file) != entry["sha256"]:
-            raise CheckpointError(
-                f"{file}: its SHA-256 is not the manifest's; the file was changed or damaged"
-            )
-        try:
-            tensors.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {error}") from error
+    for name, found in _each(manifest, lambda n: _load_file(store, n, manifest.files[n], target)):
+        group = _group(name)
+        tensors.update({f"{group}/{inner}": tensor for inner, tensor in found.items()})
     return tensors, manifest
 
 
-def committed(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, newest first."""
-    if not root.is_dir():
-        return []
-    found = [p for p in root.iterdir() if _STEP.match(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=_step_of, reverse=True)
+def verify(target: Place) -> Manifest:
+    """Read everything and compare; raises like `load`."""
+    manifest = read_manifest(target)
+    store = store_at(target)
+    _each(manifest, lambda n: _verified(store, n, manifest.files[n], target))
+    return manifest
 
 
-def newest(root: Path) -> tuple[Path, list[str]]:
+def _group(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def _each(manifest: Manifest, work: Callable[[str], T]) -> list[tuple[str, T]]:
+    names = sorted(manifest.files)
+    with ThreadPoolExecutor(_PARALLEL, "checkpoint") as threads:
+        return list(zip(names, threads.map(work, names), strict=True))
+
+
+def _load_file(store: Store, name: str, entry: dict[str, Any], target: Place) -> dict[str, "Tensor"]:  # fmt: skip
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from service.artifacts.safetensors_file import tensors_in
+
+    content = _verified(store, name, entry, target)
+    try:
+        # From disk, the pages that were just hashed are mapped: no copy of them is made.
+        return load_file(target / name) if isinstance(target, Path) else tensors_in(content)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{target}/{name}: {error}") from error
+
+
+def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> bytearray:
+    """A file's bytes (none for a local one, which is mapped), of the right size and hash."""
+    content = bytearray()
+    digest = hashlib.sha256()
+    try:
+        if isinstance(target, Path):
+            actual = store.size(name)
+            if actual is None:
+                raise CheckpointError(f"{target}/{name}: missing")
+            if actual != entry["size"]:
+                raise CheckpointError(
+                    f"{target}/{name}: {actual} bytes, the manifest says {entry['size']}"
+                )
+            buffer = memoryview(bytearray(_PIECE))
+            with (target / name).open("rb", buffering=0) as file:
+                if hasattr(os, "posix_fadvise"):  # read ahead of the hash, all of it
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                while got := file.readinto(buffer):
+                    digest.update(buffer[:got])
+        else:
+            content = store.read(name, entry["size"])
+            digest.update(content)
+    except StoreError as error:
+        if error.kind in ("missing", "damaged"):
+            raise CheckpointError(str(error)) from error
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{target}/{name}: {error.strerror}") from error
+    if digest.hexdigest() != entry["sha256"]:
+        raise CheckpointError(
+            f"{target}/{name}: its SHA-256 is not the manifest's; the file was changed or damaged"
+        )
+    return content
+
+
+def committed(root: P) -> list[P]:
+    """The complete checkpoints under `root`, newest first. Raises StoreError if it can't be looked at."""
+    found = set()
+    for entry in store_at(root).list("step-"):
+        name, _, rest = entry.key.partition("/")
+        step = step_of(name)
+        if step is not None and rest == MANIFEST:
+            found.add((step, name))
+    return [root / name for _, name in sorted(found, reverse=True)]  # type: ignore[misc]
+
+
+def newest(root: P, config_sha256: str | None = None) -> tuple[P, list[str]]:
     """The newest checkpoint that verifies, and a line on each newer one that doesn't.
 
-    Raises CheckpointError if there is none: never a silent fresh start.
+    config_sha256: of the config that it must be of.
+
+    Raises NoCheckpoint if there is none, CheckpointError if none is good, StoreError if
+    disk or server don't let us look: never a silent fresh start.
     """
     skipped: list[str] = []
     for target in committed(root):
         try:
-            load(target)
+            manifest = verify(target)
+            if config_sha256 not in (None, manifest.config_sha256):
+                raise CheckpointError(
+                    f"{target}: is of another run, {manifest.run!r}, with another config"
+                )
         except CheckpointError as error:
             skipped.append(str(error))
             continue
         return target, skipped
-    reason = f" ({'; '.join(skipped)})" if skipped else ""
-    raise CheckpointError(f"{root}: no complete checkpoint{reason}")
-
-
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and leftovers older than those.
-
-    The manifest goes first: a crash in between leaves a folder that doesn't count.
-    """
-    kept = committed(root)[:keep_last]
-    if not kept:
-        return
-    for path in sorted(root.iterdir()):
-        if _STEP.match(path.name) and path not in kept and _step_of(path) < _step_of(kept[0]):
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+    if not skipped:
+        raise NoCheckpoint(f"{root}: no complete checkpoint")
+    raise CheckpointError(f"{root}: no complete checkpoint ({'; '.join(skipped)})")

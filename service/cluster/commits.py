@@ -1,21 +1,46 @@
 """Checkpoints as the controller sees them: parts come in from the ranks, a whole set is committed."""
 
-from pathlib import Path
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from service.artifacts import checkpoint
-from service.errors import CheckpointError, DescentError
+from service.artifacts.cadence import Cadence
+from service.artifacts.place import Place, store_at
+from service.artifacts.retention import Retention, prune
+from service.config.schema import Checkpoint
+from service.errors import DescentError, StoreError
 from service.messages import PartWritten
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What became of a checkpoint: committed, or why not."""
+
+    step: int
+    error: str | None = None
+    stalled_s: float = 0.0
+    """How long it held the slowest rank up."""
+    size: int = 0
+
+
 class Commits:
-    """Collects the ranks' parts and commits a checkpoint when the last one is there."""
+    """Collects the ranks' parts and commits a checkpoint when the last one is there.
+
+    Committing and deleting go on behind: a store that doesn't answer for a minute must not
+    keep the controller from its workers.
+    """
 
     def __init__(
-        self, root: Path, run: str, config_sha256: str, keep_last: int, newest: Path | None
+        self, root: Place, run: str, config_sha256: str, settings: Checkpoint, newest: Place | None
     ) -> None:
         self._root, self._run = root, run
-        self._config_sha256, self._keep_last = config_sha256, keep_last
+        self._config_sha256 = config_sha256
+        self._keep = retention_of(settings)
         self._parts: dict[tuple[int, int], dict[int, PartWritten]] = {}
+        self._thread = ThreadPoolExecutor(1, "commits")
+        self._under_way: list[tuple[list[PartWritten], Future[Place]]] = []
+        self.cadence = Cadence(settings.every_s, settings.share)
         self.newest = newest
         """The last committed checkpoint."""
         self.step = checkpoint.read_manifest(newest).step if newest is not None else -1
@@ -23,40 +48,95 @@ class Commits:
     @property
     def waiting(self) -> bool:
         """Whether parts of an unfinished checkpoint are there."""
-        return bool(self._parts)
+        return bool(self._parts or self._under_way)
 
-    def collect(self, part: PartWritten) -> str | None:
-        """Take in a part; what went wrong if the checkpoint, now whole, could not be committed."""
+    @property
+    def committing(self) -> bool:
+        """Whether a whole checkpoint is being committed at this moment."""
+        return bool(self._under_way)
+
+    def collect(self, part: PartWritten) -> None:
+        """Take in a part; with the last one the commit begins, and `news` tells how it went."""
         key = (part.generation, part.step)
         parts = self._parts.setdefault(key, {})
         parts[part.rank] = part
-        if len(parts) < part.world_size:
-            return None
-        del self._parts[key]
-        failed = [p.error for p in parts.values() if p.error]
+        if len(parts) == part.world_size:
+            del self._parts[key]
+            ordered = [parts[rank] for rank in range(part.world_size)]
+            self._under_way.append((ordered, self._thread.submit(self._commit, ordered)))
+
+    def _commit(self, parts: list[PartWritten]) -> Place:
+        failed = [p.error for p in parts if p.error]
         if failed:
-            return failed[0]
+            raise DescentError(failed[0])
+        return checkpoint.commit(
+            self._root, parts, run=self._run, config_sha256=self._config_sha256,
+            time_ms=int(time.time() * 1000),
+        )  # fmt: skip
+
+    def news(self) -> list[Saved]:
+        """The checkpoints that have been committed, or have failed, since the last call."""
+        found = []
+        while self._under_way and self._under_way[0][1].done():
+            parts, future = self._under_way.pop(0)
+            step, stalled_s = parts[0].step, max(p.stalled_s for p in parts)
+            error = future.exception()
+            if error is None:
+                self.newest, self.step = future.result(), step
+                self.cadence.saved(time.monotonic(), stalled_s, max(p.took_s for p in parts))
+                self._thread.submit(self._prune)
+                size = sum(f.size for p in parts for f in p.files)
+                found.append(Saved(step, None, stalled_s, size))
+            else:
+                self.cadence.failed()
+                known = isinstance(error, DescentError)
+                wrong = str(error) if known else f"{type(error).__name__}: {error}"
+                found.append(Saved(step, wrong, stalled_s))
+        return found
+
+    def settle(self, patience_s: float) -> None:
+        """Wait for the commits that are under way."""
+        wait([future for _, future in self._under_way], timeout=max(0.0, patience_s))
+
+    def _prune(self) -> None:
+        """What can't be deleted now is deleted the next time."""
         try:
-            ordered = [parts[r] for r in range(part.world_size)]
-            self.newest = checkpoint.commit(
-                self._root, ordered, run=self._run, config_sha256=self._config_sha256
-            )
-            self.step = part.step
-            checkpoint.prune(self._root, self._keep_last)
-        except (DescentError, OSError) as error:
-            return str(error)
-        return None
+            prune(self._root, self._keep)
+        except StoreError:
+            return
 
     def forget(self) -> None:
         """A new generation: what the old one has not finished writing will never be whole."""
         self._parts.clear()
 
     def go_back(self) -> list[str]:
-        """Find the newest checkpoint on disk that verifies; the reasons why newer ones were skipped."""
+        """Find the newest checkpoint that verifies; the reasons why newer ones were skipped.
+
+        Raises CheckpointError when there are some and none is good, StoreError when they can't
+        be looked at: the run must not begin again in silence.
+        """
+        self.cadence.went_back()
         try:
-            self.newest, skipped = checkpoint.newest(self._root)
-        except CheckpointError:
+            self.newest, skipped = checkpoint.newest(self._root, self._config_sha256)
+        except checkpoint.NoCheckpoint:
             self.newest, self.step = None, -1
             return []
         self.step = checkpoint.read_manifest(self.newest).step
         return skipped
+
+    def close(self) -> None:
+        """After the last save: finish deleting, and remove what died half done. Never raises."""
+        self._thread.shutdown(wait=True)
+        try:
+            store_at(self._root).tidy(older_than_s=0.0)  # by now nobody writes here any more
+        except StoreError:
+            return
+
+
+def retention_of(settings: Checkpoint) -> Retention:
+    """The rule in a config's words."""
+    best = settings.keep_best
+    return Retention(
+        settings.keep_last, settings.keep_every, best.metric if best else None,
+        "max" if best and best.higher else "min",
+    )  # fmt: skip

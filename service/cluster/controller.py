@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
+from service.artifacts.place import Place
 from service.cluster import policy
 from service.cluster.chaos import Chaos, Verdict
 from service.cluster.commits import Commits
@@ -58,7 +58,7 @@ class Outcome:
     reason: str
     step: int
     failure: WorkerFailure | None = None
-    checkpoint: Path | None = None
+    checkpoint: Place | None = None
     state_sha256: str | None = None
     wall_s: float = 0.0
     useful_s: float = 0.0
@@ -110,8 +110,9 @@ class Controller:
         self._abort_sent: float | None = None
         self._pause_sent = False
         self._saving = False
+        self._unsaved = ""
+        """Why a checkpoint that was required could not be written."""
         self._committed = self._first_step = first_step
-        self._last_save = time.monotonic()
         self._stopping = False
         self._idle_since: float | None = None
         self._room_asked = 0.0
@@ -138,10 +139,14 @@ class Controller:
             self._roll.call(self._members, self._committed)
             self._ask_for_checkpoint()
             self._scale()
-            decision = policy.decide(self._view())
-            if isinstance(decision, policy.End):
-                return self._end(decision)
-            self._act(decision)
+            self._hear_of_saves()
+            if self._unsaved:
+                return self._end(policy.End(RunState.FAILED, self._unsaved), patience_s=5.0)
+            if not (self._saving and self._commits.committing):
+                decision = policy.decide(self._view())
+                if isinstance(decision, policy.End):
+                    return self._end(decision)
+                self._act(decision)
             self._disturb()
             self._show("RUNNING")
             self._listener.tick()
@@ -152,9 +157,7 @@ class Controller:
 
     def _hear(self, status: WorkerStatus) -> None:
         for part in status.parts:
-            wrong = self._commits.collect(part)
-            if wrong is not None:
-                self._ledger.note("checkpoint failed", part.step, detail=wrong)
+            self._commits.collect(part)
         for notice in status.notices:
             if notice.kind == "injected":
                 if self._chaos is not None:
@@ -233,7 +236,8 @@ class Controller:
             failures=self._roll.failures + self._stuck, max_failures=regroup.max_failures + (self._chaos.allowance if self._chaos else 0),
             stopping=self._stopping, waited_s=now - self._idle_since if self._idle_since else 0.0,
             patience_s=regroup.wait_s, startable=self._startable(now, workers),
-            spares=self._config.spares, saved_step=self._commits.step, save_tried=self._saving,
+            spares=self._config.spares, saved_step=self._commits.step,
+            save_tried=self._saving,
             earlier=frozenset(self._roll.earlier),
         )  # fmt: skip
 
@@ -307,7 +311,6 @@ class Controller:
         self._expect_holders(decision)
         self._abort_sent, self._pause_sent, self._broke_at = None, False, None
         self._commits.forget()
-        self._last_save = time.monotonic()
         self._ledger.regrouped(self._committed)
         if not decision.save_only:
             self._listener.world(self._generation, world, self._committed)
@@ -400,13 +403,19 @@ class Controller:
         return None
 
     def _ask_for_checkpoint(self) -> None:
-        every = self._config.checkpoint.every_s
-        if every is None or not self._members or time.monotonic() - self._last_save < every:
+        now, reporter = time.monotonic(), self._reporter()
+        if reporter is None or self._commits.waiting or not self._commits.cadence.due(now):
             return
-        self._last_save = time.monotonic()
-        reporter = self._reporter()
-        if reporter is not None:
-            self._group.save(reporter)
+        self._commits.cadence.asked(now)
+        self._group.save(reporter)
+
+    def _hear_of_saves(self) -> None:
+        """One that has failed is told, and tried again soon; where it is required, it is the end."""
+        for saved in self._commits.news():
+            if saved.error is not None:
+                self._ledger.note("checkpoint failed", saved.step, detail=saved.error)
+                if self._config.checkpoint.required:
+                    self._unsaved = f"checkpoint.required=true: {saved.error}"
 
     def _show(self, state: str) -> None:
         handles = self._group.handles
@@ -420,10 +429,12 @@ class Controller:
 
     # -- the end ----------------------------------------------------------------------
 
-    def _end(self, decision: policy.End) -> Outcome:
+    def _end(self, decision: policy.End, patience_s: float = _SAVE_S) -> Outcome:
         statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
         failures = [s.failure for s in statuses.values() if s.failure]
-        self._drain(5.0 if failures else _SAVE_S)
+        self._drain(5.0 if failures else patience_s)
+        if self._unsaved:
+            decision = policy.End(RunState.FAILED, self._unsaved)
         statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
         members = {w: s for w, s in statuses.items() if w in self._members}
         hashes = {s.state_sha256 for s in members.values() if s.state_sha256}
@@ -465,4 +476,6 @@ class Controller:
             quiet = quiet + 1 if done and before == now else 0
             if done and quiet < 2:
                 waiting = {w for w in self._members if not self._group.handles[w].dead}
+        self._commits.settle(deadline - time.monotonic())
+        self._hear_of_saves()
         self._log.flush()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.artifacts import checkpoint
+from service.artifacts.place import Address, Place, place
 from service.cluster import run_log
 from service.config import Composed, RunConfig, compose, flatten
 from service.errors import CheckpointError
@@ -23,7 +24,7 @@ class Resumed:
 
     run_dir: Path
     run_id: str | None
-    checkpoint: Path
+    checkpoint: Place
     step: int
     slots: int
     skipped: tuple[str, ...]
@@ -65,10 +66,12 @@ def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
     root = checkpoint.folder(run_dir, merged.config.checkpoint.dir)
     wanted = Path(config.resume).expanduser()
     skipped: list[str] = []
+    target: Place
     if (wanted / checkpoint.MANIFEST).is_file():
         target = wanted.resolve()
+        checkpoint.verify(target)
     else:
-        target, skipped = checkpoint.newest(root)
+        target, skipped = checkpoint.newest(root, saved["config_sha256"])
     manifest = checkpoint.read_manifest(target)
     if manifest.config_sha256 != saved["config_sha256"]:
         raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
@@ -76,3 +79,18 @@ def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
     return kept, Resumed(
         run_dir, saved.get("run_id"), target, manifest.step, int(saved["slots"]), tuple(skipped)
     )
+
+
+def find_weights(config: RunConfig) -> Place | None:
+    """Where `init_from` points: a file or checkpoint on disk or S3, or a run's newest checkpoint.
+
+    Raises CheckpointError or StoreError when there is nothing.
+    """
+    if config.init_from is None:
+        return None
+    where = place(config.init_from)
+    if isinstance(where, Address) or where.is_file() or (where / checkpoint.MANIFEST).is_file():
+        return where
+    run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
+    of_run = run_log.read_run_file(run_dir)["config"]["checkpoint"]
+    return checkpoint.newest(checkpoint.folder(run_dir, of_run["dir"]))[0]

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from service.artifacts import checkpoint
+from service.artifacts.place import Place, place, store_at
 from service.cluster import chaos, run_log
 from service.cluster.display import Display
 from service.cluster.listeners import Everyone
-from service.cluster.resume import config_sha256, with_saved_overrides
+from service.cluster.resume import config_sha256, find_weights, with_saved_overrides
 from service.cluster.run_log import RunLog
 from service.config import Composed, flatten
-from service.errors import CheckpointError, ConfigError, DescentError, TrackingError
+from service.errors import CheckpointError, ConfigError, DescentError, StoreError, TrackingError
 from service.messages import RunState, WorkerSpec
 
 if TYPE_CHECKING:
@@ -94,6 +95,20 @@ def check_writable(folder: Path, key: str) -> None:
         ) from error
 
 
+def check_place(text: str, key: str) -> None:
+    """Write and delete a small file in a folder or on S3. Raises ConfigError naming the key."""
+    where = place(text)
+    if isinstance(where, Path):
+        return check_writable(where, key)
+    name = f".probe-{os.urandom(6).hex()}"
+    try:
+        store = store_at(where)
+        store.put(name, b"x")
+        store.delete([name])
+    except StoreError as error:
+        raise ConfigError(f"{key}={text}: {error}") from error
+
+
 def check_tracking(uri: str | None) -> None:
     """Whether an http tracking server answers at all; the run itself is opened later. Raises TrackingError."""
     if uri is None or not uri.startswith("http"):
@@ -132,9 +147,8 @@ class Run:
             )
         check_writable(self.run_dir.parent, "output_dir")
         if self.config.checkpoint.dir is not None:
-            check_writable(
-                Path(self.config.checkpoint.dir).expanduser().resolve(), "checkpoint.dir"
-            )
+            check_place(self.config.checkpoint.dir, "checkpoint.dir")
+        self.init_from = None if self.resumed else find_weights(self.config)
         check_tracking(self.config.tracking.uri)
         self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
         self._controller: Controller | None = None
@@ -157,6 +171,17 @@ class Run:
             raise CheckpointError(
                 f"resume={self.config.resume}: the run is at step {self.resumed.step} already, this config ends at {prepared.plan.total_steps}"
             )
+        if self.init_from is not None:
+            from service.artifacts.weights import put_into, read_weights
+
+            told = put_into(
+                prepared.model,
+                read_weights(self.init_from),
+                self.init_from,
+                strict=config.init_strict,
+            )
+            if told:
+                self.console.print(f"init_from={told}", highlight=False, markup=False)
         return prepared
 
     def _open_tracker(self) -> "Tracker":
@@ -277,7 +302,10 @@ class Run:
         log = RunLog(self.run_dir)
         store = Store(cluster.host)
         spec = WorkerSpec(
-            worker_id="", config=self.config.model_copy(update={"slots": plan.slots}).to_dict(), plan=plan.to_dict(),
+            worker_id="", plan=plan.to_dict(),
+            config=self.config.model_copy(update={
+                "slots": plan.slots, "init_from": str(self.init_from) if self.init_from else None,
+            }).to_dict(),
             run_dir=str(self.run_dir), import_paths=import_paths(), device=plan.device, loopback=cluster.loopback,
         )  # fmt: skip
         group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
@@ -291,7 +319,7 @@ class Run:
         everyone = Everyone(display)
         commits = Commits(
             checkpoint.folder(self.run_dir, self.config.checkpoint.dir), self.run_dir.name,
-            config_sha256(self.config), self.config.checkpoint.keep_last, source,
+            config_sha256(self.config), self.config.checkpoint, source,
         )  # fmt: skip
         controller = Controller(
             self.config, plan, group, store, log, commits, everyone, resumed=source is not None,
@@ -303,6 +331,7 @@ class Run:
                 self._announce(prepared, display)
                 outcome = controller.run()
             group.release()
+            commits.close()
             return self._finish(outcome, prepared, everyone, log)
         except BaseException:
             group.release()
@@ -352,7 +381,13 @@ class Run:
                 tags["descent.state_sha256"] = outcome.state_sha256
             tracker.set_tags(tags)
             if outcome.state is RunState.FINISHED and outcome.checkpoint is not None:
-                self._keep_model(tracker, prepared, outcome.checkpoint)
+                if checkpoint.step_of(outcome.checkpoint.name) == outcome.step:
+                    self._keep_model(tracker, prepared, outcome.checkpoint)
+                else:
+                    self.console.print(
+                        f"[yellow]![/yellow] the final state could not be saved, so no model is kept; the last checkpoint is {outcome.checkpoint.name}",
+                        highlight=False,
+                    )
             undelivered = tracker.finish(str(outcome.state), deadline_s=60.0)  # type: ignore[arg-type]
         self._write_run_file(prepared, tracker.run_id, outcome)
         trained_s = self._training_time(log)
@@ -368,23 +403,16 @@ class Run:
         for path in plots(log.history(), self.run_dir / "plots"):
             tracker.log_file(path, "plots")
 
-    def _keep_model(self, tracker: "Tracker", prepared: "Prepared", target: Path) -> None:
+    def _keep_model(self, tracker: "Tracker", prepared: "Prepared", target: Place) -> None:
         import torch
 
         from service.artifacts.export import log_model
+        from service.artifacts.weights import put_into, read_weights
 
-        tensors, _ = checkpoint.load(target)
-        averaged = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
-        weights = {
-            n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")
-        } | averaged
         model = prepared.model
-        own = model.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                own[name].copy_(tensor)
-        model.eval()
         try:
+            put_into(model, read_weights(target), target, strict=True)
+            model.eval()
             with torch.no_grad():
                 predictions = model(prepared.sample)
             log_model(tracker, model, prepared.sample, predictions)

@@ -117,7 +117,7 @@ class Worker:
             recompose(self._spec.config), plan, Path(self._spec.run_dir), device, self._control
         )
         if self._spec.restore_from is not None:
-            trainer.restore(Path(self._spec.restore_from))
+            trainer.restore(self._spec.restore_from)
         return trainer
 
     def _serve(self, trainer: Any, membership: Membership) -> None:
@@ -130,7 +130,7 @@ class Worker:
         self._become(WorkerState.RUNNING)
         try:
             if membership.restore_from is not None:
-                trainer.restore(Path(membership.restore_from))
+                trainer.restore(membership.restore_from)
             outcome = trainer.run(membership)
             self._control.enter("finish")
             trainer.finish_saving()

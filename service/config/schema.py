@@ -6,6 +6,7 @@ happens before any worker starts.
 """
 
 import difflib
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -83,25 +84,54 @@ class Evaluate(Section):
     batch_size: Positive = 256
 
 
+class KeepBest(Section):
+    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    mode: Literal["min", "max"] | None = None
+
+    @property
+    def higher(self) -> bool:
+        """Whether more is better; as the metric has it unless `mode` says otherwise."""
+        return (self.mode or ("max" if self.metric == "eval/accuracy" else "min")) == "max"
+
+
 class Checkpoint(Section):
     dir: str | None = None
     every: Positive | str | None = "1m"
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """With every=auto: the largest part of the time that saving may take."""
     keep_last: Positive = 2
+    keep_every: Positive | None = None
+    keep_best: KeepBest | None = None
+    required: bool = False
 
     @field_validator("every")
     @classmethod
     def _cadence(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, str) and value != "epoch" and not _DURATION.match(value):
+        if isinstance(value, str) and value not in ("epoch", "auto") and not _DURATION.match(value):
             raise ValueError(
-                "is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, or null"
+                "is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, auto, or null"
             )
+        return value
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"metric": value} if isinstance(value, str) else value
+
+    @field_validator("dir")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value and not re.match(r"^s3://[^/@]+(/|$)", value):
+            raise ValueError("is a folder or s3://bucket/prefix, without credentials in it")
         return value
 
     @property
     def every_s(self) -> float | None:
-        """The cadence in seconds, if it was given as a duration."""
+        """The cadence in seconds, None for auto; infinity where it isn't one of time."""
+        if self.every == "auto":
+            return None
         match = _DURATION.match(self.every) if isinstance(self.every, str) else None
-        return float(match[1]) * _UNIT_S[match[2]] if match else None
+        return float(match[1]) * _UNIT_S[match[2]] if match else math.inf
 
 
 class Tracking(Section):
@@ -219,6 +249,8 @@ class RunConfig(Section):
     chaos: Chaos
     ray: Ray
     trusted_modules: list[str]
+    init_from: str | None
+    init_strict: bool
     resume: str | None
 
     @field_validator("model", "loss", "optimizer", "schedule")

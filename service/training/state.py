@@ -36,6 +36,8 @@ class TrainState:
     """The last step after which there was an evaluation."""
     bad_steps: int = 0
     """Steps in a row that were skipped because a gradient wasn't finite."""
+    best: float | None = None
+    """The best value so far of the metric by which checkpoints are kept, where there is one."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, in one fixed order; not copies."""
@@ -48,7 +50,8 @@ class TrainState:
     def scalars(self) -> dict[str, float]:
         """The small rest: counters, and what a schedule with memory remembers."""
         memory = self.schedule.state_dict() if isinstance(self.schedule, Plateau) else {}
-        return {**memory, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
+        best = {} if self.best is None else {"best_score": self.best}
+        return {**memory, **best, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
 
     def load(self, tensors: Mapping[str, Tensor], step: int, scalars: Mapping[str, float]) -> None:
         """Take over a state. Raises CheckpointError when names or shapes don't fit this model."""
@@ -72,9 +75,11 @@ class TrainState:
             {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)},
         )
         if isinstance(self.schedule, Plateau):
-            memory = {k: v for k, v in scalars.items() if k not in ("evaluated", "bad_steps")}
+            own_keys = ("evaluated", "bad_steps", "best_score")
+            memory = {k: v for k, v in scalars.items() if k not in own_keys and "/" not in k}
             self.schedule.load_state_dict(memory)
         self.evaluated, self.bad_steps = int(scalars["evaluated"]), int(scalars["bad_steps"])
+        self.best = scalars.get("best_score")
         self.step = step
 
     def sha256(self) -> str:

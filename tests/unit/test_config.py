@@ -68,7 +68,7 @@ VALUES = {
     "trusted_modules=mine": "must be a list such as [a, b]",
     "trusted_modules=[my-module]": "'my-module' is not the dotted name of a module",
     "model._target_=5": "needs a `_target_`, the dotted path of a class",
-    "checkpoint.every=5x": "is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, or null",
+    "checkpoint.every=5x": "is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, auto, or null",
     "seed=${seed}": "Recursive interpolation detected",
     "model.width=${modle.depth}": "Interpolation key 'modle.depth' not found",
 }

@@ -81,15 +81,16 @@ class LocalStore:
         return found
 
     def read(self, key: str, size: int, progress: Progress | None = None) -> bytearray:
-        found = bytearray(size)
         with self._asking(key) as path, path.open("rb", buffering=0) as file:
+            actual = os.fstat(file.fileno()).st_size
+            if actual != size:
+                raise StoreError(f"{path}: {actual} bytes instead of {size}", kind="damaged")
+            found = bytearray(size)
             view, at = memoryview(found), 0
             while at < size and (got := file.readinto(view[at : at + _PIECE])):
                 at += got
                 if progress is not None:
                     progress(got)
-            if at < size or file.read(1):
-                raise StoreError(f"{path}: has not the expected {size} bytes", kind="damaged")
         return found
 
     def download(

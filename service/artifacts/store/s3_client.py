@@ -27,6 +27,10 @@ def extra_arguments() -> dict[str, str]:
     return {"ChecksumAlgorithm": "CRC32C"} if _CRT else {}
 
 
+_opened: dict[tuple[object, ...], "Server"] = {}
+_opening = threading.Lock()
+
+
 class Server:
     """A client and what is known of the server behind it; safe to share between threads."""
 
@@ -41,7 +45,20 @@ class Server:
 
     @classmethod
     def open(cls) -> "Server":
-        """By AWS's own conventions: environment, profile, role, AWS_ENDPOINT_URL_S3."""
+        """By AWS's own conventions: environment, profile, role, AWS_ENDPOINT_URL_S3.
+
+        One for all stores of a process, since a client takes a tenth of a second to make; a
+        new one when a setting has changed.
+        """
+        settings = (MAX_TRIES, *sorted(i for i in os.environ.items() if i[0].startswith("AWS_")))
+        with _opening:
+            if settings not in _opened:
+                _opened.clear()
+                _opened[settings] = cls._connect()
+            return _opened[settings]
+
+    @classmethod
+    def _connect(cls) -> "Server":
         # "standard": exponential backoff with jitter, for 5xx, throttling, resets and time-outs
         retries: Any = {
             "mode": os.environ.get("AWS_RETRY_MODE", "standard"),

@@ -1,0 +1,215 @@
+"""A rank's share of a checkpoint, written behind the training's back.
+
+    save()   lays the files out in a buffer that is used again for each save, and returns
+    copier   a thread copies the tensors into it while the next step computes its gradients;
+             `copied()`, called before whatever changes them, waits for the rest
+    writer   threads hash and write the buffer, to disk or to S3
+
+Copying, hashing and writing are calls into C that release the interpreter's lock, so no
+process of its own is needed for them; the threads are niced to leave the cores to the step.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.artifacts.checkpoint import file_name, share, step_dir
+from service.artifacts.place import Place, store_at
+from service.artifacts.safetensors_file import Layout, layout
+from service.errors import StoreError
+from service.messages import FileWritten, PartWritten
+
+_ALIGN = 64
+_NICE = 10
+
+
+class Saver:
+    """Writes this rank's share; one save at a time, from one buffer."""
+
+    def __init__(self, root: Place, done: Callable[[PartWritten], None]) -> None:
+        self.root = root
+        self._done = done
+        self._copier = ThreadPoolExecutor(1, "copier", initializer=_step_back)
+        self._writer = ThreadPoolExecutor(
+            8, "writer", initializer=_step_back
+        )  # a save and, per file, two
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._copy: Future[None] | None = None
+        self._write: Future[None] | None = None
+        self._torn = False
+        """A tensor was changed while it was copied, by something that didn't ask: copy at once from now on."""
+        self._stalled_s = 0.0
+        self._event: Any = None
+
+    def save(
+        self, tensors: Mapping[str, Tensor], *, step: int, rank: int, world_size: int, generation: int,
+        scalars: Mapping[str, float], later: bool = False, now: Collection[str] = (),
+        patience_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """Take this rank's share of the tensors ("model/…", "optimizer/…", "ema/…") and write it.
+
+        later: return before it is copied; the caller then calls `copied()` before it changes
+        any tensor but those named in `now`, which are copied at once.
+        patience_s: how long to wait for the last save, whose buffer is still in use; when it
+        is not done by then, this one is given up and says so.
+        """
+        begin = time.perf_counter()
+        part = PartWritten(step, rank, world_size, generation, scalars=dict(scalars))
+        if not self._free(patience_s):
+            wrong = f"the checkpoint before is still being written to {self.root}; it is too slow for this cadence"
+            self._done(replace(part, error=wrong, stalled_s=time.perf_counter() - begin))
+            return
+        mine = {n: tensors[n].detach() for n in share(tensors, rank, world_size)}
+        try:
+            files = _lay_out(mine, rank, world_size, step)
+        except ValueError as error:
+            self._done(replace(part, error=str(error)))
+            return
+        views = self._views(files, mine)
+        versions = {n: t._version for n, t in mine.items()}
+        at_once = set(mine) if self._torn or not later else {n for n in mine if n in now}
+        _copy(views, mine, at_once)
+        rest = [n for n in mine if n not in at_once]
+        ready = _mark(mine)
+        self._copy = self._copier.submit(self._copy_rest, views, mine, rest, versions, ready)
+        self._stalled_s = time.perf_counter() - begin
+        self._write = self._writer.submit(self._finish, files, self._copy, part, begin)
+
+    def copied(self) -> None:
+        """Wait until the tensors of the last save may be changed."""
+        if self._copy is None:
+            return
+        begin = time.perf_counter()
+        with contextlib.suppress(Exception):  # what went wrong, the part tells
+            self._copy.result()
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+        self._copy = None
+        self._stalled_s += time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Until the last save is on disk (or has failed, which its part says)."""
+        self.copied()
+        if self._write is not None:
+            self._write.result()
+
+    def _free(self, patience_s: float | None) -> bool:
+        self.copied()
+        if self._write is not None:
+            try:
+                self._write.result(patience_s)
+            except TimeoutError:
+                return False
+        return True
+
+    def _views(self, files: "list[tuple[str, int, Layout]]", mine: Mapping[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
+        """A tensor over its place in the buffer for each name; the headers are written."""
+        size = files[-1][1] + files[-1][2].size if files else 0
+        if self._buffer.numel() < size:
+            pinned = any(t.is_cuda for t in mine.values())
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        views = {}
+        for name, at, found in files:
+            group = name.partition("-")[0] + "/"
+            header = torch.frombuffer(bytearray(found.header), dtype=torch.uint8)
+            self._buffer[at : at + len(found.header)] = header
+            for inner, (start, stop) in found.spans.items():
+                tensor = mine[group + inner]
+                if stop > start:
+                    flat = self._buffer[at + start : at + stop]
+                    views[group + inner] = flat.view(tensor.dtype).view(tensor.shape)
+        return views
+
+    def _copy_rest(
+        self, views: Mapping[str, Tensor], mine: Mapping[str, Tensor], names: list[str],
+        versions: Mapping[str, int], ready: Any,
+    ) -> None:  # fmt: skip
+        self._event = None
+        if ready is None:
+            _copy(views, mine, names)
+        else:
+            stream = torch.cuda.Stream()
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                _copy(views, mine, names, non_blocking=True)
+                self._event = stream.record_event()
+        changed = [n for n in names if mine[n]._version != versions[n]]
+        if changed:
+            self._torn = True
+            raise _Torn(f"{changed[0]} was changed while it was copied; the next save copies at once")  # fmt: skip
+
+    def _finish(self, files: "list[tuple[str, int, Layout]]", copying: Future[None], part: PartWritten, begin: float) -> None:  # fmt: skip
+        written: tuple[FileWritten, ...] = ()
+        problem = None
+        try:
+            copying.result()
+            if self._event is not None:
+                self._event.synchronize()
+            memory = self._buffer.numpy().data
+            store = store_at(step_dir(self.root, part.step))
+            contents = [(name, memory[at : at + found.size]) for name, at, found in files]
+            digests = [self._writer.submit(_sha256, content) for _, content in contents]
+            uploads = [
+                self._writer.submit(store.upload, content, name) for name, content in contents
+            ]
+            wait(uploads)  # the buffer must not be used again while one is still under way
+            for upload in uploads:
+                upload.result()
+            written = tuple(
+                FileWritten(name, len(content), digest.result())
+                for (name, content), digest in zip(contents, digests, strict=True)
+            )
+        except Exception as error:  # whatever it is, the controller waits to hear of it
+            problem = str(error) if isinstance(error, StoreError | _Torn) else f"{type(error).__name__}: {error}"  # fmt: skip
+        stalled, took = self._stalled_s, time.perf_counter() - begin
+        self._done(replace(part, files=written, error=problem, stalled_s=stalled, took_s=took))
+
+
+def _sha256(content: memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class _Torn(RuntimeError):
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _lay_out(mine: Mapping[str, Tensor], rank: int, world_size: int, step: int) -> list[tuple[str, int, Layout]]:  # fmt: skip
+    """(file, where it begins in the buffer, layout) of each file: model, optimizer and ema apart."""
+    found, at = [], 0
+    for group in sorted({n.partition("/")[0] for n in mine}):
+        inside = {n.partition("/")[2]: t for n, t in mine.items() if n.startswith(group + "/")}
+        made = layout(inside, {"format": "pt", "step": str(step)})
+        found.append((file_name(group, rank, world_size), at, made))
+        at += -(-made.size // _ALIGN) * _ALIGN
+    return found
+
+
+def _copy(views: Mapping[str, Tensor], mine: Mapping[str, Tensor], names: Collection[str], *, non_blocking: bool = False) -> None:  # fmt: skip
+    with torch.no_grad():
+        for name in names:
+            if name in views:
+                views[name].copy_(mine[name], non_blocking=non_blocking)
+
+
+def _mark(mine: Mapping[str, Tensor]) -> Any:
+    """On a GPU, the moment at which everything that was launched so far has been computed."""
+    if any(t.is_cuda for t in mine.values()):
+        return torch.cuda.current_stream().record_event()
+    return None
+
+
+def _step_back() -> None:
+    """Leave the cores to the training thread; Linux has priorities per thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

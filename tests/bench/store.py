@@ -1,0 +1,126 @@
+"""Saving and restoring a checkpoint of 300 MB against the raw disk and against plain boto3.
+
+On disk: `Saver` (copy, hash, write, fsync) and its manifest against `dd … conv=fsync` of as many
+bytes from memory; `load` (read, hash, parse) against `dd` to /dev/null, the page cache dropped
+before each. On S3: the same save and load against boto3's `upload_file` and `download_file`, on
+the same server (moto's, in a process of its own, on loopback). The two take turns; the ratio is
+of bandwidths.
+"""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from service.artifacts import checkpoint
+from service.artifacts.place import Place, place
+from service.artifacts.retention import delete
+from service.artifacts.saver import Saver
+from service.messages import PartWritten
+from tests.bench.measure import PAIRS, BenchError, Result, result_of, worst
+
+_MB = 300
+_TARGETS = {"store_disk": 0.9, "store_s3": 0.95}
+
+
+def run() -> list[Result]:
+    """One result per direction and kind of store, and the worst as `store`."""
+    tensors = {
+        f"{group}/{i}": torch.randn(25_000_000 // 8, dtype=torch.float32)
+        for group, count in (("model", 8), ("optimizer", 16))
+        for i in range(count)
+    }
+    results = []
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # fmt: skip
+        source = Path(memory) / "bytes"
+        source.write_bytes(os.urandom(1 << 20) * _MB)
+        results += _on_disk(Path(folder), source, tensors)
+        results += _on_s3(Path(folder), source, tensors)
+    return [*results, worst("store", results)]
+
+
+def _on_disk(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list[Result]:
+    raw = folder / "raw"
+    saver, parts = _saver(folder / "checkpoints")
+    saves, loads = [], []
+    for index in range(PAIRS + 1):  # the first warms buffers and disk up
+        raw.unlink(missing_ok=True)
+        theirs = _seconds(lambda: _dd(f"if={source}", f"of={raw}", "conv=fsync"))
+        target: list[Place] = []
+        ours = _seconds(lambda: target.append(_save(saver, parts, tensors)))  # noqa: B023
+        saves.append((_MB / ours, _MB / theirs))
+        _drop([raw, *Path(str(target[0])).iterdir()])
+        theirs = _seconds(lambda: _dd(f"if={raw}", "of=/dev/null"))
+        ours = _seconds(lambda: checkpoint.load(target[0]))  # noqa: B023
+        loads.append((_MB / ours, _MB / theirs))
+        delete(target[0])
+        assert index >= 0
+    goal = _TARGETS["store_disk"]
+    return [
+        result_of("store_disk_save", saves[1:], goal, "higher", unit="MB/s"),
+        result_of("store_disk_restore", loads[1:], goal, "higher", unit="MB/s"),
+    ]
+
+
+def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list[Result]:
+    from tests.storage.servers import moto
+
+    with moto() as server, mock.patch.dict(os.environ, server.environment()):
+        client = server.client()
+        client.create_bucket(Bucket="bench")
+        saver, parts = _saver(place("s3://bench/run"))
+        saves, loads = [], []
+        for _ in range(PAIRS + 1):
+            theirs = _seconds(lambda: client.upload_file(str(source), "bench", "raw"))
+            target: list[Place] = []
+            ours = _seconds(lambda: target.append(_save(saver, parts, tensors)))  # noqa: B023
+            saves.append((_MB / ours, _MB / theirs))
+            theirs = _seconds(lambda: client.download_file("bench", "raw", str(folder / "back")))
+            ours = _seconds(lambda: checkpoint.load(target[0]))  # noqa: B023
+            loads.append((_MB / ours, _MB / theirs))
+            delete(target[0])
+    goal = _TARGETS["store_s3"]
+    return [
+        result_of("store_s3_save", saves[1:], goal, "higher", unit="MB/s"),
+        result_of("store_s3_restore", loads[1:], goal, "higher", unit="MB/s"),
+    ]
+
+
+def _saver(root: Place) -> tuple[Saver, list[PartWritten]]:
+    parts: list[PartWritten] = []
+    return Saver(root, parts.append), parts
+
+
+def _save(saver: Saver, parts: list[PartWritten], tensors: dict[str, torch.Tensor]) -> Place:
+    parts.clear()
+    saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
+    saver.wait()
+    if parts[0].error:
+        raise BenchError(parts[0].error)
+    return checkpoint.commit(saver.root, parts, run="bench", config_sha256="")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _dd(*arguments: str) -> None:
+    done = subprocess.run(["dd", *arguments, "bs=4M"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(done.stderr)
+
+
+def _drop(files: list[Path]) -> None:
+    """Take files out of the page cache; what is not on disk yet would stay in it."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)

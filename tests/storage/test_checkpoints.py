@@ -1,0 +1,107 @@
+"""Checkpoints on S3: the same promises as on disk."""
+
+import random
+
+import pytest
+import torch
+
+from service.artifacts import checkpoint
+from service.artifacts.place import Place, place
+from service.artifacts.retention import Retention, prune
+from service.artifacts.saver import Saver
+from service.errors import CheckpointError, StoreError
+from service.messages import PartWritten
+from tests.storage.proxy import Proxy, always, first
+from tests.storage.servers import S3Server
+
+TENSORS = {
+    f"{group}/{i}": torch.randn(400_000, generator=torch.Generator().manual_seed(i))
+    for group in ("model", "optimizer")
+    for i in range(12)
+}
+
+
+def write(root: Place, step: int, world: int = 2) -> list[PartWritten]:
+    parts: list[PartWritten] = []
+    for rank in range(world):
+        saver = Saver(root, parts.append)
+        saver.save(
+            TENSORS, step=step, rank=rank, world_size=world, generation=1, scalars={"evaluated": 1}
+        )
+        saver.wait()
+    return parts
+
+
+def save(root: Place, step: int) -> Place:
+    return checkpoint.commit(root, write(root, step), run="r", config_sha256="c")
+
+
+@pytest.fixture
+def root(bucket: str) -> Place:
+    return place(f"s3://{bucket}/runs/mine/")
+
+
+def test_saved_and_restored(root: Place, server: S3Server, bucket: str) -> None:
+    with pytest.raises(checkpoint.NoCheckpoint):
+        checkpoint.newest(root)
+    save(root, 10)
+    save(root, 20)
+    write(root, 30)  # not committed
+    target, skipped = checkpoint.newest(root)
+    assert (str(target), skipped) == (f"s3://{bucket}/runs/mine/step-00000020", [])
+    tensors, manifest = checkpoint.load(target)
+    assert manifest.step == 20 and tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[n], t) for n, t in TENSORS.items())
+    save(root, 20)  # once more, as after going back: the same content
+    assert prune(root, Retention(1)) == ["step-00000010"]
+    assert [t.name for t in checkpoint.committed(root)] == ["step-00000020"]
+    assert server.unfinished(bucket) == []
+
+
+@pytest.mark.parametrize("how", ["truncate", "flip", "delete", "swap", "manifest flip", "manifest of another"])  # fmt: skip
+def test_damage_is_found_and_the_one_before_is_taken(root: Place, server: S3Server, bucket: str, how: str) -> None:  # fmt: skip
+    save(root, 10)
+    save(root, 20)
+    client = server.client()
+    key = f"runs/mine/step-00000020/{'manifest.json' if 'manifest' in how else 'model-00001-of-00002.safetensors'}"
+    whole = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    at = random.Random(how).randrange(len(whole))
+    if how == "delete":
+        client.delete_object(Bucket=bucket, Key=key)
+    else:
+        other = key.replace("00000020", "00000010")
+        content = {
+            "truncate": whole[:at], "flip": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+            "swap": whole[::-1], "manifest flip": whole.replace(b'"step": 20', b'"step": 21'),
+            "manifest of another": client.get_object(Bucket=bucket, Key=other)["Body"].read(),
+        }[how]  # fmt: skip
+        client.put_object(Bucket=bucket, Key=key, Body=content)
+    target, skipped = checkpoint.newest(root)
+    assert target.name == "step-00000010" and len(skipped) == 1 and "step-00000020" in skipped[0]
+
+
+def test_a_server_that_does_not_answer_is_no_missing_checkpoint(
+    root: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run would start afresh, or go further back, because of a network."""
+    from service.artifacts.store import s3_client
+
+    save(root, 10)
+    monkeypatch.setattr(s3_client, "MAX_TRIES", 2)
+    for fault, kind in (("busy", "unavailable"), ("expired", "credentials"), ("denied", "denied")):
+        proxy.plan = always(fault)
+        for ask in (lambda: checkpoint.newest(root), lambda: checkpoint.load(root / "step-00000010")):  # fmt: skip
+            with pytest.raises(StoreError) as caught:
+                ask()
+            assert caught.value.kind == kind and not isinstance(caught.value, CheckpointError)
+        parts = write(root, 20, world=1)
+        assert parts[0].error is not None and "can't upload" in parts[0].error
+    proxy.plan = lambda _: None
+    assert checkpoint.newest(root)[0].name == "step-00000010"
+    assert checkpoint.commit(root, write(root, 20), run="r", config_sha256="c").name == "step-00000020"  # fmt: skip
+
+
+def test_a_lost_reply_to_the_commit_is_no_failure(root: Place, proxy: Proxy) -> None:
+    proxy.plan = first("put", "lost reply")
+    target = save(root, 10)
+    assert checkpoint.newest(root) == (target, [])

@@ -1,0 +1,97 @@
+"""Whole runs whose checkpoints lie on S3: stopped and resumed, and with a store that goes away for a while."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from service.cli import app
+from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, Training
+from tests.storage.proxy import Proxy, always
+from tests.storage.servers import S3Server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "slow.py").write_text(SLOW)
+    return tmp_path
+
+
+@pytest.fixture(params=["moto"])
+def server(request: pytest.FixtureRequest, running: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch) -> S3Server:  # fmt: skip
+    found = running[request.param]
+    for name, value in found.environment().items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+def at_step(training: Training, name: str, step: int, act: Callable[[], None]) -> None:
+    """Do something once a step is logged."""
+    metrics = training.folder / ".descent" / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and f"\n[{step}, " in metrics.read_text()):
+        assert training.process.poll() is None, training.process.communicate()[1]
+        assert time.monotonic() < deadline, f"step {step} not reached"
+        time.sleep(0.02)
+    act()
+
+
+def test_stopped_and_resumed_from_s3_with_the_same_bits(folder: Path, server: S3Server, bucket: str) -> None:  # fmt: skip
+    _, whole, _ = Training(folder, [*RUN, "name=whole"]).end()
+    there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20", "checkpoint.keep_best=eval/loss"]  # fmt: skip
+    first = Training(folder, [*RUN, "name=cut", *there])
+    first.interrupt(signal.SIGINT, "cut", 70)
+    code, stopped, _ = first.end()
+    assert code == 130 and stopped["checkpoint"].startswith(f"s3://{bucket}/runs/cut/step-")
+    code, resumed, err = Training(folder, ["resume=cut", "workers=1", *there]).end()
+    assert code == 0, err
+    assert resumed["state_sha256"] == whole["state_sha256"]
+    assert server.unfinished(bucket) == []
+    listed = CliRunner().invoke(app, ["checkpoint", "ls", f"s3://{bucket}/runs/cut", "--json"])
+    rows = json.loads(listed.stdout)
+    best = min((r for r in rows if "eval/loss" in r), key=lambda r: r["eval/loss"])
+    assert rows[0]["step"] == STEPS and 2 <= len(rows) <= 3 and best["step"] in (50, 100, STEPS)
+
+
+def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
+    folder: Path, server: S3Server, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    training = Training(folder, [*RUN, "name=away", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10"])  # fmt: skip
+    at_step(training, "away", 25, lambda: setattr(proxy, "plan", always("busy")))
+    at_step(training, "away", 75, lambda: setattr(proxy, "plan", lambda _: None))
+    code, summary, err = training.end()
+    assert code == 0 and summary["step"] == STEPS, err
+    incidents = [json.loads(line) for line in (folder / ".descent/runs/away/incidents.jsonl").read_text().splitlines()]  # fmt: skip
+    failed = [i for i in incidents if i["kind"] == "checkpoint failed"]
+    assert failed and all("503 SlowDown" in i["detail"] or "too slow" in i["detail"] for i in failed)  # fmt: skip
+    assert "checkpoint failed" in err and summary["checkpoint"].endswith(f"step-{STEPS:08d}")
+    assert server.unfinished(bucket) == []
+
+
+def test_a_checkpoint_that_is_required_and_fails_ends_the_run(
+    folder: Path, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    training = Training(folder, [*RUN, "name=strict", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10", "checkpoint.required=true"])  # fmt: skip
+    at_step(training, "strict", 25, lambda: setattr(proxy, "plan", always("expired")))
+    code, summary, _ = training.end()
+    assert code == 1 and summary["reason"].startswith("checkpoint.required=true: s3://")
+    assert "credentials have expired" in summary["reason"] and summary["step"] < STEPS
+
+
+def test_what_can_not_work_is_refused_before_it_starts(
+    folder: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for override, words in ((f"checkpoint.dir=s3://no-{server.port}/x", "no such bucket"),
+                            ("checkpoint.dir=s3://me:pw@bucket/x", "without credentials"),
+                            ("init_from=nothing.safetensors", "init_from=nothing.safetensors: no run"),
+                            (f"init_from=s3://no-{server.port}/w.pt", "no such")):  # fmt: skip
+        result = CliRunner().invoke(app, ["train", override])
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1 and "pw@" not in result.stderr

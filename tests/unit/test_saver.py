@@ -1,0 +1,171 @@
+"""A save holds what was there when it was asked for, whatever happens afterwards."""
+
+import json
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save
+from torch import Tensor, nn
+
+from service.artifacts import checkpoint
+from service.artifacts.safetensors_file import layout, tensors_in
+from service.artifacts.saver import Saver
+from service.messages import PartWritten
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+          torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn]  # fmt: skip
+SHAPES = st.lists(st.integers(0, 4), max_size=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=8))  # fmt: skip
+def test_the_file_that_is_laid_out_is_the_librarys(
+    drawn: dict[str, tuple[list[int], torch.dtype]],
+) -> None:
+    tensors = {n: torch.randint(0, 2, shape).to(dtype) for n, (shape, dtype) in drawn.items()}
+    made = layout(tensors, {"format": "pt"})
+    content = bytearray(made.size)
+    content[: len(made.header)] = made.header
+    for name, (start, stop) in made.spans.items():
+        content[start:stop] = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""  # fmt: skip
+        assert start % tensors[name].element_size() == 0, "aligned, as a mapped file must be"
+    theirs = load(save(tensors))
+    for back in (load(bytes(content)), tensors_in(content)):
+        assert back.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
+            raw = back[name].reshape(-1).view(torch.uint8)
+            assert torch.equal(raw, theirs[name].reshape(-1).view(torch.uint8))
+
+
+def test_what_is_saved_can_be_read_without_descent(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(memory_format=torch.contiguous_format)  # fmt: skip
+    state = {f"model/{n}": t for n, t in model.state_dict().items()}
+    state["optimizer/0.weight/exp_avg"] = torch.rand(3, 4).T  # not contiguous
+    parts: list[PartWritten] = []
+    saver = Saver(tmp_path, parts.append)
+    saver.save(state, step=7, rank=0, world_size=1, generation=1, scalars={})
+    saver.wait()
+    folder = tmp_path / "step-00000007"
+    other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    other.load_state_dict(load_file(folder / "model-00000-of-00001.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))  # fmt: skip
+    with safe_open(folder / "optimizer-00000-of-00001.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("0.weight/exp_avg"), state["optimizer/0.weight/exp_avg"])
+        assert file.metadata() == {"format": "pt", "step": "7"}
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {f"model/{n}": t for n, t in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        found |= {f"optimizer/{name}/{k}": v for k, v in optimizer.state[parameter].items()}
+    return found
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_copy_behind_the_next_step_is_of_the_step_before(tmp_path: Path, fused: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 400), nn.BatchNorm1d(400), nn.Linear(400, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    parts: list[PartWritten] = []
+    saver = Saver(tmp_path, parts.append)
+    optimizer.register_step_pre_hook(lambda *_: saver.copied())
+    now = {f"model/{n}" for n, _ in model.named_buffers()}
+    expected: dict[int, dict[str, Tensor]] = {}
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        model(torch.rand(8, 300)).square().sum().backward()  # changes batch norm's statistics
+        optimizer.step()
+        state = state_of(model, optimizer)
+        expected[step] = {n: t.detach().clone() for n, t in state.items()}
+        saver.save(
+            state, step=step, rank=0, world_size=1, generation=1, scalars={}, later=True, now=now
+        )
+    saver.wait()
+    assert [p.error for p in parts] == [None] * 8
+    for part in parts:
+        target = checkpoint.commit(tmp_path, [part], run="r", config_sha256="c")
+        tensors, _ = checkpoint.load(target)
+        assert all(torch.equal(tensors[n], t) for n, t in expected[part.step].items())
+
+
+def test_a_tensor_that_changes_without_asking_spoils_no_checkpoint(tmp_path: Path) -> None:
+    tensors = {f"model/{i}": torch.zeros(1000) for i in range(3)}
+    parts: list[PartWritten] = []
+    saver = Saver(tmp_path, parts.append)
+    held = threading.Event()
+    saver._copier.submit(held.wait)  # the copy can't begin yet
+    saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={}, later=True)
+    tensors["model/1"].add_(1)
+    held.set()
+    saver.wait()
+    assert parts[0].error is not None and "model/1 was changed while it was copied" in parts[0].error  # fmt: skip
+    saver.save(tensors, step=2, rank=0, world_size=1, generation=1, scalars={}, later=True)
+    tensors["model/1"].add_(1)  # from now on copies are made at once
+    saver.wait()
+    assert parts[1].error is None
+    found = load_file(tmp_path / "step-00000002" / "model-00000-of-00001.safetensors")
+    assert torch.equal(found["1"], torch.ones(1000))
+
+
+def test_a_save_that_finds_the_last_one_unfinished_is_given_up_and_says_so(tmp_path: Path) -> None:
+    parts: list[PartWritten] = []
+    held = threading.Event()
+
+    def done(part: PartWritten) -> None:
+        if part.step == 1:
+            held.wait()  # the first is on disk, but not through yet
+        parts.append(part)
+
+    saver = Saver(tmp_path, done)
+    tensors = {"model/x": torch.zeros(4)}
+    for step in (1, 2):
+        saver.save(
+            tensors, step=step, rank=0, world_size=1, generation=1, scalars={}, patience_s=0.01
+        )
+    held.set()
+    saver.save(tensors, step=3, rank=0, world_size=1, generation=1, scalars={})
+    saver.wait()
+    told = {p.step: p.error for p in parts}
+    assert told[1] is None and told[3] is None and "still being written" in str(told[2])
+
+
+FULL = """
+import json, resource, sys, torch
+from pathlib import Path
+from service.artifacts.saver import Saver
+parts = []
+saver = Saver(Path(sys.argv[1]), parts.append)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for step, size in ((1, 10), (2, 100_000), (3, 10)):
+    saver.save({"model/x": torch.zeros(size)}, step=step, rank=0, world_size=1, generation=1, scalars={})
+    saver.wait()
+print(json.dumps([[p.step, p.error] for p in parts]))
+"""
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    assert resource.RLIM_INFINITY
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    told = dict(json.loads(done.stdout))
+    assert told["1" if "1" in told else 1] is None and told[3] is None
+    assert "the disk is full" in told[2]
+    assert [p.name for p in (tmp_path / "step-00000002").iterdir()] == []
+
+
+def test_what_the_format_can_not_hold_is_named(tmp_path: Path) -> None:
+    parts: list[PartWritten] = []
+    saver = Saver(tmp_path, parts.append)
+    saver.save({"model/x": torch.zeros(2, dtype=torch.complex128)}, step=1, rank=0, world_size=1, generation=1, scalars={})  # fmt: skip
+    saver.wait()
+    assert parts[0].error == "x: safetensors files can't hold torch.complex128"

@@ -1,0 +1,123 @@
+"""Weights to begin with: what fits is taken whole, what doesn't is listed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from service.artifacts import checkpoint
+from service.artifacts.saver import Saver
+from service.artifacts.weights import put_into, read_weights, write_weights
+from service.errors import CheckpointError, StoreError
+from service.messages import PartWritten
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def fresh() -> Tied:
+    model = Tied()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape).to(tensor.dtype))
+    return model
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))  # fmt: skip
+
+
+def as_checkpoint(model: nn.Module, folder: Path) -> Path:
+    parts: list[PartWritten] = []
+    saver = Saver(folder, parts.append)
+    plain = {f"model/{n}": t for n, t in model.state_dict().items() if n != "head.weight"}
+    saver.save(plain, step=3, rank=0, world_size=1, generation=1, scalars={})
+    saver.wait()
+    return checkpoint.commit(folder, parts, run="r", config_sha256="c")
+
+
+def written(kind: str, model: nn.Module, folder: Path) -> Path:
+    state = model.state_dict()
+    if kind == "checkpoint":
+        return as_checkpoint(model, folder)
+    if kind == "safetensors":
+        save_file({n: t for n, t in state.items() if n != "head.weight"}, folder / "w.safetensors")
+        return folder / "w.safetensors"
+    wrapped = {"torch": state, "torch in a dict": {"model": state, "epoch": 3},
+               "torch, of DDP": {f"module.{n}": t for n, t in state.items()},
+               "torch, compiled": {f"_orig_mod.{n}": t for n, t in state.items()}}[kind]  # fmt: skip
+    torch.save(wrapped, folder / "w.pt")
+    return folder / "w.pt"
+
+
+KINDS = ["checkpoint", "safetensors", "torch", "torch in a dict", "torch, of DDP", "torch, compiled"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_model(kind: str, tmp_path: Path) -> None:
+    theirs, ours = fresh(), fresh()
+    source = written(kind, theirs, tmp_path)
+    assert put_into(ours, read_weights(source), source, strict=True) is None
+    assert equal(ours, theirs) and ours.head.weight is ours.embed.weight
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    weights = dict(fresh().state_dict())
+    del weights["norm.bias"], weights["head.weight"]
+    weights["embed.weight"], weights["extra"] = torch.zeros(9, 3), torch.zeros(1)
+    model, source = fresh(), tmp_path / "w.safetensors"
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        put_into(model, weights, source, strict=True)
+    line = str(caught.value)
+    assert "missing: norm.bias;" in line and "unexpected: extra;" in line
+    assert "of another shape: embed.weight (9, 3) instead of (5, 3); init_strict=false" in line
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items()), "untouched"
+    told = put_into(model, weights, source, strict=False)
+    assert told is not None and "missing: norm.bias" in told
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    assert torch.equal(model.embed.weight, before["embed.weight"])
+    with pytest.raises(CheckpointError, match="missing"):
+        put_into(model, {"other": torch.zeros(1)}, source, strict=False)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch /tmp/should-not-be-there",)
+
+
+def test_a_file_that_would_run_something_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": Evil()}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        read_weights(tmp_path / "w.pt")
+    assert not Path("/tmp/should-not-be-there").exists()
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_damaged_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
+    kind = "torch" if name == "w.pt" else "safetensors"
+    whole = written(kind, fresh(), tmp_path).read_bytes()
+    for length in (0, 1, 8, 9, len(whole) // 2, len(whole) - 1):
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=str(tmp_path)):
+            read_weights(tmp_path / name)
+    with pytest.raises(StoreError, match="no such file"):
+        read_weights(tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match="no weights"):
+        read_weights(tmp_path)
+
+
+def test_exported_weights_are_one_plain_file(tmp_path: Path) -> None:
+    model = fresh()
+    plain = {n: t for n, t in model.state_dict().items() if n != "head.weight"}
+    write_weights(plain, tmp_path / "out.safetensors", {"format": "pt"})
+    assert load_file(tmp_path / "out.safetensors").keys() == plain.keys()
