@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.artifacts import checkpoint
-from service.artifacts.place import Address, Place, place
+from service.artifacts.place import Address, Place, place, store_at
 from service.cluster import run_log
 from service.config import Composed, RunConfig, compose, flatten
 from service.errors import CheckpointError
@@ -89,7 +89,14 @@ def find_weights(config: RunConfig) -> Place | None:
     if config.init_from is None:
         return None
     where = place(config.init_from)
-    if isinstance(where, Address) or where.is_file() or (where / checkpoint.MANIFEST).is_file():
+    if isinstance(where, Address):
+        # Asked for now, while nothing has started that would have to be ended again.
+        if "." not in where.name:
+            checkpoint.read_manifest(where)
+        elif store_at(where.parent).size(where.name) is None:
+            raise CheckpointError(f"init_from={where}: there is no such object")
+        return where
+    if where.is_file() or (where / checkpoint.MANIFEST).is_file():
         return where
     run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
     of_run = run_log.read_run_file(run_dir)["config"]["checkpoint"]
