@@ -230,7 +230,7 @@ class Run:
         })  # fmt: skip
 
     def _describe(self, tracker: "Tracker", prepared: "Prepared") -> None:
-        from service.data.base import describe
+        from service.data.profile import describe
 
         tracker.log_params(
             {

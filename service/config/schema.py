@@ -50,6 +50,13 @@ class Resources(Section):
     gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
 
 
+class DataCache(Section):
+    """Where a node keeps what it fetched of data sets that lie elsewhere."""
+
+    dir: str | None = None
+    gb: Annotated[float, Field(gt=0)] = 20.0
+
+
 class Data(BaseModel):
     """`train` and `evaluate` are built; other keys serve as interpolation targets."""
 
@@ -58,6 +65,9 @@ class Data(BaseModel):
     train: Spec
     evaluate: Spec | None = None
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    on_error: Literal["fail", "skip"] = "fail"
+    cache: DataCache = Field(default_factory=DataCache)
 
     @field_validator("train", "evaluate")
     @classmethod

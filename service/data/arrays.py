@@ -1,5 +1,6 @@
 """Your own arrays: two .npy files, or one .npz."""
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from service.data.base import Pair, TensorData
+from service.data.base import LARGE, Indices, Pair, TensorData
+from service.data.records import refuse_not_finite
+from service.data.shards import local_file
 from service.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -20,8 +23,9 @@ _CHUNK_BYTES = 16 << 20  # checks go piecewise, so that a memory-mapped file sta
 class Arrays(TensorData):
     """inputs [num_samples, *input_shape] and targets [num_samples] or [num_samples, values].
 
-    Give `path`, a .npz holding both, or `inputs` and `targets`, two .npy files: those are
-    memory-mapped, so that they may be larger than memory. Nothing is ever unpickled.
+    Give `path`, a .npz holding both, or `inputs` and `targets`, two .npy files, here or on
+    s3://. They are memory-mapped, so that they may be larger than memory (a .npz that was
+    written compressed is read whole). Nothing is ever unpickled.
 
     Inputs: floats become float32. Integers stay integers (int64: tokens), unless `scale` is
     given: then they become float32 times `scale` (images: 1/255 = 0.00392156862745098).
@@ -49,10 +53,10 @@ class Arrays(TensorData):
         if path is not None and (inputs or targets):
             raise DataError(f"{name}: give either path (.npz) or inputs and targets (.npy)")
         if path is not None:
-            x, y = _load_npz(Path(path).expanduser(), (inputs_key, targets_key))
+            x, y = _load_npz(local_file(path), (inputs_key, targets_key), path)
             x_name, y_name = f"{path} [{inputs_key}]", f"{path} [{targets_key}]"
         elif inputs is not None and targets is not None:
-            x, y = _load_npy(Path(inputs).expanduser()), _load_npy(Path(targets).expanduser())
+            x, y = _load_npy(local_file(inputs)), _load_npy(local_file(targets))
             x_name, y_name = inputs, targets
         else:
             raise DataError(
@@ -62,7 +66,8 @@ class Arrays(TensorData):
         x, y = _numeric(x, x_name), _numeric(y, y_name)
         if len(x) != len(y):
             raise DataError(f"{x_name} has {len(x)} rows, {y_name} has {len(y)}: they must agree")
-        check_finite(x, x_name)
+        if x.nbytes <= LARGE:  # a larger one is looked at batch by batch, as it is read
+            check_finite(x, x_name)
         check_finite(y, y_name)
         kind = targets_are or ("values" if y.dtype.kind == "f" else "classes")
         if kind == "classes":
@@ -83,6 +88,16 @@ class Arrays(TensorData):
             name=name,
             source=path or f"{inputs}, {targets}",
         )
+        self.mapped = x.nbytes > LARGE
+        self._inputs_are = x_name
+
+    def gather(self, indices: Indices) -> Pair:
+        inputs, targets = super().gather(indices)
+        if self.mapped:
+            refuse_not_finite(
+                inputs, lambda row: f"{self._inputs_are}, row {int(indices[row])} (from 0)"
+            )
+        return inputs, targets
 
     def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
         if inputs.is_floating_point() or self.scale is not None:
@@ -107,12 +122,12 @@ def _load_npy(file: Path) -> Array:
         raise DataError(f"{file} is not a whole .npy file: {_one_line(error)}") from error
 
 
-def _load_npz(file: Path, keys: tuple[str, str]) -> tuple[Array, Array]:
+def _load_npz(file: Path, keys: tuple[str, str], given: str) -> tuple[Array, Array]:
     if not file.is_file():
-        raise DataError(f"{file} doesn't exist: give an .npz file with data.path=FILE.npz")
+        raise DataError(f"{given} doesn't exist: give an .npz file with data.path=FILE.npz")
     if not zipfile.is_zipfile(file):
         raise DataError(
-            f"{file} is not an .npz archive: write one with "
+            f"{given} is not an .npz archive: write one with "
             f"numpy.savez(file, {keys[0]}=…, {keys[1]}=…)"
         )
     key = ""
@@ -121,16 +136,36 @@ def _load_npz(file: Path, keys: tuple[str, str]) -> tuple[Array, Array]:
             for key in keys:
                 if key not in archive.files:
                     raise DataError(
-                        f"{file} has no array {key!r}; it has {', '.join(sorted(archive.files))}"
+                        f"{given} has no array {key!r}; it has {', '.join(sorted(archive.files))}"
                     )
             loaded: list[Array] = []
             for key in keys:
-                loaded.append(archive[key])
+                mapped = _member(file, f"{key}.npy")
+                loaded.append(archive[key] if mapped is None else mapped)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error):
-            raise DataError(_objects(f"{file} [{key}]")) from error
-        raise DataError(f"{file} [{key}] can't be read: {_one_line(error)}") from error
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
+            raise DataError(_objects(f"{given} [{key}]")) from error
+        raise DataError(f"{given} [{key}] can't be read: {_one_line(error)}") from error
     return loaded[0], loaded[1]
+
+
+def _member(file: Path, name: str) -> Array | None:
+    """An array in a .npz, memory-mapped where it is large and lies there uncompressed."""
+    with zipfile.ZipFile(file) as archive, file.open("rb") as content:
+        entry = archive.getinfo(name)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size <= LARGE:
+            return None
+        content.seek(entry.header_offset + 26)  # where the local header says how long it is
+        name_length, extra_length = struct.unpack("<HH", content.read(4))
+        content.seek(entry.header_offset + 30 + name_length + extra_length)
+        version = np.lib.format.read_magic(content)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0  # fmt: skip
+        shape, by_column, dtype = read(content)
+        if dtype.hasobject:
+            raise ValueError("holds Python objects")
+        return np.asarray(np.memmap(
+            file, dtype, "c", content.tell(), shape, "F" if by_column else "C"
+        ))  # fmt: skip
 
 
 def _objects(where: str) -> str:

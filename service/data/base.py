@@ -16,6 +16,8 @@ Indices = npt.NDArray[np.int64]
 Pair = tuple[Tensor, Tensor]
 
 SPLITS = ("train", "evaluate", "all")
+LARGE = 256 << 20
+"""Bytes from which a file is mapped, and read in the background while a step computes."""
 _CHUNK_BYTES = 16 << 20  # hashing goes piecewise, so that a memory-mapped array stays on disk
 
 
@@ -73,7 +75,18 @@ class TensorData(Dataset[Pair]):
         self.num_outputs = num_outputs
         self.name = name
         self.source = source
+        self.mapped = False
+        """Whether the tensors are a file's, mapped: too large to be read while a step waits."""
         self._digest: str | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a batch costs no reading."""
+        return not self.mapped
+
+    def tensors(self) -> Pair | None:
+        """What is stored, all of it, in the form that `decode` takes."""
+        return self.inputs, self.targets
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -144,8 +157,18 @@ class Subset(Dataset[Pair]):
     def __getitem__(self, index: int) -> Pair:
         return self.data[int(self.indices[index])]
 
-    def gather(self, indices: Indices) -> Pair:
-        return self.data.gather(self.indices[indices])
+    def numbers(self, indices: Indices) -> Indices:
+        """The samples' numbers in the data set that this is a view on."""
+        return self.indices[indices]
+
+    def gather(self, indices: Indices, **seeds: Any) -> Pair:
+        return self.data.gather(self.indices[indices], **seeds)
+
+
+def check_inside(indices: Indices, length: int) -> None:
+    """IndexError unless each index is from 0 to length - 1."""
+    if len(indices) and not (indices.min() >= 0 and indices.max() < length):
+        raise IndexError(f"samples {indices.min()} to {indices.max()} of {length}")
 
 
 def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:
@@ -166,6 +189,20 @@ def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:
     return content.hexdigest()[:16]
 
 
+def held_count(length: int, share: float, key: str) -> int:
+    """How many samples a share of `length` is. Raises DataError for a share that leaves one part empty."""
+    if not 0.0 < share < 1.0:
+        raise DataError(f"{key}={share}: give a share between 0 and 1, such as 0.1")
+    count = int(length * share + 0.5)
+    if 1 <= count < length:
+        return count
+    left = "evaluate" if count < 1 else "train"
+    remedy = f"choose a share from {1 / max(1, length):.3g} to {1 - 1 / max(1, length):.3g}"
+    if length < 2:
+        remedy = "at least 2 samples are needed"
+    raise DataError(f"{key}={share} of {length} samples leaves none to {left} on: {remedy}")
+
+
 def split_indices(length: int, holdout: float, seed: int) -> tuple[Indices, Indices]:
     """Numbers of the samples to train on and of those to evaluate on, each ascending.
 
@@ -176,30 +213,11 @@ def split_indices(length: int, holdout: float, seed: int) -> tuple[Indices, Indi
     >>> len(train), len(evaluate), sorted({*train.tolist(), *evaluate.tolist()}) == list(range(10))
     (8, 2, True)
     """
-    if not 0.0 < holdout < 1.0:
-        raise DataError(f"data.holdout={holdout}: give a share between 0 and 1, such as 0.1")
+    num_held = held_count(length, holdout, "data.holdout")
     if seed < 0:
         raise DataError(f"seed={seed} of the split: give 0 or more")
-    num_held = int(length * holdout + 0.5)
-    if num_held < 1 or num_held >= length:
-        left = "evaluate" if num_held < 1 else "train"
-        remedy = f"choose a share from {1 / length:.3g} to {1 - 1 / length:.3g}"
-        if length < 2:
-            remedy = "at least 2 samples are needed"
-        raise DataError(
-            f"data.holdout={holdout} of {length} samples leaves none to {left} on: {remedy}"
-        )
     order = np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable").astype(np.int64)
     return np.sort(order[num_held:]), np.sort(order[:num_held])
-
-
-def split(data: Data, holdout: float, seed: int) -> tuple[Subset, Subset]:
-    """(train, evaluate): disjoint views that together are the whole data set.
-
-    Depends on (len(data), holdout, seed) only. Raises DataError when one would be empty.
-    """
-    train, evaluate = split_indices(len(data), holdout, seed)
-    return Subset(data, train), Subset(data, evaluate)
 
 
 def check_split(name: str, chosen: str, allowed: tuple[str, ...] = SPLITS) -> None:
@@ -228,15 +246,3 @@ def standardized(
     # rounding leaves a constant column a spread of about 1e-16 of its size: not a spread to divide by
     std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)
     return (values - mean) / std, mean, std
-
-
-def describe(data: Data) -> dict[str, Any]:
-    """What tracking records of a data set; plain values only."""
-    return {
-        "name": data.name,
-        "source": data.source,
-        "digest": data.digest,
-        "num_samples": len(data),
-        "input_shape": list(data.input_shape),
-        "num_outputs": data.num_outputs,
-    }

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from service.data.base import TensorData, rows_of, standardized
+from service.data.shards import local_file
 from service.errors import DataError
 
 
@@ -48,7 +49,7 @@ class Csv(TensorData):
             raise DataError(f"data.targets_are={targets_are!r} is neither classes nor values")
         if len(delimiter) != 1:
             raise DataError(f"data.delimiter={delimiter!r} must be one character")
-        table = _Table(Path(path).expanduser(), delimiter)
+        table = _Table(local_file(path), delimiter)
         if features is not None and not features:
             raise DataError("data.features is empty: name at least one column, or null for all")
         if features is not None and target in features:

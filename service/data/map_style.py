@@ -1,6 +1,8 @@
 """Any map-style PyTorch Dataset, as the data set protocol of Descent."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import getattr_static
 from typing import Any, cast
 
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from service.data.base import Data, Indices, Pair, digest_of
+from service.data.base import Data, Indices, Pair, check_inside, digest_of
+from service.data.records import BadRecords
 from service.errors import DataError
 
 _PROTOCOL = ("gather", "input_shape", "num_outputs", "name", "source", "digest")
@@ -36,6 +39,10 @@ class MapStyle(Dataset[Pair]):
     without any of them. The digest covers 16 samples spread over the dataset, and leaves them
     out where reading twice differs (augmentation): then only the class and the length count.
 
+    Where reading draws from torch's, NumPy's or Python's global generators (`random`, found by
+    reading three samples), training seeds all three for each sample, so that augmentation
+    depends on (seed, step, sample) and not on who reads what when.
+
     Raises DataError for anything that isn't map-style, is empty, or fails on a sample.
     """
 
@@ -52,7 +59,11 @@ class MapStyle(Dataset[Pair]):
         if len(dataset) == 0:
             raise DataError(f"{self.source}: no samples at all")
         self.num_outputs = _num_outputs(dataset)
-        self.input_shape: tuple[int, ...] = tuple(self[0][0].shape)
+        with _own_generators() as drew:
+            self.input_shape: tuple[int, ...] = tuple(self[0][0].shape)
+            for index in {len(self) // 2, len(self) - 1}:
+                self._read(index)
+            self.random = drew()
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -66,13 +77,19 @@ class MapStyle(Dataset[Pair]):
         inputs, targets = self._collate([self._read(index % len(self))], [index])
         return inputs[0], targets[0]
 
-    def gather(self, indices: Indices) -> Pair:
-        """Inputs [n, *input_shape] and targets [n, ...]; DataError names a sample that fails."""
+    def gather(self, indices: Indices, seeds: Sequence[int] | None = None) -> Pair:
+        """Inputs [n, *input_shape] and targets [n, ...]; DataError names a sample that fails.
+
+        seeds: one per sample, for whatever its reading draws; the generators are given back
+        as they were.
+        """
+        check_inside(indices, len(self))
         wanted = [int(index) for index in indices]
-        for index in wanted:
-            if not 0 <= index < len(self):
-                raise IndexError(f"sample {index} of {len(self)}")
-        return self._collate(self._read_many(wanted), wanted)
+        if seeds is None:
+            return self._collate(self._read_many(wanted), wanted)
+        with _own_generators():
+            samples = self._read_each(wanted, seeds)
+        return self._collate(samples, wanted)
 
     @property
     def digest(self) -> str:
@@ -87,7 +104,8 @@ class MapStyle(Dataset[Pair]):
         kind = type(self.dataset)
         identity = f"{kind.__module__}.{kind.__qualname__} {len(self)}"
         probes = np.linspace(0, len(self) - 1, min(len(self), _PROBES)).astype(np.int64)
-        first, second = ([part for i in probes for part in self[int(i)]] for _ in range(2))
+        with _own_generators():
+            first, second = ([part for i in probes for part in self[int(i)]] for _ in range(2))
         same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         return digest_of(first if same else [], identity)
 
@@ -95,19 +113,33 @@ class MapStyle(Dataset[Pair]):
         try:
             sample = self.dataset[index]
         except Exception as error:
-            raise DataError(
-                f"sample {index} of {self.source}: {type(error).__name__}: {error}"
+            raise BadRecords(
+                [0], f"sample {index} of {self.source}: {type(error).__name__}: {error}"
             ) from error
         return self._pair(sample, index)
 
+    def _read_each(
+        self, indices: list[int], seeds: Sequence[int] | None = None
+    ) -> list[tuple[Any, Any]]:
+        samples, bad = [], list[tuple[int, BadRecords]]()
+        for row, index in enumerate(indices):
+            if seeds is not None:
+                _seed(seeds[row])
+            try:
+                samples.append(self._read(index))
+            except BadRecords as error:
+                bad.append((row, error))
+        if bad:
+            raise BadRecords([row for row, _ in bad], str(bad[0][1])) from bad[0][1].__cause__
+        return samples
+
     def _read_many(self, indices: list[int]) -> list[tuple[Any, Any]]:
         if not hasattr(self.dataset, "__getitems__"):
-            return [self._read(index) for index in indices]
+            return self._read_each(indices)
         try:
             samples = list(self.dataset.__getitems__(indices))
         except Exception as error:
-            for index in indices:  # one by one, to tell which sample it was
-                self._read(index)
+            self._read_each(indices)  # one by one, to tell which sample it was
             raise DataError(
                 f"samples {indices[0]} … {indices[-1]} of {self.source}: __getitems__ failed with "
                 f"{type(error).__name__}: {error}"
@@ -145,6 +177,35 @@ class MapStyle(Dataset[Pair]):
                 )
             parts.append(batch.float() if batch.dtype == torch.float64 else batch)
         return parts[0], parts[1]
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def _own_generators() -> Iterator[Any]:
+    """What the block draws from the global generators is undone; gives a function that says whether it drew."""
+    before = random.getstate(), torch.get_rng_state()
+    numpys: Any = np.random.get_state()
+
+    def drew() -> bool:
+        now: Any = np.random.get_state()
+        return (
+            random.getstate() != before[0]
+            or now[2] != numpys[2]
+            or not np.array_equal(now[1], numpys[1])
+            or not torch.equal(torch.get_rng_state(), before[1])
+        )
+
+    try:
+        yield drew
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(numpys)
+        torch.set_rng_state(before[1])
 
 
 def _num_outputs(dataset: Any) -> int | None:

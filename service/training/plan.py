@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from service.config import RunConfig, WorkerRange, build, resolve_target
-from service.data.base import Data, split
+from service.data.base import Data
+from service.data.cache import use_cache
 from service.data.map_style import adapt
+from service.data.splits import split
 from service.errors import ConfigError, DataError
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
@@ -73,6 +75,7 @@ def _adapt(data: Any, where: str) -> Data:
 def build_data(config: RunConfig) -> tuple[Data, Data | None]:
     """The training and the held-out set. Raises ConfigError or DataError."""
     trusted = config.trusted_modules
+    use_cache(config.data.cache.dir, config.data.cache.gb)
     train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
     if len(train) == 0:
         raise DataError(f"data.train: {config.data.name} has no samples")
@@ -81,10 +84,7 @@ def build_data(config: RunConfig) -> tuple[Data, Data | None]:
         if len(held_out) == 0:
             raise DataError(f"data.evaluate: {config.data.name} has no samples to evaluate on")
         return train, held_out
-    if config.data.holdout == 0:
-        return train, None
-    kept, held_out = split(train, config.data.holdout, config.seed)
-    return kept, held_out
+    return split(train, config.data.holdout, config.data.test, config.seed)[:2]
 
 
 def _filled(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:

@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import TensorDataset as TorchTensorDataset
 
 from service.data.arrays import Arrays
-from service.data.base import Subset, TensorData, describe, digest_of, split, split_indices
+from service.data.base import Subset, TensorData, digest_of, split_indices
 from service.data.breast_cancer import BreastCancer
 from service.data.csv_file import Csv
 from service.data.digits import Digits
 from service.data.idx import FASHION_MNIST, IdxFolder
 from service.data.map_style import MapStyle, adapt
 from service.data.mnist5k import Mnist5k
+from service.data.profile import describe
+from service.data.splits import hold_out
 from service.data.stdlib_bytes import StdlibBytes, source_files
 from service.errors import DataError
 
@@ -190,8 +192,8 @@ def test_split_is_the_same_on_every_machine_and_version():
 
 def test_split_views_map_gather_through():
     data = Digits()
-    train, evaluate = split(data, 0.2, seed=3)
-    at = split_indices(len(data), 0.2, 3)[1]
+    train, evaluate = hold_out(data, 0.2, seed=3)
+    at = evaluate.numbers(np.arange(len(evaluate)))
     inputs, targets = evaluate.gather(np.array([4, 0, 4]))
     torch.testing.assert_close(inputs, data.inputs[at[[4, 0, 4]]])
     torch.testing.assert_close(targets, data.targets[at[[4, 0, 4]]])

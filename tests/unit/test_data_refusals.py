@@ -12,13 +12,14 @@ from sklearn.datasets import load_digits, load_iris
 from torch.utils.data import Dataset, IterableDataset
 
 from service.data.arrays import Arrays
-from service.data.base import Subset, TensorData, split
+from service.data.base import Subset, TensorData
 from service.data.breast_cancer import BreastCancer
 from service.data.csv_file import Csv
 from service.data.digits import Digits
 from service.data.idx import IdxFolder, read_idx
 from service.data.map_style import MapStyle
 from service.data.mnist5k import Mnist5k
+from service.data.splits import hold_out
 from service.data.stdlib_bytes import StdlibBytes
 from service.errors import DataError
 
@@ -48,16 +49,16 @@ def refusal(make, *args, **kwargs) -> str:
     ],
 )
 def test_a_split_that_cannot_be(holdout, seed, words):
-    assert words in refusal(split, Digits(), holdout, seed)
+    assert words in refusal(hold_out, Digits(), holdout, seed)
     assert words in refusal(Digits, "train", holdout, seed)
 
 
 def test_the_smallest_share_that_is_offered_works():
     data = Subset(Digits(), np.arange(7))
-    assert "choose a share from 0.143 to 0.857" in refusal(split, data, 0.01, 0)
-    assert len(split(data, 0.143, 0)[1]) == 1
-    assert len(split(data, 0.857, 0)[0]) == 1
-    assert "at least 2 samples" in refusal(split, Subset(Digits(), np.arange(1)), 0.5, 0)
+    assert "choose a share from 0.143 to 0.857" in refusal(hold_out, data, 0.01, 0)
+    assert len(hold_out(data, 0.143, 0)[1]) == 1
+    assert len(hold_out(data, 0.857, 0)[0]) == 1
+    assert "at least 2 samples" in refusal(hold_out, Subset(Digits(), np.arange(1)), 0.5, 0)
 
 
 @pytest.mark.parametrize("make", [Digits, BreastCancer, Mnist5k, StdlibBytes, IdxFolder])
