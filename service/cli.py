@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service import cli_checkpoint
+from service import cli_checkpoint, cli_data
 from service.errors import DescentError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_data.app, name="data")
 _EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
 
 

@@ -21,6 +21,8 @@ from service.errors import DataError
 _PATIENCE_S = 1800.0  # for another worker that fetches the same file
 _ATTEMPTS = 3
 _LOOK_S = 0.02
+_COMING = "coming"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NodeCache:
@@ -50,12 +52,12 @@ class NodeCache:
                 "give it more with data.cache.gb"
             )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / _COMING).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"data.cache.dir={self.folder}: can't be made: {error}") from error
-        part = self.folder / f"{key}.{size}.part"  # its name says how much room it will take
-        lock = self.folder / f"{key}.lock"
-        with _locked(lock):
+        # the name of what is on its way says how much room it will take
+        part = self.folder / _COMING / f"{key}.{size}"
+        with _locked(self.folder / _COMING / f"{key}.lock") as lock:
             if not _touch(path):
                 self._fetch(storage, name, size, sha256, part)
                 part.replace(path)
@@ -67,65 +69,57 @@ class NodeCache:
     ) -> None:
         wrong = ""
         for _ in range(_ATTEMPTS):
+            self._make_room(part, self.max_bytes - size)
             try:
-                self._reserve(part, size, f"{storage.uri}/{name}")
                 storage.fetch(name, part)
                 wrong = _difference(part, size, sha256)
             except OSError as error:
-                wrong = f"can't be written to {self.folder}: {error}"
+                wrong = f"can't be written to {self.folder}: {error.strerror}"
+                if error.errno in _FULL and not self._make_room(part, 0):
+                    break
             except BaseException:
-                part.unlink(missing_ok=True)
+                _clear(part)
                 raise
             if not wrong:
                 return
-            part.unlink(missing_ok=True)
-        raise DataError(f"{storage.uri}/{name}: {wrong} ({_ATTEMPTS} attempts)")
+            _clear(part)
+        raise DataError(
+            f"{storage.uri}/{name}: {wrong} ({_ATTEMPTS} attempts at most); is data.cache.dir on a "
+            "disk with room, and the file as its index says (descent data inspect)?"
+        )
 
-    def _reserve(self, part: Path, size: int, what: str) -> None:
-        """A file of `size` bytes at `part`, so that everyone sees the room as taken."""
+    def _make_room(self, part: Path, allowed: int) -> bool:
+        """Delete what was used longest ago until `allowed` bytes are left; whether anything was.
+
+        What others are fetching counts in full, what a dead process left is cleared away.
+        """
         with _locked(self.folder / "room.lock"):
-            part.unlink(missing_ok=True)
-            self._evict(self.max_bytes - size, part)
-            while True:
-                try:
-                    with part.open("wb") as file:
-                        if size:
-                            os.posix_fallocate(file.fileno(), 0, size)
-                    return
-                except OSError as error:
-                    part.unlink(missing_ok=True)
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                        raise
-                    kept = sum(f.stat().st_size for f in self._whole())
-                    if kept == 0:
-                        raise DataError(
-                            f"{what}: no room for its {size} bytes in {self.folder} ({error.strerror}); free "
-                            "some, or set data.cache.dir to a larger disk"
-                        ) from error
-                    self._evict(max(0, kept - max(size, 1)), part)
-
-    def _whole(self) -> list[Path]:
-        return [f for f in self.folder.iterdir() if f.suffix not in (".part", ".lock")]
-
-    def _evict(self, allowed: int, mine: Path) -> None:
-        """Delete what was used longest ago until `allowed` bytes are left, and what a dead process left."""
-        found = []
-        for file in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if file.suffix == ".part" and file != mine and _abandoned(file):
-                    file.unlink()
-                elif file.suffix == ".part":
-                    found.append((0, int(file.name.split(".")[1]), file))
-                elif file.suffix != ".lock":
+            coming = 0
+            for file in (self.folder / _COMING).iterdir():
+                if file.suffix != ".lock" and file != part:
+                    if _abandoned(file):
+                        file.unlink(missing_ok=True)
+                    else:
+                        coming += int(file.suffix[1:]) if file.suffix[1:].isdigit() else 0
+            part.touch()
+            whole = []
+            for file in self.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
                     stat = file.stat()
-                    found.append((stat.st_mtime_ns, stat.st_size, file))
-        total = sum(size for _, size, _ in found)
-        for _, size, file in sorted(found):
-            if total <= allowed:
-                return
-            if file.suffix != ".part":
+                    if file.is_file() and file.suffix != ".lock":
+                        whole.append((stat.st_mtime_ns, stat.st_size, file))
+            total, evicted = coming + sum(size for _, size, _ in whole), False
+            for _, size, file in sorted(whole):
+                if total <= allowed:
+                    break
                 file.unlink(missing_ok=True)
-                total -= size
+                total, evicted = total - size, True
+            return evicted
+
+
+def _clear(part: Path) -> None:
+    for file in part.parent.glob(f"*{part.name}*"):
+        file.unlink(missing_ok=True)
 
 
 def _touch(path: Path) -> bool:
@@ -151,7 +145,7 @@ def _difference(file: Path, size: int, sha256: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _locked(file: Path) -> Iterator[Path]:
     """Hold an exclusive lock. Raises DataError when somebody else keeps it for half an hour."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -165,7 +159,7 @@ def _locked(file: Path) -> Iterator[None]:
             # whoever held it may have deleted the file: then this lock is nobody's
             if not _is_at(lock.fileno(), file):
                 continue
-            yield
+            yield file
             return
 
 
@@ -186,7 +180,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 def _abandoned(part: Path) -> bool:
     """Whether nobody holds the lock of this unfinished file."""
-    lock = part.with_name(f"{part.name.split('.')[0]}.lock")
+    lock = part.with_name(f"{part.name.lstrip('.').split('.')[0]}.lock")
     try:
         with lock.open("r+") as file:
             return _take(file.fileno())

@@ -87,8 +87,8 @@ def layout_of(counts: Iterable[int], window: int | None) -> Layout:
     return Layout(starts, window or max(1, _WINDOW_SHARDS * average))
 
 
-def read_index(storage: Storage, kind: str) -> ShardIndex:
-    """The index at `storage`, checked. Raises DataError naming the file and the key."""
+def read_index(storage: Storage, kind: str | None = None) -> ShardIndex:
+    """The index at `storage`, checked, of any kind without one. Raises DataError naming file and key."""
     where = f"{storage.uri}/{INDEX}"
     try:
         told = json.loads(storage.read(INDEX))
@@ -96,8 +96,10 @@ def read_index(storage: Storage, kind: str) -> ShardIndex:
         raise DataError(f"{where} is not JSON: {error}") from error
     if not isinstance(told, dict) or told.get("format") != _FORMAT:
         raise DataError(f"{where}: is not an index of shards (format is not {_FORMAT})")
-    if told.get("kind") != kind:
-        raise DataError(f"{where}: kind is {told.get('kind')!r}, data of kind {kind!r} are needed")
+    if not isinstance(told.get("kind"), str) or kind not in (None, told["kind"]):
+        raise DataError(
+            f"{where}: kind is {told.get('kind')!r}, data of kind {kind!r} are needed: use data={told.get('kind')}"
+        )
     about, listed = told.get("about"), told.get("shards")
     if not isinstance(about, dict) or not isinstance(listed, list) or not listed:
         raise DataError(f"{where}: needs an object 'about' and a list 'shards'")
@@ -105,7 +107,7 @@ def read_index(storage: Storage, kind: str) -> ShardIndex:
     names = [shard.file for shard in shards]
     if len(set(names)) < len(names):
         raise DataError(f"{where}: names a file twice")
-    return ShardIndex(kind, shards, about)
+    return ShardIndex(told["kind"], shards, about)
 
 
 def _shard(entry: Any, where: str) -> Shard:
@@ -134,6 +136,13 @@ def sha256_of(file: Path) -> str:
 def shard_of(file: Path, name: str, samples: int) -> Shard:
     """The index's entry for a local file."""
     return Shard(name, file.stat().st_size, sha256_of(file), samples)
+
+
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """The index of a local set, whole or not at all."""
+    part = folder / f".{INDEX}.part"
+    part.write_text(index.to_json(), encoding="utf-8")
+    part.replace(folder / INDEX)
 
 
 class ShardFiles:

@@ -43,7 +43,7 @@ class Storage(Protocol):
         ...
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy one file to `target`, which may exist."""
+        """Copy one file to `target`, which may exist. Raises OSError where that can't be written."""
         ...
 
     def put(self, name: str, source: Path) -> None:
@@ -118,10 +118,7 @@ class LocalFolder:
             raise DataError(f"{self._folder / name} can't be read: {error}") from error
 
     def fetch(self, name: str, target: Path) -> None:
-        try:
-            shutil.copyfile(self._file(name), target)
-        except OSError as error:
-            raise DataError(f"{self._folder / name} can't be copied: {error}") from error
+        shutil.copyfile(self._file(name), target)
 
     def put(self, name: str, source: Path) -> None:
         target = self._folder / name

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.data.shards import INDEX, Shard, ShardIndex, shard_of
+from service.data.shards import INDEX, Shard, ShardIndex, shard_of, write_index
 from service.data.text import text_files
 from service.data.tokens import DTYPES
 from service.errors import DataError
@@ -121,13 +121,6 @@ def tokenize(
     })  # fmt: skip
     write_index(target, index)
     return index
-
-
-def write_index(folder: Path, index: ShardIndex) -> None:
-    """The index of a local set, whole or not at all."""
-    part = folder / f".{INDEX}.part"
-    part.write_text(index.to_json(), encoding="utf-8")
-    part.replace(folder / INDEX)
 
 
 def _pieces(file: Path) -> Iterator[tuple[bytes, int]]:

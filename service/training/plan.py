@@ -18,6 +18,7 @@ from service.errors import ConfigError, DataError
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
 from service.training.preflight import check_outputs, check_schedule, read, try_one
+from service.training.remote_data import connect
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def _adapt(data: Any, where: str) -> Data:
 def build_data(config: RunConfig) -> tuple[Data, Data | None]:
     """The training and the held-out set. Raises ConfigError or DataError."""
     trusted = config.trusted_modules
+    connect()
     use_cache(config.data.cache.dir, config.data.cache.gb)
     train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
     if len(train) == 0:
