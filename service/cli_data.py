@@ -99,7 +99,9 @@ def index(
     dtype: Annotated[
         str | None, typer.Option(help="Of *.bin files: uint8, uint16 or uint32.")
     ] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Of *.bin files: number of tokens.")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Of *.bin files: number of tokens.")
+    ] = None,
 ) -> None:
     """Write index.json for shards that exist: what each holds, its size and its hash.
 

@@ -58,10 +58,12 @@ class NodeCache:
         # the name of what is on its way says how much room it will take
         part = self.folder / _COMING / f"{key}.{size}"
         with _locked(self.folder / _COMING / f"{key}.lock") as lock:
-            if not _touch(path):
-                self._fetch(storage, name, size, sha256, part)
-                part.replace(path)
-            lock.unlink(missing_ok=True)
+            try:
+                if not _touch(path):
+                    self._fetch(storage, name, size, sha256, part)
+                    part.replace(path)
+            finally:
+                lock.unlink(missing_ok=True)
         return path
 
     def _fetch(

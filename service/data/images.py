@@ -67,7 +67,7 @@ class Images(Dataset[Pair]):
         ordered = self._files.remote or (window is not None and counts is not None)
         self.layout: Layout | None = layout_of(counts, window) if ordered and counts else None
         if self.layout is not None and isinstance(self._files, Members):
-            self._files.shards.check_room(self.layout.window)
+            self._files.shards.check_room(self.layout)
         self._kept: Tensor | None = None
         self._have = np.zeros(0, dtype=bool)
         if len(self) * math.prod(self.form.shape) <= keep_mb * 2**20:

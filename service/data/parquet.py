@@ -76,7 +76,7 @@ class Parquet(Dataset[Pair]):
             self._all = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
         else:
             self.layout = layout_of(self._groups.counts, window)
-            self._groups.files.check_room(self.layout.window)
+            self._groups.files.check_room(self.layout)
             average = max(1.0, len(self) / len(self._groups.counts))
             self._most_decoded = 2 + 2 * math.ceil(self.layout.window / average)
 

@@ -29,6 +29,8 @@ class RowGroups:
         self._first: list[int] = []
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._names = names
+        self.schema: pa.Schema = None
+        self.schema = self._file(0).schema_arrow
         groups = self.files.index.about.get("row_groups")
         if isinstance(groups, list) and len(groups) == len(names):
             counts = groups
@@ -38,7 +40,6 @@ class RowGroups:
             self._first.append(len(self.counts))
             self.counts += rows
             self.file_of += [number] * len(rows)
-        self.schema = self._file(0).schema_arrow
 
     @property
     def digest(self) -> str:
@@ -58,7 +59,7 @@ class RowGroups:
             raise DataError(
                 f"{self._names[number]} is not a Parquet file: {_line(error)}"
             ) from error
-        if self._open and opened.schema_arrow.names != self.schema.names:
+        if self.schema is not None and opened.schema_arrow.names != self.schema.names:
             raise DataError(
                 f"{self._names[number]}: its columns are not those of {self._names[0]}: {opened.schema_arrow.names}"
             )

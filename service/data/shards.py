@@ -190,17 +190,17 @@ class ShardFiles:
                 node_cache().get, self.storage, shard.file, shard.bytes, shard.sha256
             )
 
-    def check_room(self, window: int) -> None:
+    def check_room(self, layout: Layout) -> None:
         """Refuse a cache that can't hold the shards that are in use at the same time."""
         if self.storage.folder is not None:
             return
-        samples = max(1, self.index.samples)
-        in_use = min(self.index.bytes, 2 * math.ceil(self.index.bytes * min(1.0, window / samples)))
+        share = min(1.0, layout.window / max(1, int(layout.starts[-1])))
+        in_use = min(self.index.bytes, 2 * math.ceil(self.index.bytes * share))
         largest = max(shard.bytes for shard in self.index.shards)
         needed = max(in_use, 2 * largest if len(self.index.shards) > 1 else largest)
         if needed > node_cache().max_bytes:
             raise DataError(
-                f"data.cache.gb={node_cache().max_bytes / 1e9:g}: two windows of {window} samples of "
+                f"data.cache.gb={node_cache().max_bytes / 1e9:g}: two windows of {layout.window} samples of "
                 f"{self.storage.uri} take {needed / 1e9:.3g} GB; give it more, or a smaller data.window"
             )
 

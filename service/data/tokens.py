@@ -62,7 +62,7 @@ class Tokens(Dataset[Pair]):
         ordered = self.files.remote or window is not None
         self.layout: Layout | None = layout_of(counts, window) if ordered else None
         if self.layout is not None:
-            self.files.check_room(self.layout.window)
+            self.files.check_room(self.layout)
         self._open: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
 
     @property

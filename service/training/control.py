@@ -12,6 +12,8 @@ from service.training.faults import Target, strike
 
 PAUSE, SAVE = 0, 1
 """Places of the votes in the step's side vector."""
+REPLACED = 2
+"""Beside them: bad records that gave way to good ones since the last step."""
 
 
 class TooManyBadSteps(TrainingError):

@@ -32,7 +32,9 @@ class StoreStorage:
         return size
 
     def version(self, name: str) -> str:
-        entry = next((e for e in _spoken(lambda: list(self._store.list(name))) if e.key == name), None)
+        entry = next(
+            (e for e in _spoken(lambda: list(self._store.list(name))) if e.key == name), None
+        )
         if entry is None:
             raise DataError(f"{self.uri}/{name} doesn't exist")
         return f"{entry.size} {entry.modified}"

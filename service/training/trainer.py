@@ -23,7 +23,14 @@ from service.messages import Membership, Notice, PartWritten, StepRecord
 from service.training import collectives, dealing, nonfinite, sentinel
 from service.training.buffers import Buffers
 from service.training.collectives import Group
-from service.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
+from service.training.control import (
+    PAUSE,
+    REPLACED,
+    SAVE,
+    Control,
+    OutOfMemory,
+    TooManyBadSteps,
+)
 from service.training.dealing import Dealer
 from service.training.ema import Ema
 from service.training.evaluation import evaluate
@@ -79,11 +86,12 @@ class Trainer:
         ema = Ema(model, config.ema.decay) if config.ema.decay is not None else None
         self.state = TrainState(model, optimizer, build_schedule(config, plan.total_steps), ema)
         self._forward: Any = torch.compile(model) if config.compile else model
-        self.order = SampleOrder(plan.num_samples, plan.batch_size, config.seed)
+        self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
-        self.feed = Feed(train, self.order, device)
+        reading = {"seed": config.seed, "on_error": config.data.on_error}
+        self.feed = Feed(train, self.order, device, **reading)
         self.evaluation_feed = (
-            None if self.evaluation is None else Feed(self.evaluation, None, device)
+            None if self.evaluation is None else Feed(self.evaluation, None, device, **reading)
         )
         self.buffers = Buffers(model, plan.changing_buffers)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
@@ -184,7 +192,7 @@ class Trainer:
         seconds_per_sample = now.watch.begin()
         self.control.enter("step")
         learning_rate = self._set_learning_rate(step - 1)
-        votes = (int(self.control.pause), int(self.control.save))
+        votes = (int(self.control.pause), int(self.control.save), self.feed.replaced())
         self.control.save = False
         given = StepInput(
             step, self.config.seed, now.mine, self.plan.slots, now.membership.micro_size,
@@ -279,6 +287,8 @@ class Trainer:
             "train/learning_rate": learning_rate,
             "grad/norm": result.gradient_norm,
         }
+        if result.votes[REPLACED]:
+            metrics["data/replaced"] = float(result.votes[REPLACED])
         if not result.committed:
             metrics["train/skipped"] = 1.0
         if step % self.config.diagnostics.every == 0 or step == 1:
@@ -290,6 +300,7 @@ class Trainer:
                 metrics["perf/samples_per_second"] = (
                     (step - at) * self.plan.batch_size / (now - then)
                 )
+                metrics["perf/data_wait"] = self.feed.waited_s() / (now - then)
             self._window = (now, step)
         return metrics
 

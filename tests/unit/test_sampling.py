@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.training.sampling import SampleOrder, order, permute, slot_bounds, stream_seed
+from service.data.shards import Layout, layout_of
+from service.training.sampling import (
+    SampleOrder,
+    ShardStream,
+    order,
+    permute,
+    slot_bounds,
+    stream_seed,
+)
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**62)
@@ -89,3 +97,67 @@ def test_streams_of_steps_and_slots_are_distinct(seed: int) -> None:
     streams = {stream_seed(seed, step, slot) for step in range(50) for slot in range(8)}
     assert len(streams) == 400
     assert all(0 <= s < 2**63 for s in streams)
+
+
+# --- by shards ---
+
+layouts = st.builds(
+    layout_of, st.lists(st.integers(0, 60), min_size=1, max_size=15).filter(any), st.integers(1, 90)
+)
+
+
+@given(layout=layouts, batch=st.integers(1, 50), seed=seeds)
+def test_by_shards_each_sample_comes_once_an_epoch_too(
+    layout: Layout, batch: int, seed: int
+) -> None:
+    n = int(layout.starts[-1])
+    batch = min(batch, n)
+    samples = SampleOrder(n, batch, seed, layout)
+    stream = np.concatenate([samples.samples_of(s) for s in range(1, -(-3 * n // batch) + 1)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+
+
+@given(
+    layout=layouts,
+    batch=st.integers(1, 64),
+    seed=seeds,
+    steps=st.lists(st.integers(1, 10**6), min_size=1, max_size=5),
+)
+def test_by_shards_a_step_can_be_asked_for_in_any_order(
+    layout: Layout, batch: int, seed: int, steps: list[int]
+) -> None:
+    n = int(layout.starts[-1])
+    batch = min(batch, n)
+    jumping = SampleOrder(n, batch, seed, layout)
+    for step in steps:
+        direct = ShardStream(layout, seed).order((step - 1) * batch, step * batch)
+        assert jumping.samples_of(step).tolist() == direct.tolist()
+
+
+@given(layout=layouts, seed=seeds, batch=st.integers(1, 30), step=st.integers(1, 10**5))
+def test_the_shards_of_a_step_and_of_the_next_window_are_known(
+    layout: Layout, seed: int, batch: int, step: int
+) -> None:
+    n = int(layout.starts[-1])
+    batch = min(batch, n)
+    samples = SampleOrder(n, batch, seed, layout)
+    told = samples.shards_near(step)
+    assert told is not None
+    last = samples.samples_of(step)[-1]
+    assert int(np.searchsorted(layout.starts, last, side="right")) - 1 in told[1]
+    assert len(set(told[1].tolist())) == len(told[1])
+
+
+@given(seed=seeds)
+def test_a_window_draws_from_its_own_shards_only_and_shuffles_them(seed: int) -> None:
+    layout = layout_of([100] * 20, 400)
+    stream = SampleOrder(2000, 400, seed, layout)
+    windows = [stream.samples_of(step) for step in range(1, 6)]
+    shards = [set((window // 100).tolist()) for window in windows]
+    assert [len(s) for s in shards] == [4] * 5 and len(set.union(*shards)) == 20
+    assert set.union(*shards[:2]) == set(stream.shards_near(1)[1].tolist())  # type: ignore[index]
+    for window in windows:
+        assert (np.diff(window) > 0).mean() < 0.7
+    following = [set((stream.samples_of(step) // 100).tolist()) for step in range(6, 11)]
+    assert following != shards, "the next epoch deals them anew"
