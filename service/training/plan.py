@@ -236,5 +236,5 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         unused_parameters=seen.unused_parameters, random=seen.random,
     )  # fmt: skip
     source = evaluate if evaluate is not None else train
-    sample = read(source, np.arange(min(4, len(source))), "data")[0]
+    sample = read(config, source, np.arange(min(4, len(source))), "data")[0]
     return Prepared(plan, model, train, evaluate, objective, sample)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from service.config import RunConfig
 from service.config.build import in_one_line
 from service.data.base import Data
-from service.data.map_style import MapStyle
+from service.data.records import read_good
+from service.data.splits import numbers_in, root_of
 from service.errors import ConfigError, DataError, DescentError
 from service.training.objective import Objective
 from service.training.plateau import Plateau
@@ -34,10 +35,11 @@ class Seen:
     """Loss terms a sample."""
 
 
-def read(data: Data, indices: Any, where: str) -> tuple[Tensor, Tensor]:
-    """`data.gather`, with the user's exceptions as DataError."""
+def read(config: RunConfig, data: Data, indices: Any, where: str) -> tuple[Tensor, Tensor]:
+    """`data.gather` with the run's policy on bad records, and the user's exceptions as DataError."""
+    wanted = np.asarray(indices, dtype=np.int64)
     try:
-        return data.gather(np.asarray(indices, dtype=np.int64))
+        return read_good(data.gather, wanted, len(data), config.data.on_error)[0]
     except DescentError:
         raise
     except Exception as error:
@@ -59,7 +61,7 @@ def try_one(
     """
     # Two samples where there are two: batch norm can't train on a single one.
     count = min(2, len(data), max(1, micro_size))
-    inputs, targets = read(data, np.arange(count), "data.train")
+    inputs, targets = read(config, data, np.arange(count), "data.train")
     before = {name: b.clone() for name, b in model.named_buffers()}
     torch.manual_seed(0)
     drawn = torch.get_rng_state()
@@ -109,7 +111,7 @@ def check_outputs(
 
     Of very large sets an even sample of the labels is looked at.
     """
-    inputs, targets = read(data, [0], where)
+    inputs, targets = read(config, data, [0], where)
     model.eval()
     with torch.no_grad():
         try:
@@ -123,14 +125,20 @@ def check_outputs(
     # Classes stand last, or second where each place of an image has a class of its own.
     by_place = output.dim() > 2 and output.shape[:-1] != targets.shape
     classes = output.shape[1] if by_place else output.shape[-1]
-    in_memory = getattr(data, "targets", None)
-    if isinstance(in_memory, Tensor):
-        _labels_in_range(in_memory, classes, where, config)
+    root = root_of(data)
+    stored = getattr(root, "targets", None)
+    if isinstance(stored, Tensor):
+        if root is not data and stored.dim() == 1:
+            stored = stored[torch.from_numpy(numbers_in(data, np.arange(len(data))))]
+        _labels_in_range(stored, classes, where, config)
         return
-    most = min(_ALL_LABELS, 256 if isinstance(data, MapStyle) else 65536)
+    # where a sample must be read, decoded or fetched, few are looked at; of shards, the first ones
+    most = min(_ALL_LABELS, 65536 if getattr(root, "in_memory", False) else 256)
     wanted = min(len(data), max(1, most // max(1, targets[0].numel())))
     indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
-    _labels_in_range(read(data, indices, where)[1], classes, where, config, indices)
+    if getattr(data, "layout", None) is not None:
+        indices = np.arange(wanted, dtype=np.int64)
+    _labels_in_range(read(config, data, indices, where)[1], classes, where, config, indices)
 
 
 def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:

@@ -88,10 +88,12 @@ class Trainer:
         self._forward: Any = torch.compile(model) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
-        reading = {"seed": config.seed, "on_error": config.data.on_error}
-        self.feed = Feed(train, self.order, device, **reading)
+        seed, policy = config.seed, config.data.on_error
+        self.feed = Feed(train, self.order, device, seed=seed, on_error=policy)
         self.evaluation_feed = (
-            None if self.evaluation is None else Feed(self.evaluation, None, device, **reading)
+            None
+            if self.evaluation is None
+            else Feed(self.evaluation, None, device, seed=seed, on_error=policy)
         )
         self.buffers = Buffers(model, plan.changing_buffers)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)

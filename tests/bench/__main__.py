@@ -20,6 +20,8 @@ NAMES = (
     "regroup_scale",
     "store",
     "checkpoint_stall",
+    "input",
+    "resume",
 )
 
 
