@@ -28,8 +28,13 @@ To add a data set to Descent: one small file here and one YAML in `configs/data/
        evaluate: {_target_: service.data.flowers.Flowers, split: evaluate, holdout: "${data.holdout}"}
 
 Then `descent train data=flowers`. With `evaluate: null` Descent holds out a share itself
-(`base.split`). A data set that is larger as floats than on disk keeps its small form and
+(`splits.split`). A data set that is larger as floats than on disk keeps its small form and
 overrides `TensorData.decode`, as `idx.py` and `stdlib_bytes.py` do.
+
+A set that is read piece by piece has a `layout` (`shards.Layout`) and `expect(shards)`: then the
+order goes shard by shard. One without reading to do says `in_memory`. Splits are views
+(`splits`), bad samples raise `records.BadRecords`, and what lies elsewhere comes through
+`storage` and `cache`.
 
 Whatever is wrong with a file is a `service.errors.DataError` that names the file, the place in
 it, and what to do.
