@@ -24,7 +24,7 @@ from tests.bench.measure import Result, result_of, worst
 
 _BATCH = 256
 _SECONDS = 1.0
-_TURNS = 5
+_TURNS = 3
 _PROCESSES = 2
 Pair = tuple[torch.Tensor, torch.Tensor]
 
