@@ -2,7 +2,7 @@
 
 Against indexing tensors in memory by a fresh permutation (arrays, tokens), and against torch's
 DataLoader, shuffling, with as many processes as the feed reads with beside its own (none
-for all but images, which decode in two). Real data: Fashion-MNIST's size of digits, Python's own
+for all but images, which decode in two). Real data: digits enlarged, Python's own
 source, digits as PNG and as Parquet. Both sides take turns.
 
 Tokens in memory are what training takes, int64 [block], as inputs and targets; arrays are float32.
@@ -148,7 +148,7 @@ class _ParquetRows(Dataset[Any]):
         import pandas as pd
 
         table = pd.read_parquet(file)
-        self.inputs = table.drop(columns="label").to_numpy(np.float32)
+        self.inputs = np.array(table.drop(columns="label"), dtype=np.float32)
         self.targets = table["label"].to_numpy()
 
     def __len__(self) -> int:
