@@ -12,7 +12,6 @@ of all, writes the manifest. A folder without a valid manifest does not exist.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -240,8 +239,6 @@ def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> 
                 )
             buffer = memoryview(bytearray(_PIECE))
             with (target / name).open("rb", buffering=0) as file:
-                if hasattr(os, "posix_fadvise"):  # read ahead of the hash, all of it
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
                 while got := file.readinto(buffer):
                     digest.update(buffer[:got])
         else:

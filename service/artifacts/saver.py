@@ -3,7 +3,7 @@
     save()   lays the files out in a buffer that is used again for each save, and returns
     copier   a thread copies the tensors into it while the next step computes its gradients;
              `copied()`, called before whatever changes them, waits for the rest
-    writer   threads hash and write the buffer, to disk or to S3
+    writer   threads hash and write the buffer, to disk (taking their time while nobody waits) or S3
 
 Copying, hashing and writing are calls into C that release the interpreter's lock, so no
 process of its own is needed for them; the threads are niced to leave the cores to the step.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ from service.messages import FileWritten, PartWritten
 
 _ALIGN = 64
 _NICE = 10
+_DUTY = 0.1
+"""The part of a core that writing to disk takes while nobody waits for it: memory and caches are shared."""
+_LITTLE = 16 << 20
+"""Bytes that are not worth taking time over."""
+_PIECE = 4 << 20
 
 
 class Saver:
@@ -45,6 +51,8 @@ class Saver:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._copy: Future[None] | None = None
         self._write: Future[None] | None = None
+        self._hurry = threading.Event()
+        """Somebody waits for the write."""
         self._torn = False
         """A tensor was changed while it was copied, by something that didn't ask: copy at once from now on."""
         self._stalled_s = 0.0
@@ -80,6 +88,7 @@ class Saver:
         _copy(views, mine, at_once)
         rest = [n for n in mine if n not in at_once]
         ready = _mark(mine)
+        self._hurry.clear()
         self._copy = self._copier.submit(self._copy_rest, views, mine, rest, versions, ready)
         self._stalled_s = time.perf_counter() - begin
         self._write = self._writer.submit(self._finish, files, self._copy, part, begin)
@@ -98,18 +107,26 @@ class Saver:
 
     def wait(self) -> None:
         """Until the last save is on disk (or has failed, which its part says)."""
+        self._hurry.set()
         self.copied()
         if self._write is not None:
             self._write.result()
 
     def _free(self, patience_s: float | None) -> bool:
         self.copied()
+        self._hurry.set()
         if self._write is not None:
             try:
                 self._write.result(patience_s)
             except TimeoutError:
                 return False
         return True
+
+    def _pace(self, workers: int, size: int) -> Callable[[], "_Pace | None"]:
+        """For each of so many threads; on S3 the network sets the pace."""
+        if size < _LITTLE or not isinstance(self.root, Path):
+            return lambda: None
+        return lambda: _Pace(_DUTY / workers, self._hurry)
 
     def _views(self, files: "list[tuple[str, int, Layout]]", mine: Mapping[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         """A tensor over its place in the buffer for each name; the headers are written."""
@@ -158,13 +175,16 @@ class Saver:
             memory = self._buffer.numpy().data
             store = store_at(step_dir(self.root, part.step))
             contents = [(name, memory[at : at + found.size]) for name, at, found in files]
-            digests = [self._writer.submit(_sha256, content) for _, content in contents]
-            uploads = [
-                self._writer.submit(store.upload, content, name) for name, content in contents
-            ]
-            wait(uploads)  # the buffer must not be used again while one is still under way
-            for upload in uploads:
-                upload.result()
+            pace = self._pace(1 + len(files), sum(len(content) for _, content in contents))
+            digests = [self._writer.submit(_sha256, content, pace()) for _, content in contents]
+            if isinstance(self.root, Path):  # a disk gains nothing by two files at once
+                for name, content in contents:
+                    store.upload(content, name, pace())
+            else:
+                uploads = [self._writer.submit(store.upload, c, name) for name, c in contents]
+                wait(uploads)  # the buffer must not be used again while one is still under way
+                for upload in uploads:
+                    upload.result()
             written = tuple(
                 FileWritten(name, len(content), digest.result())
                 for (name, content), digest in zip(contents, digests, strict=True)
@@ -175,8 +195,25 @@ class Saver:
         self._done(replace(part, files=written, error=problem, stalled_s=stalled, took_s=took))
 
 
-def _sha256(content: memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _sha256(content: memoryview, pace: Callable[[int], None] | None) -> str:
+    digest = hashlib.sha256()
+    for at in range(0, len(content), _PIECE):
+        digest.update(content[at : at + _PIECE])
+        if pace is not None:
+            pace(_PIECE)
+    return digest.hexdigest()
+
+
+class _Pace:
+    """Called after each piece of work: rests in proportion to what it took, unless somebody waits."""
+
+    def __init__(self, share: float, hurry: threading.Event) -> None:
+        self._rest, self._hurry = 1.0 / share - 1.0, hurry
+        self._since = time.perf_counter()
+
+    def __call__(self, _: int) -> None:
+        self._hurry.wait(min(0.5, self._rest * (time.perf_counter() - self._since)))
+        self._since = time.perf_counter()
 
 
 class _Torn(RuntimeError):
