@@ -103,7 +103,7 @@ class Controller:
         self._micro_size = plan.micro_size
         self._halved_in = -1
         self._formed_at: tuple[int, int] | None = None
-        self._stuck = 0
+        self._stuck = self._in_vain = 0
         """Regroups that got nowhere."""
         self._broke_at: tuple[str, int] | None = None
         """Why and when (Unix ms) the generation broke, until its successor is formed."""
@@ -289,16 +289,26 @@ class Controller:
     def _form(self, decision: policy.Form) -> None:
         # Regroups that get nowhere must end: a network that always fails, an error in the
         # user's code that looks like a lost peer. Where a worker is gone, that was counted.
+        world = len(decision.workers)
         here = (self._committed, self._micro_size)
         if here == self._formed_at and set(decision.workers) == set(self._members):
             self._stuck += 1
+            self._in_vain += 1
+            if self._in_vain >= 2 and world > 1:
+                # Somebody here can't be reached any more, and nobody can tell who: one leaves,
+                # the others try; at the latest the last one goes on alone, and grows again.
+                self._in_vain = 0
+                suspect, why = decision.workers[0], "the members could not connect"
+                self._roll.leaves(suspect, why, self._members, self._committed)
+                return
+        else:
+            self._in_vain = 0
         self._formed_at = here
         if self._broke_at is not None and not self._ledger.recovering:
             why, at = self._broke_at
             self._ledger.open(why, self._committed, at_ms=at)
         self._generation += 1
         self._members, self._saving = decision.workers, decision.save_only
-        world = len(decision.workers)
         source = str(self._commits.newest) if decision.restore else None
         for rank, worker_id in enumerate(decision.workers):
             self._group.join(worker_id, Membership(

@@ -10,7 +10,7 @@ from service.config.schema import CHAOS_KINDS
 from tests.cluster.runs import DESCENT
 
 # Wide, so that a step takes some milliseconds: the faults need a run that lasts longer than they do.
-RUN = ["experiment=digits", "model.width=384", "epochs=null", "steps=800", "batch.size=64", "evaluate.every=200", "workers=3", "spares=2", "slots=4",
+RUN = ["experiment=digits", "model.width=256", "epochs=null", "steps=500", "batch.size=64", "evaluate.every=200", "workers=3", "spares=2", "slots=4",
        "resources.cpus=0.25", "tracking.system_metrics=false", "regroup.heartbeat_s=2", "chaos.every_s=0.5"]  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def test_every_kind_of_fault_is_survived_and_no_bit_tells(
     assert 0 < verdict["recovery_median_s"] <= verdict["recovery_worst_s"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wild")
 def test_a_finished_run_is_done_again_under_chaos(folder: Path) -> None:
     refused = chaos(folder, "wild-reference", "optimizer.lr=0.5", "workers=2")

@@ -87,7 +87,13 @@ def undisturbed(folder: Path) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["for-good", "and-mended"])
+@pytest.mark.parametrize(
+    "back",
+    [
+        pytest.param(False, id="for-good"),
+        pytest.param(True, id="and-mended", marks=pytest.mark.slow),
+    ],
+)
 def test_a_node_whose_link_is_cut_costs_no_step_and_no_bit(
     folder: Path, undisturbed: dict[str, Any], back: bool
 ) -> None:
