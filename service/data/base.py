@@ -119,17 +119,10 @@ class TensorData(Dataset[Pair]):
         return ""
 
 
-class Subset(Dataset[Pair]):
-    """A view on some samples of a data set, in the order of `indices`; nothing is copied."""
+class PartOf(Dataset[Pair]):
+    """What a part of a data set has in common with the whole."""
 
-    def __init__(self, data: Data, indices: Indices) -> None:
-        self.data = data
-        self.indices: Indices = np.ascontiguousarray(indices, dtype=np.int64)
-        if len(self.indices) and not (self.indices.min() >= 0 and self.indices.max() < len(data)):
-            raise DataError(
-                f"{data.name}: subset indices {self.indices.min()} to {self.indices.max()} "
-                f"don't lie within its {len(data)} samples"
-            )
+    data: Data
 
     @property
     def name(self) -> str:
@@ -146,6 +139,19 @@ class Subset(Dataset[Pair]):
     @property
     def num_outputs(self) -> int | None:
         return self.data.num_outputs
+
+
+class Subset(PartOf):
+    """A view on some samples of a data set, in the order of `indices`; nothing is copied."""
+
+    def __init__(self, data: Data, indices: Indices) -> None:
+        self.data = data
+        self.indices: Indices = np.ascontiguousarray(indices, dtype=np.int64)
+        if len(self.indices) and not (self.indices.min() >= 0 and self.indices.max() < len(data)):
+            raise DataError(
+                f"{data.name}: subset indices {self.indices.min()} to {self.indices.max()} "
+                f"don't lie within its {len(data)} samples"
+            )
 
     @property
     def digest(self) -> str:

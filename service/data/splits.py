@@ -9,9 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from service.data.base import Data, Indices, Pair, Subset, check_inside, digest_of, held_count
+from service.data.base import (
+    Data,
+    Indices,
+    Pair,
+    PartOf,
+    Subset,
+    check_inside,
+    digest_of,
+    held_count,
+)
 from service.data.shards import Layout
 from service.errors import DataError
 
@@ -70,7 +78,7 @@ class Strata:
         return position - before
 
 
-class Part(Dataset[Pair]):
+class Part(PartOf):
     """The held-out samples of a data set, or the others; nothing is copied."""
 
     def __init__(self, data: Data, strata: Strata, held: bool) -> None:
@@ -88,22 +96,6 @@ class Part(Dataset[Pair]):
             return self._list[indices]
         check_inside(indices, self._length)
         return self._where(indices)
-
-    @property
-    def name(self) -> str:
-        return self.data.name
-
-    @property
-    def source(self) -> str:
-        return self.data.source
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.data.input_shape
-
-    @property
-    def num_outputs(self) -> int | None:
-        return self.data.num_outputs
 
     @property
     def digest(self) -> str:

@@ -86,7 +86,9 @@ class Conductor:
         return last[0]
 
 
-def survives(pool: Crew, case: Case, undisturbed: Told, world: int, *faults: Injected) -> Conductor:
+def assert_survives(
+    pool: Crew, case: Case, undisturbed: Told, world: int, *faults: Injected
+) -> Conductor:
     """`world` replicas go through these faults, and nothing tells afterwards."""
     conductor = Conductor(pool, case)
     conductor.start(world, *faults)

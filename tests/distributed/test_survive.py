@@ -11,7 +11,13 @@ import pytest
 
 from service.artifacts import checkpoint
 from tests.distributed import tally
-from tests.distributed.conductor import RUN, Conductor, assert_nothing_tells, parts_of, survives
+from tests.distributed.conductor import (
+    RUN,
+    Conductor,
+    assert_nothing_tells,
+    assert_survives,
+    parts_of,
+)
 from tests.distributed.replicas import (
     Case,
     Crew,
@@ -37,7 +43,7 @@ each = pytest.mark.parametrize
     crash(1).at(7, "reduce"), crash(2).at(3, "forward"),
 ], ids=str)  # fmt: skip
 def test_a_worker_dies(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
-    assert survives(pool, case, undisturbed, 3, fault).lost == 1
+    assert assert_survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
 @each("world", [2, 3, 4])
@@ -46,7 +52,7 @@ def test_a_worker_dies_in_the_middle_of_a_reduction(
     pool: Crew, case: Case, undisturbed: Told, world: int, delay_ms: float
 ) -> None:
     fault = fail(worker=world - 1).at(step=7, phase="reduce", delay_s=delay_ms / 1000)
-    assert survives(pool, case, undisturbed, world, fault).lost == 1
+    assert assert_survives(pool, case, undisturbed, world, fault).lost == 1
 
 
 @each("delay_ms", [0, 4, 16])
@@ -57,7 +63,7 @@ def test_a_worker_dies_between_two_buckets(pool: Crew, tmp_path: Path, delay_ms:
         tmp_path,
     )  # fmt: skip
     fault = fail(worker=1).at(step=3, phase="reduce", delay_s=delay_ms / 1000)
-    survives(pool, case, pool.train(case, 1)[0], 3, fault)
+    assert_survives(pool, case, pool.train(case, 1)[0], 3, fault)
 
 
 @each("fault", [
@@ -66,7 +72,7 @@ def test_a_worker_dies_between_two_buckets(pool: Crew, tmp_path: Path, delay_ms:
     hang(2).at(10, "evaluate"), hang(0).at(20, "save"),
 ], ids=str)  # fmt: skip
 def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
-    assert survives(pool, case, undisturbed, 3, fault).lost == 1
+    assert assert_survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
 @each("fault", [
@@ -77,20 +83,20 @@ def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Inject
 def test_a_worker_is_cut_off_from_the_others_and_stays(
     pool: Crew, case: Case, undisturbed: Told, fault: Injected
 ) -> None:
-    conductor = survives(pool, case, undisturbed, 3, fault)
+    conductor = assert_survives(pool, case, undisturbed, 3, fault)
     assert conductor.lost == 0
     assert len(conductor.members) == 3
 
 
 def test_a_slow_worker_is_waited_for(pool: Crew, case: Case, undisturbed: Told) -> None:
     fault = slow_down(worker=1, seconds=0.05, count=5).at(step=4)
-    conductor = survives(pool, case, undisturbed, 3, fault)
+    conductor = assert_survives(pool, case, undisturbed, 3, fault)
     assert conductor.lost == 0 and len(conductor.formed) == 1
 
 
 @each("fault", [leave(0).at(1, "forward"), leave(1).at(7, "reduce"), leave(2).at(10, "evaluate")], ids=str)  # fmt: skip
 def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
-    conductor = survives(pool, case, undisturbed, 3, fault)
+    conductor = assert_survives(pool, case, undisturbed, 3, fault)
     assert (conductor.lost, conductor.left, len(conductor.members)) == (0, 1, 2)
 
 
@@ -112,11 +118,11 @@ def test_an_error_in_the_users_code_is_no_fault_to_survive(pool: Crew, case: Cas
 ], ids=lambda f: "-and-".join(map(str, f)))  # fmt: skip
 def test_two_at_once(pool: Crew, case: Case, undisturbed: Told, faults: list[Injected]) -> None:
     deaths = sum(f.fault.kind in ("kill", "stop") for f in faults)
-    assert survives(pool, case, undisturbed, 4, *faults).lost == deaths
+    assert assert_survives(pool, case, undisturbed, 4, *faults).lost == deaths
 
 
 def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturbed: Told) -> None:
-    conductor = survives(
+    conductor = assert_survives(
         pool, case, undisturbed, 4,
         fail(worker=0).at(step=4, phase="update"), hang(worker=2).at(step=8, phase="reduce"),
         crash(worker=1).at(step=12, phase="forward"),
@@ -134,7 +140,7 @@ def test_a_second_fault_during_the_regroup_after_the_first(
 ) -> None:
     # w1 is killed when w0 may have committed a step more than the others: they must receive it.
     faults = [fail(worker=1).at(step=7, phase="update"), cut(worker=2).at(step=7, phase="reduce")]
-    survives(pool, case, undisturbed, 4, *faults, during)
+    assert_survives(pool, case, undisturbed, 4, *faults, during)
 
 
 def test_the_source_dies_while_a_newcomer_receives(
@@ -177,7 +183,7 @@ def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Told, see
         faults.append(
             kind(worker).at(rng.randrange(1, 17), phase, rng.choice([0.0, rng.random() * 0.006]))
         )
-    lost = survives(pool, case, undisturbed, world, *faults).lost
+    lost = assert_survives(pool, case, undisturbed, world, *faults).lost
     assert lost == sum(f.fault.kind != "partition" for f in faults)
 
 
