@@ -171,6 +171,8 @@ class WorkerStatus:
     failure: WorkerFailure | None = None
     out_of_memory: bool = False
     """Broken because the micro-batch didn't fit: the next generation halves it."""
+    broken_by: str = ""
+    """What it saw of the fault, where it is broken: a collective's error, in its own words."""
     pid: int = 0
     host: str = ""
     node: str = ""

@@ -105,8 +105,8 @@ class Controller:
         self._formed_at: tuple[int, int] | None = None
         self._stuck = self._in_vain = 0
         """Regroups that got nowhere."""
-        self._broke_at: tuple[str, int] | None = None
-        """Why and when (Unix ms) the generation broke, until its successor is formed."""
+        self._broke_at: tuple[str, int, str] | None = None
+        """Why and when (Unix ms) the generation broke, and what was seen of it, until its successor is formed."""
         self._abort_sent: float | None = None
         self._pause_sent = False
         self._saving = False
@@ -180,7 +180,8 @@ class Controller:
             )
         if status.state is WorkerState.BROKEN and status.generation == self._generation:
             why = "out of memory" if status.out_of_memory else "connection lost"
-            self._broke_at = self._broke_at or (why, int(time.time() * 1000))
+            seen = f"{status.worker_id}, {status.broken_by}" if status.broken_by else ""
+            self._broke_at = self._broke_at or (why, int(time.time() * 1000), seen)
         if status.diverged and status.generation == self._generation:
             self._joined -= {self._members[rank] for rank in status.diverged}
         if (
@@ -305,8 +306,8 @@ class Controller:
             self._in_vain = 0
         self._formed_at = here
         if self._broke_at is not None and not self._ledger.recovering:
-            why, at = self._broke_at
-            self._ledger.open(why, self._committed, at_ms=at)
+            why, at, seen = self._broke_at
+            self._ledger.open(why, self._committed, at_ms=at, detail=seen)
         self._generation += 1
         self._members, self._saving = decision.workers, decision.save_only
         source = str(self._commits.newest) if decision.restore else None

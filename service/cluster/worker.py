@@ -64,6 +64,7 @@ class Worker:
         self._generation = -1
         self._failure: WorkerFailure | None = None
         self._out_of_memory = False
+        self._broken_by = ""
         self._sha256: str | None = None
         self._leaving = False
         self._control: Any = None
@@ -126,7 +127,7 @@ class Worker:
 
         self._control.diverged = ()
         self._generation = membership.generation
-        self._out_of_memory = False
+        self._out_of_memory, self._broken_by = False, ""
         self._become(WorkerState.RUNNING)
         try:
             if membership.restore_from is not None:
@@ -140,7 +141,8 @@ class Worker:
         except OutOfMemory:
             self._out_of_memory = True
             self._become(WorkerState.BROKEN)
-        except PeerLost:
+        except PeerLost as lost:
+            self._broken_by = f"in {self._control.phase}: {lost}"
             self._become(WorkerState.BROKEN)
 
     def _fail(self, error: BaseException) -> None:
@@ -206,8 +208,8 @@ class Worker:
             step=control.step if control else 0, evaluated=control.evaluated if control else -1,
             phase=control.phase if control else "import",
             phase_age_s=time.monotonic() - control.phase_since if control else 0.0,
-            records=records, parts=parts, notices=notices, failure=self._failure, out_of_memory=self._out_of_memory,
-            pid=os.getpid(), host=socket.gethostname(),
+            records=records, parts=parts, notices=notices, failure=self._failure,
+            out_of_memory=self._out_of_memory, broken_by=self._broken_by, pid=os.getpid(), host=socket.gethostname(),
             node=self._node,
             peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, state_sha256=self._sha256,
             leaving=self._leaving, diverged=control.diverged if control else (),

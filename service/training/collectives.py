@@ -12,6 +12,7 @@ import inspect
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 from collections import deque
@@ -44,9 +45,9 @@ _LOST = (
 _FAREWELL = 0x0FF
 """The tag of a message that nobody gets."""
 _WEDGED = datetime.timedelta(seconds=600)
-_CONNECT = datetime.timedelta(seconds=8)
+_CONNECT_S = 4.0
 """For connecting to members that were all there a moment ago; one may have died since."""
-
+_CONNECT_PER_MEMBER_S = 0.01
 
 _held: deque[dist.ProcessGroup] = deque()
 """The last process groups, kept beyond their end: were DDP's reducer the last to hold one, it
@@ -191,13 +192,16 @@ def _tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
     """(inode number, a duplicate that is closed afterwards) of this process's TCP sockets."""
     for name in os.listdir("/dev/fd"):
         try:
-            status = os.fstat(int(name))
-            if not stat.S_ISSOCK(status.st_mode):
-                continue
-            found = socket.socket(fileno=os.dup(int(name)))
+            # First a descriptor of our own: other threads may close and open some meanwhile,
+            # and the number would then be another socket's than the one that we looked at.
+            own = os.dup(int(name))
         except OSError:
             continue  # closed since it was listed
-        with found:
+        status = os.fstat(own)
+        if not stat.S_ISSOCK(status.st_mode):
+            os.close(own)
+            continue
+        with socket.socket(fileno=own) as found:
             if (
                 found.family in (socket.AF_INET, socket.AF_INET6)
                 and found.type == socket.SOCK_STREAM
@@ -270,11 +274,7 @@ def join(
             dist.destroy_process_group()
         earlier = {number for number, _ in _tcp_sockets()}
         listening = _listening()
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store, rank=rank, world_size=world_size,
-            timeout=_WEDGED if device.type == "cuda" else _CONNECT,
-        )  # fmt: skip
+        _connect(store, rank, world_size, device)
         processes = dist.distributed_c10d._get_default_group()
         _hold(processes)
         opened = [port for number, port in _listening().items() if number not in listening]
@@ -285,6 +285,24 @@ def join(
             ports = {int(port) for answer in answers for port in answer.split(",") if port}
             group.watch(_connected_through(ports) - earlier, processes)
     return group
+
+
+def _connect(store: PrefixStore, rank: int, world_size: int, device: torch.device) -> None:
+    """torch's process group, with what its start leaves behind in this process put right."""
+    # torch meets under the number that the group has in its process, and counts an attempt that
+    # failed as well: a member of a generation that could not be connected would for ever after
+    # wait where none of the others is.
+    dist.distributed_c10d._world.group_count = 0
+    hook = sys.excepthook  # wrapped once more by each start
+    patience_s = _CONNECT_S + _CONNECT_PER_MEMBER_S * world_size
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store, rank=rank, world_size=world_size,
+            timeout=_WEDGED if device.type == "cuda" else datetime.timedelta(seconds=patience_s),
+        )  # fmt: skip
+    finally:
+        sys.excepthook = hook
 
 
 def _hold(processes: dist.ProcessGroup) -> None:

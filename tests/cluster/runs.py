@@ -10,6 +10,26 @@ from typing import Any
 import psutil
 
 DESCENT = str(Path(sys.executable).with_name("descent"))
+
+
+def slow_network(seconds: float) -> str:
+    """The source of a module whose network `Slow` takes this long for each micro-batch of a training."""
+    return f"""
+import os
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
+
+    def forward(self, x):
+        time.sleep({seconds} if self.training else 0)
+        return super().forward(x)
+"""
+
+
 COMMON = ["model=custom", "trusted_modules=[nets]", "epochs=null", "workers=2", "reduction=exact", "batch.size=30",
           "evaluate.every=40", "tracking.system_metrics=false"]  # fmt: skip
 

@@ -14,24 +14,13 @@ from tests.cluster.runs import (
     end,
     incidents_of,
     logged_steps,
+    slow_network,
     start,
     wait_for_step,
     workers_of,
 )
 
 MODULE = """
-import os
-import time
-from torch import nn
-
-class Slow(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
-
-    def forward(self, x):
-        time.sleep(0.03 if self.training else 0)
-        return super().forward(x)
-
 class Unlucky(Slow):
     '''Raises in one process, once: as on a machine with a fault of its own.'''
 
@@ -57,7 +46,7 @@ ROOM = ["resources.cpus=0.25", "slots=4", f"steps={STEPS}"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("elastic")
-    (path / "nets.py").write_text(MODULE)
+    (path / "nets.py").write_text(slow_network(0.03) + MODULE)
     return path
 
 

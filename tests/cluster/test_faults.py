@@ -7,22 +7,18 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.runs import end, incidents_of, logged_steps, start, wait_for_step, workers_of
+from tests.cluster.runs import (
+    end,
+    incidents_of,
+    logged_steps,
+    slow_network,
+    start,
+    wait_for_step,
+    workers_of,
+)
 
 STEPS = 120
 MODULE = """
-import time
-import torch
-from torch import nn
-
-class Slow(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
-
-    def forward(self, x):
-        time.sleep(0.03 if self.training else 0)
-        return super().forward(x)
-
 class Greedy(nn.Sequential):
     '''Fits a micro-batch of 4 samples and no more.'''
 
@@ -50,7 +46,7 @@ class Broken(nn.Sequential):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("faults")
-    (path / "nets.py").write_text(MODULE)
+    (path / "nets.py").write_text(slow_network(0.03) + MODULE)
     return path
 
 

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,33 +14,27 @@ import pytest
 
 from tests.cluster import namespaces
 from tests.cluster.namespaces import Node
-from tests.cluster.runs import COMMON, DESCENT, end, incidents_of, logged_steps, wait_for_step
-from tests.end_to_end.services import process, until
+from tests.cluster.runs import (
+    COMMON,
+    DESCENT,
+    end,
+    incidents_of,
+    logged_steps,
+    slow_network,
+    wait_for_step,
+)
+from tests.end_to_end.services import RAY, SMALL, process, until
 
 WHY_NOT = namespaces.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 STEPS = 160
-NETWORK = """
-import time
-from torch import nn
-
-class Slow(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
-
-    def forward(self, x):
-        time.sleep(0.05 if self.training else 0)
-        return super().forward(x)
-"""
-RAY = str(Path(sys.executable).with_name("ray"))
-SMALL = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
 OVERRIDES = [*COMMON, "model._target_=nets.Slow", f"steps={STEPS}", "slots=2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("network")
-    (path / "nets.py").write_text(NETWORK)
+    (path / "nets.py").write_text(slow_network(0.05))
     return path
 
 

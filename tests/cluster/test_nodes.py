@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,24 +11,18 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.runs import end, incidents_of, logged_steps, resume, start, wait_for_step
-from tests.end_to_end.services import answers, free_port, own_address, process, until
+from tests.cluster.runs import (
+    end,
+    incidents_of,
+    logged_steps,
+    resume,
+    slow_network,
+    start,
+    wait_for_step,
+)
+from tests.end_to_end.services import RAY, SMALL, answers, free_port, own_address, process, until
 
-NETWORK = """
-import time
-from torch import nn
-
-class Slow(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
-
-    def forward(self, x):
-        time.sleep(0.05 if self.training else 0)
-        return super().forward(x)
-"""
 STEPS = 150
-RAY = str(Path(sys.executable).with_name("ray"))
-SMALL = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
 
 
 class Nodes:
@@ -60,7 +53,7 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("nodes")
-    (folder / "nets.py").write_text(NETWORK)
+    (folder / "nets.py").write_text(slow_network(0.05))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))

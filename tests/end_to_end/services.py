@@ -15,6 +15,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+RAY = str(Path(sys.executable).with_name("ray"))
+SMALL = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
+"""A Ray node with one CPU, for `ray start`; the process lives as long as the node."""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -133,16 +137,14 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """A Ray head and a second node, one CPU each, as `ray start` makes them; yields the Jobs API's address."""
     port, dashboard = free_port(), free_port()
     temporary = Path("/tmp") / f"ray-{secrets.token_hex(4)}"  # sockets' paths must be short
-    ray = str(Path(sys.executable).with_name("ray"))
-    small = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
-    head = [ray, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--temp-dir={temporary}", *small]  # fmt: skip
+    head = [RAY, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--temp-dir={temporary}", *SMALL]  # fmt: skip
     try:
         with process(head, folder / "head.log", environment):
             until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz"), "the Ray head")
             address = f"{own_address()}:{port}"
             with process(
-                [ray, "start", f"--address={address}", *small], folder / "node.log", environment
+                [RAY, "start", f"--address={address}", *SMALL], folder / "node.log", environment
             ):
                 yield f"http://127.0.0.1:{dashboard}"
     finally:

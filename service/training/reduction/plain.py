@@ -42,20 +42,15 @@ class Solo:
         pass
 
 
-class Fast:
+class Fast(Solo):
     """torch's DDP: buckets travel while the backward still runs."""
 
     own_backward = False  # it ends with waiting for the others' buckets
 
     def __init__(self, model: nn.Module, group: Group, find_unused: bool) -> None:
-        self._ddp = group.data_parallel(model, find_unused)
+        super().__init__(model)
+        self.forward = self._ddp = group.data_parallel(model, find_unused)
         self._world_size = group.world_size
-        self.forward = self._ddp
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def begin(self) -> None:
-        for p in self._parameters:
-            p.grad = None
 
     def backward(
         self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]
@@ -73,14 +68,5 @@ class Fast:
                     raise PeerLost(str(error).splitlines()[0]) from error
                 raise
 
-    def end_slot(self, slot: int, last: bool) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
     def dropped(self) -> tuple[int, ...]:
         return ()  # summed in place: nobody can tell any more whose part it was
-
-    def deal(self, shares: Sequence[tuple[int, int]]) -> None:
-        pass
