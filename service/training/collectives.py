@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import re
 import socket
 import stat
 import sys
@@ -105,7 +106,7 @@ class Group:
                 if "timed out" in str(error).lower() and not work.is_completed():
                     self._check()
                     continue
-                raise PeerLost(_short(error)) from error
+                raise PeerLost(in_short(error)) from error
 
     def sum_async(self, tensor: Tensor) -> Any:
         """Start summing `tensor` over the ranks, in place."""
@@ -236,8 +237,10 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in _LOST)
 
 
-def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0][:300]
+def in_short(error: BaseException) -> str:
+    """What a collective's error says, without its place in gloo's source and gloo's advice."""
+    line = re.sub(r"^\[[^\]]*\]\s*", "", str(error).splitlines()[0])
+    return line.partition(" This is typically caused by")[0][:300]
 
 
 @contextlib.contextmanager
@@ -245,7 +248,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(_short(error)) from error
+        raise PeerLost(in_short(error)) from error
 
 
 def join(

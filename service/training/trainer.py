@@ -32,6 +32,7 @@ from service.training.control import (
     TooManyBadSteps,
 )
 from service.training.dealing import Dealer
+from service.training.determinism import only_deterministic, refuse_undeterministic
 from service.training.ema import Ema
 from service.training.evaluation import evaluate
 from service.training.feed import Feed
@@ -72,6 +73,8 @@ class Trainer:
         self, config: RunConfig, plan: Plan, run_dir: Path, device: torch.device, control: Control
     ) -> None:
         torch.set_num_threads(plan.threads)
+        if config.reduction == "exact":
+            only_deterministic(device)
         self.config, self.plan, self.device, self.control = config, plan, device, control
         train, self.evaluation = build_data(config)
         model = build_model(config, train)
@@ -210,6 +213,7 @@ class Trainer:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise OutOfMemory(str(error)) from error
+            refuse_undeterministic(error)
             raise
         if notice is not None:
             self._notice(notice)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from service.training.collectives import Group, PeerLost, is_lost_peer
+from service.training.collectives import Group, PeerLost, in_short, is_lost_peer
 
 
 class Solo:
@@ -65,7 +65,7 @@ class Fast(Solo):
                 value.backward(scale.to(value.dtype))
             except RuntimeError as error:
                 if is_lost_peer(error):
-                    raise PeerLost(str(error).splitlines()[0]) from error
+                    raise PeerLost(in_short(error)) from error
                 raise
 
     def dropped(self) -> tuple[int, ...]:
