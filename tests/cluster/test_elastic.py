@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,24 @@ class Unlucky(Slow):
                 pass
             else:
                 raise OSError("a cosmic ray")
+        return super().forward(x)
+
+class Tired(Slow):
+    '''Six times slower from its 20th micro-batch on, in one process: as beside a busy neighbour.'''
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.rest = 0, 0.0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.training and self.calls == 20:
+            try:
+                os.close(os.open("tired", os.O_CREAT | os.O_EXCL))
+                self.rest = 0.15
+            except FileExistsError:
+                pass
+        time.sleep(self.rest if self.training else 0)
         return super().forward(x)
 """
 STEPS = 120
@@ -129,3 +148,17 @@ def test_an_exception_that_only_one_worker_raises_once_is_retried_elsewhere(
     assert_nothing_tells(folder, "unlucky", ended, undisturbed)
     (incident,) = incidents_of(folder, "unlucky")
     assert incident["kind"] == "worker lost" and "a cosmic ray" in incident["detail"]
+
+
+def test_a_lasting_straggler_is_named_with_its_host_and_replaced(
+    folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    ended = end(start(
+        folder, "tired", "Tired", *ROOM, "workers=3", "spares=1", "straggler.after_s=1",
+        "straggler.replace=true", "regroup.max_failures=0",
+    ))  # fmt: skip
+    assert_nothing_tells(folder, "tired", ended, undisturbed)
+    found = incidents_of(folder, "tired")
+    slow = next(i for i in found if i["kind"] == "straggler")
+    assert slow["host"] == socket.gethostname()
+    assert slow["worker"] not in ended[1]["workers"] and len(ended[1]["workers"]) == 3

@@ -4,6 +4,8 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +25,19 @@ from tests.cluster.runs import (
 from tests.end_to_end.services import RAY, SMALL, answers, free_port, own_address, process, until
 
 STEPS = 150
+
+
+_DRAIN = """
+import subprocess, sys
+import ray
+address, program, why, deadline = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+(node,) = {n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"]}
+subprocess.run([program, "drain-node", "--address", address, "--node-id", node, "--reason",
+                "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", why,
+                "--deadline-remaining-seconds", deadline], check=True)
+print(node)
+"""
 
 
 class Nodes:
@@ -48,6 +63,15 @@ class Nodes:
 
             until(lambda: "Ray runtime started" in log.read_text(), "the node")
             yield send
+
+    def drain(self, why: str, deadline_s: int) -> str:
+        """Announce the end of the node that is not the head, as `ray drain-node` does; its id."""
+        done = subprocess.run(
+            [sys.executable, "-c", _DRAIN, self.address, RAY, why, str(deadline_s)],
+            env=self._environment, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +120,26 @@ def test_a_nodes_sigterm_is_a_pause_and_a_goodbye_and_a_new_node_is_made_use_of(
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert logged_steps(nodes.folder, "drained") == list(range(1, STEPS + 1))
     assert ": 1 worker from" in err and len(set(summary["workers"].values())) == 2
+
+
+def test_a_node_that_ray_is_told_to_drain_is_left_in_time(
+    nodes: Nodes, undisturbed: dict[str, Any]
+) -> None:
+    """What Ray's autoscaler and a preemption notice do: the node lives on until the deadline."""
+    with nodes.more():
+        run = start(
+            nodes.folder, "asked", "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=2",
+            "regroup.max_failures=0",
+        )  # fmt: skip
+        wait_for_step(run, nodes.folder, "asked", 10)
+        away = nodes.drain("preempted in 60 s", deadline_s=60)
+        code, summary, err = end(run)
+    assert code == 0, err
+    (incident,) = incidents_of(nodes.folder, "asked")
+    assert (incident["kind"], incident["steps_lost"]) == ("preempted", 0)
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert logged_steps(nodes.folder, "asked") == list(range(1, STEPS + 1))
+    assert len(summary["workers"]) == 1 and away not in summary["workers"].values()
 
 
 def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(
