@@ -98,13 +98,16 @@ class Group:
         """Wait for an asynchronous collective. Raises PeerLost when it fails or is aborted."""
         if work is None:
             return
+        ended = False
         while True:
             try:
                 work.wait(_SLICE) if self.device.type == "cpu" else work.wait()
                 return
             except RuntimeError as error:
-                if "timed out" in str(error).lower() and not work.is_completed():
+                if "timed out" in str(error).lower() and not ended:
                     self._check()
+                    # It may have come to its end just after this slice's: another look tells how.
+                    ended = work.is_completed()
                     continue
                 raise PeerLost(in_short(error)) from error
 
