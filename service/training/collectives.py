@@ -1,18 +1,16 @@
 """The only place that imports torch.distributed: join, sum, exchange, broadcast, leave.
 
-One `Group` is one generation. gloo has no abort that works: a thread that waits inside it
-for a peer that hangs, or that has left, would sit there until the group's time-out. So a
-group knows its own connections and shuts them down when it is abandoned: whatever is
-under way fails at once, here and, as they see the connection end, with the peers.
+One `Group` is one generation. A thread that waits inside gloo for a peer that hangs, or that
+has left, would sit there until the group's time-out, and gloo has no abort. So a group that
+is abandoned closes its own connections: whatever is under way fails at once, here and, as
+they see the connection end, with the peers.
 """
 
 import contextlib
 import datetime
 import inspect
-import os
 import re
 import socket
-import stat
 import sys
 import threading
 import time
@@ -37,14 +35,16 @@ _LOST = (
     "nccl",
     "connection",
     "timed out",
+    "timeout",
     "broken pipe",
     "peer",
     "socket",
     "aborted",
     "store",
 )
-_FAREWELL = 0x0FF
-"""The tag of a message that nobody gets."""
+_NEVER_SENT = 0x0FF
+"""The tag of a message that nobody sends."""
+_AT_ONCE = datetime.timedelta(milliseconds=1)
 _WEDGED = datetime.timedelta(seconds=600)
 _CONNECT_S = 4.0
 """For connecting to members that were all there a moment ago; one may have died since."""
@@ -86,7 +86,6 @@ class Group:
         self.world_size = world_size
         self.device = device
         self._abort = abort
-        self._connections: set[int] = set()
         self._processes: dist.ProcessGroup | None = None
         self._closed = threading.Event()
 
@@ -157,9 +156,9 @@ class Group:
             find_unused_parameters=find_unused, init_sync=False, **no_buffers,
         )  # fmt: skip
 
-    def watch(self, connections: set[int], processes: dist.ProcessGroup) -> None:
-        """From now on an abort shuts these sockets (inode numbers) down, whoever waits in them."""
-        self._connections, self._processes = connections, processes
+    def watch(self, processes: dist.ProcessGroup) -> None:
+        """From now on an abort closes this group's connections, whoever waits in them."""
+        self._processes = processes
         threading.Thread(target=self._watch, name="abort", daemon=True).start()
 
     def _watch(self) -> None:
@@ -169,19 +168,21 @@ class Group:
                 return
 
     def abandon(self) -> None:
-        """Shut the connections down: the peers need not wait for a member that won't go on."""
-        for number, connection in _tcp_sockets():
-            if number in self._connections:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        # A connection on which a message had begun to arrive for a collective that has failed
-        # since is never read again by gloo, so it would not see the end: it would spin, and
-        # whoever else waits for that peer would do so for ever. What can't be sent, it sees.
+        """Close the connections: whatever is under way fails at once, here and with the peers."""
         processes = self._processes
-        if processes is not None:
-            for peer in set(range(self.world_size)) - {self.rank}:
-                with contextlib.suppress(RuntimeError):
-                    processes.send([torch.zeros(1)], peer, _FAREWELL)
+        if processes is None:
+            return
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError, AttributeError):
+                processes._get_backend(self.device).abort()
+            return
+        # gloo closes all of a group's connections when one wait in it runs out of time; so we
+        # wait, hardly at all, for a message that nobody sends. (Shutting the sockets down is not
+        # enough: one on which a message had begun to arrive for a collective that has failed
+        # since is never read again, so gloo's thread would not see its end, and spin.)
+        for peer in set(range(self.world_size)) - {self.rank}:
+            with contextlib.suppress(RuntimeError):
+                processes.recv([torch.zeros(1)], peer, _NEVER_SENT).wait(_AT_ONCE)
 
     def close(self) -> None:
         """Leave the generation; what is still under way is dropped."""
@@ -190,46 +191,6 @@ class Group:
         if self.world_size > 1 and dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
-
-
-def _tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
-    """(inode number, a duplicate that is closed afterwards) of this process's TCP sockets."""
-    for name in os.listdir("/dev/fd"):
-        try:
-            # First a descriptor of our own: other threads may close and open some meanwhile,
-            # and the number would then be another socket's than the one that we looked at.
-            own = os.dup(int(name))
-        except OSError:
-            continue  # closed since it was listed
-        status = os.fstat(own)
-        if not stat.S_ISSOCK(status.st_mode):
-            os.close(own)
-            continue
-        with socket.socket(fileno=own) as found:
-            if (
-                found.family in (socket.AF_INET, socket.AF_INET6)
-                and found.type == socket.SOCK_STREAM
-            ):
-                yield status.st_ino, found
-
-
-def _listening() -> dict[int, int]:
-    """Inode number -> port of the sockets that this process listens on."""
-    return {
-        number: found.getsockname()[1]
-        for number, found in _tcp_sockets()
-        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    }
-
-
-def _connected_through(ports: set[int]) -> set[int]:
-    """Inode numbers of the connections with one end at one of these ports."""
-    numbers = set()
-    for number, found in _tcp_sockets():
-        with contextlib.suppress(OSError):  # not connected
-            if {found.getsockname()[1], found.getpeername()[1]} & ports:
-                numbers.add(number)
-    return numbers
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -275,21 +236,17 @@ def join(
             timeout=datetime.timedelta(seconds=20),
         )
         store = PrefixStore(f"generation/{generation}", client)
-        _meet(group, store, "here", "1")
+        _meet(group, store, "here")
         if dist.is_initialized():
             dist.destroy_process_group()
-        earlier = {number for number, _ in _tcp_sockets()}
-        listening = _listening()
         _connect(store, rank, world_size, device)
         processes = dist.distributed_c10d._get_default_group()
         _hold(processes)
-        opened = [port for number, port in _listening().items() if number not in listening]
         # Nobody computes, and so nobody can die of it, before all are connected.
-        answers = _meet(group, store, "connected", ",".join(map(str, opened)))
+        _meet(group, store, "connected")
         if device.type == "cpu":
             dist.distributed_c10d._set_pg_timeout(_WEDGED)
-            ports = {int(port) for answer in answers for port in answer.split(",") if port}
-            group.watch(_connected_through(ports) - earlier, processes)
+        group.watch(processes)
     return group
 
 
@@ -318,14 +275,13 @@ def _hold(processes: dist.ProcessGroup) -> None:
         threading.Thread(target=_held.popleft, name="let go", daemon=True).start()
 
 
-def _meet(group: Group, store: PrefixStore, place: str, word: str) -> list[str]:
-    """Wait, as long as nobody aborts, until all members have said their word; the words by rank."""
-    store.set(f"{place}/{group.rank}", word)
+def _meet(group: Group, store: PrefixStore, place: str) -> None:
+    """Wait, as long as nobody aborts, until all members are at this place."""
+    store.set(f"{place}/{group.rank}", "1")
     everyone = [f"{place}/{r}" for r in range(group.world_size)]
     while not store.check(everyone):
         group._check()
         time.sleep(0.002)
-    return [store.get(key).decode() for key in everyone]
 
 
 def leave() -> None:

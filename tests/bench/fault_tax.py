@@ -3,10 +3,9 @@
 The same processes hold two real `Trainer`s (on gloo, without Ray) that take turns, a
 generation each, so that a busy machine slows both alike. Off means: what serves faults alone
 is taken out. Waits are torch's own, in one piece and without a look at the abort flag; no
-thread watches the connections and none are kept account of; no divergence sentinel; no
-dealing by speed and no naming of stragglers. What remains in both is what any training has,
-and what costs nothing to separate: the small vector that carries the loss also carries the
-votes, two numbers.
+thread waits for an abort; no divergence sentinel; no dealing by speed and no naming of
+stragglers. What remains in both is what any training has, and what costs nothing to separate:
+the small vector that carries the loss also carries the votes, two numbers.
 
 Turns are short and many, in the order on, off, off, on, …, so that a slow drift of the
 machine cancels out; the ratio is the median over pairs of turns.
@@ -92,20 +91,17 @@ def _composed(reduction: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 @contextmanager
 def _without_fault_tolerance() -> Iterator[None]:
     """The collectives as somebody would write them who never loses a worker."""
-    from service.training import collectives
     from service.training.collectives import Group
 
     def wait(self: Group, work: Any) -> None:  # noqa: ARG001
         if work is not None:
             work.wait()
 
-    def watch(self: Group, connections: set[int]) -> None:
-        """No thread, no sockets to shut down."""
+    def watch(self: Group, processes: Any) -> None:
+        """No thread that waits for an abort."""
 
     kept: list[tuple[Any, str, Callable[..., Any]]] = []
-    for owner, name, plain in (
-        (Group, "wait", wait), (Group, "watch", watch), (collectives, "_connected_through", lambda _: set()),
-    ):  # fmt: skip
+    for owner, name, plain in ((Group, "wait", wait), (Group, "watch", watch)):
         kept.append((owner, name, getattr(owner, name)))  # fails when it is no longer there
         setattr(owner, name, plain)
     try:

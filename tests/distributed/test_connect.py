@@ -1,10 +1,15 @@
-"""A member whose generation could not be connected, because a peer died just then, joins the next one."""
+"""What earlier generations leave behind in a process: nothing that keeps it from the next one, or busy."""
 
+import random
+import time
+
+import psutil
 import torch.distributed as dist
 
 from service.messages import Membership
 from service.training.dealing import deal_slots
-from tests.distributed.replicas import Case, Crew, Told
+from tests.distributed.conductor import assert_survives
+from tests.distributed.replicas import Case, Crew, Told, cut
 
 
 def test_who_could_not_connect_once_or_twice_joins_members_who_never_tried(
@@ -29,3 +34,27 @@ def test_who_could_not_connect_once_or_twice_joins_members_who_never_tried(
     for told in (replica.hear() for replica in replicas):
         assert (told.state, told.sha256) == ("finished", undisturbed.sha256), told.error
     pool.give(replicas)
+
+
+def test_no_connection_of_a_generation_that_broke_is_left_half_open(
+    pool: Crew, case: Case, undisturbed: Told
+) -> None:
+    """gloo's thread never reads some of them again, and would spin on each until the run's end."""
+    rng = random.Random(3)
+    faults = [
+        cut(w).at(rng.randrange(1, 20), rng.choice(["forward", "reduce", "update"]), rng.random() * 0.003)
+        for w in (0, 1, 2) for _ in range(6)
+    ]  # fmt: skip
+    conductor = assert_survives(pool, case, undisturbed, 3, *faults)
+    assert len(conductor.formed) > 6
+    left: list[psutil._common.pconn] = []
+    for _ in range(100):
+        left = [
+            c for replica in conductor.replicas.values()
+            for c in psutil.Process(replica.process.pid).net_connections("tcp")
+            if c.status in (psutil.CONN_CLOSE_WAIT, psutil.CONN_CLOSE, psutil.CONN_FIN_WAIT2)
+        ]  # fmt: skip
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
