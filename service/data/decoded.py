@@ -1,10 +1,12 @@
 """Decoded row groups in one block of memory, so that one index gathers a batch from all of them."""
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -126,3 +128,22 @@ class DecodedGroups:
 def _taken(pair: Pair, at: Indices) -> Pair:
     index = torch.from_numpy(at)
     return pair[0].index_select(0, index), pair[1].index_select(0, index)
+
+
+def memory_bytes() -> int:
+    """Of the machine, or what its container may use."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no cgroups, or "max"
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def check_memory(source: str, rows: int, row_bytes: int, memory: int) -> None:
+    """Refuse to keep rows that would take more than half of the memory. Raises DataError."""
+    needed = rows * row_bytes
+    if needed > memory // 2:
+        raise DataError(
+            f"{source}: the rows of two windows and four row groups take {needed / 1e9:.3g} GB as floats, more "
+            f"than half of the {memory / 1e9:.3g} GB of memory: give a smaller data.window, or write the file "
+            "with smaller row groups"
+        )

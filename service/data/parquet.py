@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from service.data.base import Indices, Pair, check_inside, digest_of
-from service.data.decoded import DecodedGroups
+from service.data.decoded import DecodedGroups, check_memory, memory_bytes
 from service.data.records import refuse_not_finite
 from service.data.row_groups import RowGroups
 from service.data.shards import Layout, layout_of
@@ -28,7 +28,8 @@ class Parquet(Dataset[Pair]):
 
     A table of up to `memory_mb` as floats is held in memory and shuffled freely. A larger one
     is read by row groups, in an order that shuffles row groups and then samples inside a
-    `window` (null: 8 row groups' worth).
+    `window` (null: 8 row groups' worth); the rows of two windows and four groups are kept as
+    floats, and refused where that is more than half of the memory.
 
     Raises DataError naming file, column and row group; a NaN or an empty cell is a bad record.
     """
@@ -77,7 +78,8 @@ class Parquet(Dataset[Pair]):
             self.layout = layout_of(self._groups.counts, window)
             self._groups.files.check_room(self.layout)
             # this window's and the next one's, each with a part of a group at both ends
-            rows = 2 * self.layout.window + 4 * max(self._groups.counts)
+            rows = min(len(self), 2 * self.layout.window + 4 * max(self._groups.counts))
+            check_memory(path, rows, 4 * math.prod(self._shape), memory_bytes())
             self._decoded = DecodedGroups(self._read_alike, self._starts, rows)
 
     def _shaped(self, shape: list[int] | None, width: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.data.decoded import DecodedGroups
+from service.data.decoded import DecodedGroups, check_memory, memory_bytes
 from service.errors import DataError
 
 
@@ -92,3 +92,10 @@ def test_a_group_that_cannot_be_decoded_is_told_to_whoever_asks_for_it():
     assert_gathers(groups, table, np.array([3, 0]))
     with pytest.raises(DataError, match="row group 1"):
         groups.gather(np.array([2, 6]))
+
+
+def test_rows_that_would_fill_more_than_half_of_the_memory_are_refused_in_words():
+    assert memory_bytes() > 1 << 28
+    check_memory("t.parquet", 1000, 500, 1_000_000)
+    with pytest.raises(DataError, match=r"t.parquet: .* take 2 GB .* of the 3 GB .* data.window"):
+        check_memory("t.parquet", 1_000_000, 2000, 3_000_000_000)
