@@ -6,7 +6,7 @@
     writer   threads hash and write the buffer, to disk (taking their time while nobody waits) or S3
 
 Copying, hashing and writing are calls into C that release the interpreter's lock, so no
-process of its own is needed for them; the threads are niced to leave the cores to the step.
+process of its own is needed for them; what isn't paced is niced, to leave the cores to the step.
 """
 
 import contextlib
@@ -48,9 +48,10 @@ class Saver:
         self.root = root
         self._done = done
         self._copier = ThreadPoolExecutor(1, "copier", initializer=_step_back)
-        self._writer = ThreadPoolExecutor(
-            8, "writer", initializer=_step_back
-        )  # a save and, per file, two
+        # A save and, per file, two. On disk they pace themselves until somebody waits, and then
+        # nothing is to hold them back: a thread can't take back having stepped back.
+        paced = isinstance(root, Path)
+        self._writer = ThreadPoolExecutor(8, "writer", initializer=None if paced else _step_back)
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._copy: Future[None] | None = None
         self._write: Future[None] | None = None
