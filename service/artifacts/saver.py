@@ -11,6 +11,7 @@ process of its own is needed for them; what isn't paced is niced, to leave the c
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
 import time
@@ -35,6 +36,10 @@ _DUTY = 0.03
 """The part of a core that writing to disk takes while nobody waits for it: memory and caches are shared."""
 _OF_INTERVAL = 0.5
 """A save takes at most about this part of the time between two: the next one needs its buffer."""
+_LONGEST_S = 120.0
+"""And at most about this long, where a core can do it: until it is done it is of no use."""
+_SPEED = 1e9
+"""Bytes a second of one core, until a save has shown it."""
 _LITTLE = 16 << 20
 """Bytes that are not worth taking time over."""
 _PIECE = 4 << 20
@@ -97,7 +102,9 @@ class Saver:
         rest = [n for n in mine if n not in at_once]
         ready = _mark(mine)
         self._hurry.clear()
-        self._duty = _duty(self._worked_s, begin - self._began if self._began else None)
+        size = sum(found.size for _, _, found in files)
+        interval_s = begin - self._began if self._began else math.inf
+        self._duty = _duty(self._worked_s or size / _SPEED, interval_s)
         self._began = begin
         self._copy = self._copier.submit(self._copy_rest, views, mine, rest, versions, ready)
         self._stalled_s = time.perf_counter() - begin
@@ -235,11 +242,9 @@ class _Pace:
         self._since = time.perf_counter()
 
 
-def _duty(worked_s: float, interval_s: float | None) -> float:
-    """The part of a core for a save whose predecessor took `worked_s` of one and began so long ago."""
-    if interval_s is None:
-        return _DUTY
-    return min(1.0, max(_DUTY, worked_s / (_OF_INTERVAL * interval_s)))
+def _duty(work_s: float, interval_s: float) -> float:
+    """The part of a core for a save that takes `work_s` of one, where two are so far apart."""
+    return min(1.0, max(_DUTY, work_s / min(_LONGEST_S, _OF_INTERVAL * interval_s)))
 
 
 class _Torn(RuntimeError):

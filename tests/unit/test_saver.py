@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -180,7 +181,8 @@ def test_what_the_format_can_not_hold_is_named(tmp_path: Path) -> None:
 
 
 def test_a_save_takes_a_small_part_of_a_core_but_is_done_well_before_the_next() -> None:
-    assert _duty(0.0, None) == _duty(0.2, 600.0) == 0.03  # seldom: no hurry
+    assert _duty(0.0, math.inf) == _duty(0.2, 600.0) == 0.03  # seldom: no hurry
+    assert _duty(30.0, math.inf) == pytest.approx(0.25)  # it is to be done in two minutes
     assert _duty(0.6, 12.0) == pytest.approx(0.1)  # 0.6 s of work in half of 12 s
     assert _duty(9.0, 12.0) == 1.0  # all there is
 

@@ -22,8 +22,8 @@ _PIECE = 8 << 20
 def write_direct(descriptor: int, content: Content, progress: Progress | None) -> int:
     """Write as much of `content` as goes directly from memory to disk; how many bytes that was.
 
-    0 for what is small or begins anywhere in memory, and where the file system can't do it.
-    The rest, always less than a block where any went, is for the caller to write.
+    0 for what is small or begins within a block, and where the file system can't do it. The
+    rest, usually less than a block, is for the caller to write.
     """
     view = memoryview(content).cast("B")
     whole = view.nbytes // BLOCK * BLOCK
