@@ -33,7 +33,7 @@ FORMAT = 2
 _STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"([a-z]+)-\d{5}-of-\d{5}\.safetensors")
 _PARALLEL = 8
-_PIECE = 4 << 20
+_PIECE = 2 << 20
 
 P = TypeVar("P", bound=Place)
 T = TypeVar("T")
@@ -237,10 +237,7 @@ def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> 
                 raise CheckpointError(
                     f"{target}/{name}: {actual} bytes, the manifest says {entry['size']}"
                 )
-            buffer = memoryview(bytearray(_PIECE))
-            with (target / name).open("rb", buffering=0) as file:
-                while got := file.readinto(buffer):
-                    digest.update(buffer[:got])
+            _hash_file(target / name, digest)
         else:
             content = store.read(name, entry["size"])
             digest.update(content)
@@ -255,6 +252,18 @@ def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> 
             f"{target}/{name}: its SHA-256 is not the manifest's; the file was changed or damaged"
         )
     return content
+
+
+def _hash_file(path: Path, digest: "hashlib._Hash") -> None:
+    """Feed a file to `digest`, the next piece being read meanwhile: neither disk nor core waits."""
+    pieces = [memoryview(bytearray(_PIECE)) for _ in range(2)]
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, "read ahead") as ahead:
+        coming = ahead.submit(file.readinto, pieces[0])
+        while got := coming.result():
+            piece = pieces[0]
+            pieces.reverse()
+            coming = ahead.submit(file.readinto, pieces[0])
+            digest.update(piece[:got])
 
 
 def committed(root: P) -> list[P]:

@@ -6,11 +6,12 @@
     writer   threads hash and write the buffer, to disk (taking their time while nobody waits) or S3
 
 Copying, hashing and writing are calls into C that release the interpreter's lock, so no
-process of its own is needed for them; the threads are niced to leave the cores to the step.
+process of its own is needed for them; what isn't paced is niced, to leave the cores to the step.
 """
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
 import time
@@ -26,16 +27,23 @@ from torch import Tensor
 from service.artifacts.checkpoint import file_name, share, step_dir
 from service.artifacts.place import Place, store_at
 from service.artifacts.safetensors_file import Layout, layout
+from service.artifacts.store.past_cache import BLOCK
 from service.errors import StoreError
 from service.messages import FileWritten, PartWritten
 
-_ALIGN = 64
 _NICE = 10
-_DUTY = 0.1
+_DUTY = 0.03
 """The part of a core that writing to disk takes while nobody waits for it: memory and caches are shared."""
+_OF_INTERVAL = 0.5
+"""A save takes at most about this part of the time between two: the next one needs its buffer."""
+_LONGEST_S = 120.0
+"""And at most about this long, where a core can do it: until it is done it is of no use."""
+_SPEED = 1e9
+"""Bytes a second of one core, until a save has shown it."""
 _LITTLE = 16 << 20
 """Bytes that are not worth taking time over."""
 _PIECE = 4 << 20
+_LONGEST_REST_S = 1.0
 
 
 class Saver:
@@ -45,9 +53,10 @@ class Saver:
         self.root = root
         self._done = done
         self._copier = ThreadPoolExecutor(1, "copier", initializer=_step_back)
-        self._writer = ThreadPoolExecutor(
-            8, "writer", initializer=_step_back
-        )  # a save and, per file, two
+        # A save and, per file, two. On disk they pace themselves until somebody waits, and then
+        # nothing is to hold them back: a thread can't take back having stepped back.
+        paced = isinstance(root, Path)
+        self._writer = ThreadPoolExecutor(8, "writer", initializer=None if paced else _step_back)
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._copy: Future[None] | None = None
         self._write: Future[None] | None = None
@@ -57,6 +66,10 @@ class Saver:
         """A tensor was changed while it was copied, by something that didn't ask: copy at once from now on."""
         self._stalled_s = 0.0
         self._event: Any = None
+        self._began = 0.0
+        self._duty = _DUTY
+        self._worked_s = 0.0
+        """What the last save took of a core."""
 
     def save(
         self, tensors: Mapping[str, Tensor], *, step: int, rank: int, world_size: int, generation: int,
@@ -89,6 +102,10 @@ class Saver:
         rest = [n for n in mine if n not in at_once]
         ready = _mark(mine)
         self._hurry.clear()
+        size = sum(found.size for _, _, found in files)
+        interval_s = begin - self._began if self._began else math.inf
+        self._duty = _duty(self._worked_s or size / _SPEED, interval_s)
+        self._began = begin
         self._copy = self._copier.submit(self._copy_rest, views, mine, rest, versions, ready)
         self._stalled_s = time.perf_counter() - begin
         self._write = self._writer.submit(self._finish, files, self._copy, part, begin)
@@ -122,11 +139,11 @@ class Saver:
                 return False
         return True
 
-    def _pace(self, workers: int, size: int) -> Callable[[], "_Pace | None"]:
-        """For each of so many threads; on S3 the network sets the pace."""
+    def _paces(self, files: int, size: int) -> "list[_Pace] | None":
+        """For the thread that writes and for each that hashes; on S3 the network sets the pace."""
         if size < _LITTLE or not isinstance(self.root, Path):
-            return lambda: None
-        return lambda: _Pace(_DUTY / workers, self._hurry)
+            return None
+        return [_Pace(self._duty / (1 + files), self._hurry) for _ in range(1 + files)]
 
     def _views(self, files: "list[tuple[str, int, Layout]]", mine: Mapping[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         """A tensor over its place in the buffer for each name; the headers are written."""
@@ -134,7 +151,9 @@ class Saver:
         if self._buffer.numel() < size:
             pinned = any(t.is_cuda for t in mine.values())
             self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            room = torch.empty(size + BLOCK, dtype=torch.uint8, pin_memory=pinned)
+            first = -room.data_ptr() % BLOCK  # so that the disk can read from it directly
+            self._buffer = room[first : first + size]
         views = {}
         for name, at, found in files:
             group = name.partition("-")[0] + "/"
@@ -175,11 +194,14 @@ class Saver:
             memory = self._buffer.numpy().data
             store = store_at(step_dir(self.root, part.step))
             contents = [(name, memory[at : at + found.size]) for name, at, found in files]
-            pace = self._pace(1 + len(files), sum(len(content) for _, content in contents))
-            digests = [self._writer.submit(_sha256, content, pace()) for _, content in contents]
+            paces = self._paces(len(files), sum(len(content) for _, content in contents))
+            digests = [
+                self._writer.submit(_sha256, content, paces[1 + i] if paces else None)
+                for i, (_, content) in enumerate(contents)
+            ]
             if isinstance(self.root, Path):  # a disk gains nothing by two files at once
                 for name, content in contents:
-                    store.upload(content, name, pace())
+                    store.upload(content, name, paces[0] if paces else None)
             else:
                 uploads = [self._writer.submit(store.upload, c, name) for name, c in contents]
                 wait(uploads)  # the buffer must not be used again while one is still under way
@@ -189,6 +211,7 @@ class Saver:
                 FileWritten(name, len(content), digest.result())
                 for (name, content), digest in zip(contents, digests, strict=True)
             )
+            self._worked_s = sum(pace.worked_s for pace in paces or ())
         except Exception as error:  # whatever it is, the controller waits to hear of it
             problem = str(error) if isinstance(error, StoreError | _Torn) else f"{type(error).__name__}: {error}"  # fmt: skip
         stalled, took = self._stalled_s, time.perf_counter() - begin
@@ -210,10 +233,18 @@ class _Pace:
     def __init__(self, share: float, hurry: threading.Event) -> None:
         self._rest, self._hurry = 1.0 / share - 1.0, hurry
         self._since = time.perf_counter()
+        self.worked_s = 0.0
 
     def __call__(self, _: int) -> None:
-        self._hurry.wait(min(0.5, self._rest * (time.perf_counter() - self._since)))
+        took = time.perf_counter() - self._since
+        self.worked_s += took
+        self._hurry.wait(min(_LONGEST_REST_S, self._rest * took))
         self._since = time.perf_counter()
+
+
+def _duty(work_s: float, interval_s: float) -> float:
+    """The part of a core for a save that takes `work_s` of one, where two are so far apart."""
+    return min(1.0, max(_DUTY, work_s / min(_LONGEST_S, _OF_INTERVAL * interval_s)))
 
 
 class _Torn(RuntimeError):
@@ -228,7 +259,7 @@ def _lay_out(mine: Mapping[str, Tensor], rank: int, world_size: int, step: int) 
         inside = {n.partition("/")[2]: t for n, t in mine.items() if n.startswith(group + "/")}
         made = layout(inside, {"format": "pt", "step": str(step)})
         found.append((file_name(group, rank, world_size), at, made))
-        at += -(-made.size // _ALIGN) * _ALIGN
+        at += -(-made.size // BLOCK) * BLOCK
     return found
 
 

@@ -38,7 +38,7 @@ def _workers(count: int) -> str:
 
 
 class Display:
-    """Progress, losses, throughput, world size and incidents; see `controller.Listener`."""
+    """Progress, losses, throughput, waiting for data, world size and incidents; see `controller.Listener`."""
 
     def __init__(
         self, console: Console, title: str, total_steps: int, batch_size: int, first_step: int = 0
@@ -49,6 +49,7 @@ class Display:
         self._loss = self._eval_loss = self._accuracy = math.nan
         self._best_accuracy, self._best_loss = -math.inf, math.inf
         self._rate = 0.0
+        self._data_wait = math.nan
         self._world = self._generation = 0
         self._incidents = 0
         self._losses: list[float] = []
@@ -88,7 +89,12 @@ class Display:
         if self._incidents:
             workers += f", {self._incidents} incident{'s' if self._incidents > 1 else ''}"
         table.add_row("speed", f"{self._rate:,.0f} samples/s", workers)
+        if not math.isnan(self._data_wait):
+            table.add_row("data", self._waiting(), "")
         return Group(Text(self._title, style="bold"), self._progress, table)
+
+    def _waiting(self) -> str:
+        return f"{self._data_wait:.1%} of the time waited for"
 
     def status(self, line: str) -> None:
         """What is being waited for before the first step."""
@@ -105,6 +111,7 @@ class Display:
             self._best_accuracy = max(self._best_accuracy, metrics.get("eval/accuracy", -math.inf))
             return
         self._step, self._loss = record.step, metrics["train/loss"]
+        self._data_wait = metrics.get("perf/data_wait", self._data_wait)
         self._losses.append(self._loss)
         if len(self._losses) > 4096:
             self._losses = self._losses[::2]
@@ -143,9 +150,10 @@ class Display:
             self._lined = now
             evaluation = f", eval {self._eval_loss:.4f}" if not math.isnan(self._eval_loss) else ""
             accuracy = f" ({self._accuracy:.2%})" if not math.isnan(self._accuracy) else ""
+            data = "" if math.isnan(self._data_wait) else f", data {self._waiting()}"
             self._console.print(
                 f"step {self._step:,}/{self._total:,}: loss {self._loss:.4f}{evaluation}{accuracy}, "
-                f"{self._rate:,.0f} samples/s, {_workers(self._world)}", highlight=False, soft_wrap=True,
+                f"{self._rate:,.0f} samples/s{data}, {_workers(self._world)}", highlight=False, soft_wrap=True,
             )  # fmt: skip
 
     @property

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from service.data.base import TensorData, rows_of, standardized
-from service.data.shards import local_file
+from service.data.shards import local_file, size_of
 from service.errors import DataError
 
 
@@ -23,6 +23,8 @@ class Csv(TensorData):
     file and kept, as written, in `classes`.
     standardize: the features, by mean and standard deviation of the training split that
     (holdout, seed) defines, whichever split is asked for.
+    max_mb: a larger file is refused before it is fetched or read: it is read whole, and while it
+    is, its cells take about ten times its size in memory.
 
     Raises DataError naming the file, the row as an editor counts it (the header is row 1), the
     column and the value.
@@ -39,6 +41,7 @@ class Csv(TensorData):
         split: str = "all",
         holdout: float = 0.1,
         seed: int = 0,
+        max_mb: float = 512.0,
         name: str = "csv",
     ) -> None:
         if path is None:
@@ -49,6 +52,13 @@ class Csv(TensorData):
             raise DataError(f"data.targets_are={targets_are!r} is neither classes nor values")
         if len(delimiter) != 1:
             raise DataError(f"data.delimiter={delimiter!r} must be one character")
+        size = size_of(path)
+        if size > max_mb * 2**20:
+            raise DataError(
+                f"{path}: {size / 2**20:,.0f} MB are more than data.max_mb={max_mb:g}, and reading a CSV "
+                "takes ten times its size in memory: write it as Parquet, which is read by row groups "
+                "(data=parquet), or raise data.max_mb"
+            )
         table = _Table(local_file(path), delimiter)
         if features is not None and not features:
             raise DataError("data.features is empty: name at least one column, or null for all")

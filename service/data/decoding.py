@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,11 @@ Bad = list[tuple[int, str]]
 
 
 class Decoder:
-    """Decodes batches of images, with `processes` of its own or, with 0, here."""
+    """Decodes batches of images, with `processes` of its own or, with 0, here.
+
+    Several threads may read at the same time, each a batch: while one waits for its last
+    images or makes a batch of them, the processes go on with the next one's.
+    """
 
     def __init__(self, form: Form, processes: int) -> None:
         self.form = form
@@ -32,6 +37,7 @@ class Decoder:
         self._free: queue.Queue[subprocess.Popen[str]] = queue.Queue()
         self._threads: ThreadPoolExecutor | None = None
         self._areas: list[_Area] = []
+        self._lock = threading.Lock()
 
     def read(self, items: list[Item]) -> tuple[Pixels, Bad]:
         """Pixels [n, channels, height, width], and (place, what is wrong) of the bad ones.
@@ -42,9 +48,9 @@ class Decoder:
         if self._processes == 0:
             out = np.empty(shape, dtype=np.uint8)
             return out, decode_all(items, self.form, out, self._files)
-        if self._threads is None:
-            self._start()
-        assert self._threads is not None
+        with self._lock:
+            if self._threads is None:
+                self._threads = self._start()
         size = int(np.prod(shape))
         area = self._area(size)
         step = max(_LEAST, -(-len(items) // (2 * self._processes)))
@@ -57,8 +63,7 @@ class Decoder:
         self._areas.append(area)
         return out, bad
 
-    def _start(self) -> None:
-        self._threads = ThreadPoolExecutor(self._processes, "decode")
+    def _start(self) -> ThreadPoolExecutor:
         root = str(Path(__file__).resolve().parents[2])
         for _ in range(self._processes):
             child = subprocess.Popen(
@@ -68,12 +73,14 @@ class Decoder:
             )  # fmt: skip
             weakref.finalize(self, _end, child)
             self._free.put(child)
+        return ThreadPoolExecutor(self._processes, "decode")
 
     def _area(self, size: int) -> "_Area":
-        while self._areas:
-            area = self._areas.pop()
-            if area.size >= size:
-                return area
+        with self._lock:
+            while self._areas:
+                area = self._areas.pop()
+                if area.size >= size:
+                    return area
         return _Area(size)
 
     def _ask(self, area: "_Area", first: int, items: list[Item]) -> Bad:

@@ -63,6 +63,8 @@ class Images(Dataset[Pair]):
         if not bool((self._std > 0).all()):
             raise DataError(f"{name}: std={std} must be above 0")
         self._decoder = Decoder(self.form, processes)
+        self.readers = 2 if processes else 1
+        """Batches that are worth reading at the same time: the processes decode on while one is made."""
         counts = self._files.counts
         ordered = self._files.remote or (window is not None and counts is not None)
         self.layout: Layout | None = layout_of(counts, window) if ordered and counts else None

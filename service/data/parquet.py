@@ -1,7 +1,6 @@
 """Parquet files: columns of numbers, read row group by row group."""
 
 import math
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from service.data.base import Indices, Pair, check_inside, digest_of
+from service.data.decoded import DecodedGroups, check_memory, memory_bytes
 from service.data.records import refuse_not_finite
 from service.data.row_groups import RowGroups
 from service.data.shards import Layout, layout_of
@@ -28,7 +28,8 @@ class Parquet(Dataset[Pair]):
 
     A table of up to `memory_mb` as floats is held in memory and shuffled freely. A larger one
     is read by row groups, in an order that shuffles row groups and then samples inside a
-    `window` (null: 8 row groups' worth).
+    `window` (null: 8 row groups' worth); the rows of two windows and four groups are kept as
+    floats, and refused where that is more than half of the memory.
 
     Raises DataError naming file, column and row group; a NaN or an empty cell is a bad record.
     """
@@ -67,18 +68,19 @@ class Parquet(Dataset[Pair]):
         self._shape = self._shaped(shape, first.shape[1])
         self.input_shape = tuple(self._shape)
         self.num_outputs = self._outputs(num_outputs)
-        self._decoded: OrderedDict[int, Pair] = OrderedDict()
         floats = len(self) * math.prod(self._shape) * 4
         self._all: Pair | None = None
         self.layout: Layout | None = None
         if floats <= memory_mb * 2**20 and window is None:
-            parts = [self._read(g) for g in range(len(self._groups.counts))]
+            parts = [self._read_alike(g) for g in range(len(self._groups.counts))]
             self._all = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
         else:
             self.layout = layout_of(self._groups.counts, window)
             self._groups.files.check_room(self.layout)
-            average = max(1.0, len(self) / len(self._groups.counts))
-            self._most_decoded = 2 + 2 * math.ceil(self.layout.window / average)
+            # this window's and the next one's, each with a part of a group at both ends
+            rows = min(len(self), 2 * self.layout.window + 4 * max(self._groups.counts))
+            check_memory(path, rows, 4 * math.prod(self._shape), memory_bytes())
+            self._decoded = DecodedGroups(self._read_alike, self._starts, rows)
 
     def _shaped(self, shape: list[int] | None, width: int) -> list[int]:
         if shape is not None and math.prod(shape) != width:
@@ -123,9 +125,11 @@ class Parquet(Dataset[Pair]):
         return inputs[0], targets[0]
 
     def expect(self, groups: Indices) -> None:
-        """These row groups are needed soon: fetch their files in the background."""
+        """These row groups are needed soon: fetch their files and decode them in the background."""
         files = dict.fromkeys(self._groups.file_of[group] for group in groups.tolist())
         self._groups.files.expect(files)
+        if self._all is None:
+            self._decoded.expect(groups.tolist())
 
     def gather(self, indices: Indices) -> Pair:
         """Inputs [n, *input_shape] and targets; BadRecords names file, row group and row."""
@@ -134,39 +138,23 @@ class Parquet(Dataset[Pair]):
             at = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
             inputs, targets = (part.index_select(0, at) for part in self._all)
         else:
-            inputs, targets = self._from_groups(indices)
+            inputs, targets = self._decoded.gather(indices)
         refuse_not_finite(inputs, lambda row: self._where(int(indices[row])))
         refuse_not_finite(targets, lambda row: self._where(int(indices[row])))
         return self.decode(inputs, targets)
-
-    def _from_groups(self, indices: Indices) -> Pair:
-        groups = np.searchsorted(self._starts, indices, side="right") - 1
-        parts, rows = [], []
-        for group in np.unique(groups).tolist():
-            mine = np.flatnonzero(groups == group)
-            at = torch.from_numpy(indices[mine] - self._starts[group])
-            decoded = self._decode(group)
-            parts.append([part.index_select(0, at) for part in decoded])
-            rows.append(mine)
-        if len(parts) == 1:
-            return parts[0][0], parts[0][1]
-        back = torch.from_numpy(np.argsort(np.concatenate(rows)))
-        inputs, targets = (torch.cat(part).index_select(0, back) for part in zip(*parts, strict=True))  # fmt: skip
-        return inputs, targets
-
-    def _decode(self, group: int) -> Pair:
-        if group in self._decoded:
-            self._decoded.move_to_end(group)
-            return self._decoded[group]
-        pair = self._decoded[group] = self._read(group)
-        if len(self._decoded) > self._most_decoded:
-            self._decoded.popitem(last=False)
-        return pair
 
     def _where(self, sample: int) -> str:
         group = int(np.searchsorted(self._starts, sample, side="right")) - 1
         file, within = self._groups.place(group)
         return f"{file}, row group {within}, row {sample - int(self._starts[group])} (from 0)"
+
+    def _read_alike(self, group: int) -> Pair:
+        inputs, targets = self._read(group)
+        width = math.prod(self._shape)
+        if len(inputs) and inputs.shape[1] != width:
+            where = ", row group ".join(str(x) for x in self._groups.place(group))
+            raise DataError(f"{where}: has rows of {inputs.shape[1]} values, the first of {width}")
+        return inputs, targets
 
     def _read(self, group: int) -> Pair:
         table = self._groups.read(group, [*self.features, self._target])

@@ -213,3 +213,12 @@ def local_file(uri: str) -> Path:
     storage = open_storage(place)
     key = hashlib.sha256(f"{uri} {storage.version(name)}".encode()).hexdigest()
     return node_cache().get(storage, name, storage.size(name), None, key=key)
+
+
+def size_of(uri: str) -> int:
+    """Bytes of one file, before it is fetched; 0 for a local one that isn't there."""
+    if not is_remote(uri):
+        file = Path(uri).expanduser()
+        return file.stat().st_size if file.is_file() else 0
+    place, name = split_file(uri)
+    return open_storage(place).size(name)

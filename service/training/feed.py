@@ -44,7 +44,8 @@ class Feed:
         self._random = bool(getattr(self._root, "random", False))
         self._resident = _on_device(self._root, device)
         near = getattr(self._root, "in_memory", False) or self._resident is not None
-        self._ahead = None if near or self._random else ThreadPoolExecutor(1, "feed")
+        readers = getattr(self._root, "readers", 1)
+        self._ahead = None if near or self._random else ThreadPoolExecutor(readers, "feed")
         self._stream = (
             torch.cuda.Stream(device) if self._ahead is not None and device.type == "cuda" else None
         )

@@ -9,6 +9,7 @@ from service.cli import app
 from service.data import cache as cache_module
 from service.data.arrays import Arrays
 from service.data.cache import use_cache
+from service.data.csv_file import Csv
 from service.data.parquet import Parquet
 from service.data.tokens import Tokens
 from service.errors import DataError
@@ -90,3 +91,21 @@ def test_single_files_on_s3_and_what_is_not_there(local, bucket, server, tmp_pat
     with pytest.raises(DataError, match=r"index\.json"):
         Tokens(f"s3://{bucket}/nothing")
     assert local.is_dir()
+
+
+@pytest.mark.usefixtures("local")
+def test_a_csv_on_s3_is_read_through_the_cache_and_a_large_one_is_not_even_fetched(
+    bucket, server, tmp_path
+):
+    content = IRIS.to_csv(index=False).encode()
+    server.client().put_object(Bucket=bucket, Key="sets/iris.csv", Body=content)
+    (tmp_path / "iris.csv").write_bytes(content)
+    there = f"s3://{bucket}/sets/iris.csv"
+    with pytest.raises(DataError, match=r"more than data.max_mb=0.001"):
+        Csv(there, "target", max_mb=0.001)
+    assert not [f for f in (tmp_path / "cache").rglob("*.csv") if f.is_file()]
+    with pytest.raises(DataError, match=r"the cache holds 2600: .* data.cache.gb"):
+        Csv(there, "target")
+    use_cache(str(tmp_path / "cache"), 1e-3)
+    far, near = Csv(there, "target"), Csv(str(tmp_path / "iris.csv"), "target")
+    torch.testing.assert_close((far.inputs, far.targets), (near.inputs, near.targets))

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,18 @@ def write_tars(folder: Path, pixels: np.ndarray, labels: np.ndarray, with_cls: b
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
+
+
+def test_batches_read_by_several_threads_at_once_are_not_mixed_up(folder):
+    path, pixels, labels = folder
+    data = Images(str(path), channels=1, processes=2, keep_mb=0.0)
+    rng = np.random.default_rng(1)
+    batches = [rng.integers(0, 120, int(size)) for size in rng.integers(1, 60, 40)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(data.gather, batches))
+    for chosen, (inputs, targets) in zip(batches, found, strict=True):
+        np.testing.assert_allclose(inputs.numpy()[:, 0] * 255, pixels[chosen], atol=1e-4)
+        assert targets.tolist() == labels[chosen].tolist()
 
 
 @pytest.mark.parametrize("processes", [0, 2])

@@ -342,6 +342,9 @@ def test_table_files_and_settings(table, tmp_path):
     assert "data.delimiter='::' must be one" in refusal(Csv, path, "target", delimiter="::")
     assert "data.targets_are='x' is neither" in refusal(Csv, path, "target", targets_are="x")
     assert f"{tmp_path / 'none'} doesn't exist" in refusal(Csv, str(tmp_path / "none"), "y")
+    assert "are more than data.max_mb=0.001, and reading" in refusal(
+        Csv, path, "target", max_mb=0.001
+    )
     file = tmp_path / "odd.csv"
     file.write_text("a,b\n")
     assert f"{file}: no rows below the header" in refusal(Csv, str(file), "b")

@@ -1,6 +1,8 @@
 """A save holds what was there when it was asked for, whatever happens afterwards."""
 
+import hashlib
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 from service.artifacts import checkpoint
 from service.artifacts.safetensors_file import layout, tensors_in
-from service.artifacts.saver import Saver
+from service.artifacts.saver import Saver, _duty
+from service.artifacts.store.past_cache import BLOCK
 from service.messages import PartWritten
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
@@ -145,17 +148,23 @@ from service.artifacts.saver import Saver
 parts = []
 saver = Saver(Path(sys.argv[1]), parts.append)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-for step, size in ((1, 10), (2, 100_000), (3, 10)):
+for step, size in ((1, 10), (2, int(sys.argv[2])), (3, 10)):
     saver.save({"model/x": torch.zeros(size)}, step=step, rank=0, world_size=1, generation=1, scalars={})
     saver.wait()
 print(json.dumps([[p.step, p.error] for p in parts]))
 """
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "size", ["100_000", "1_000_000"]
+)  # the larger one goes past the page cache
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, size: str) -> None:
     assert resource.RLIM_INFINITY
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", FULL, str(tmp_path), size],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     told = dict(json.loads(done.stdout))
     assert told["1" if "1" in told else 1] is None and told[3] is None
@@ -169,3 +178,24 @@ def test_what_the_format_can_not_hold_is_named(tmp_path: Path) -> None:
     saver.save({"model/x": torch.zeros(2, dtype=torch.complex128)}, step=1, rank=0, world_size=1, generation=1, scalars={})  # fmt: skip
     saver.wait()
     assert parts[0].error == "x: safetensors files can't hold torch.complex128"
+
+
+def test_a_save_takes_a_small_part_of_a_core_but_is_done_well_before_the_next() -> None:
+    assert _duty(0.0, math.inf) == _duty(0.2, 600.0) == 0.03  # seldom: no hurry
+    assert _duty(30.0, math.inf) == pytest.approx(0.25)  # it is to be done in two minutes
+    assert _duty(0.6, 12.0) == pytest.approx(0.1)  # 0.6 s of work in half of 12 s
+    assert _duty(9.0, 12.0) == 1.0  # all there is
+
+
+def test_files_begin_where_the_disk_can_read_them_from_memory(tmp_path: Path) -> None:
+    tensors = {"model/w": torch.randn(1000), "optimizer/w/exp_avg": torch.randn(3), "ema/w": torch.ones(7)}  # fmt: skip
+    parts: list[PartWritten] = []
+    saver = Saver(tmp_path, parts.append)
+    for step in (1, 2):
+        saver.save(tensors, step=step, rank=0, world_size=1, generation=1, scalars={})
+        saver.wait()
+    assert saver._buffer.data_ptr() % BLOCK == 0
+    for part in parts:
+        for file in part.files:
+            content = (tmp_path / f"step-{part.step:08d}" / file.name).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file.sha256

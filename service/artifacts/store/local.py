@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from service.artifacts.store.base import Content, Entry, Progress, checked
+from service.artifacts.store.past_cache import write_direct
 from service.errors import StoreError
 
 _PIECE = 8 << 20
@@ -128,7 +129,8 @@ class LocalStore:
                     while piece := file.read(_PIECE):
                         _write(descriptor, piece, progress)
             else:
-                _write(descriptor, source, progress)
+                done = write_direct(descriptor, source, progress)
+                _write(descriptor, memoryview(source).cast("B")[done:], progress)
 
     def size(self, key: str) -> int | None:
         with self._asking(key) as path:
