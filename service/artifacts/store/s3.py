@@ -183,7 +183,7 @@ class S3Store:
         writer = secrets.token_hex(8)
         size = source.stat().st_size if isinstance(source, Path) else memoryview(source).nbytes
         given = str(source) if isinstance(source, Path) else View(source)
-        self._server.repeated.discard(self._key(key))
+        self._server.left_over(self._key(key), 0)  # what earlier failures left on the record
         try:
             with self._server.transfers() as manager:
                 manager.upload(
@@ -204,7 +204,7 @@ class S3Store:
                 self._abort(self._key(key), exact=True)
             raise
         else:
-            if self._key(key) in self._server.repeated:
+            if self._server.left_over(self._key(key), size):
                 with contextlib.suppress(StoreError):
                     self._abort(self._key(key), exact=True)
 
