@@ -59,6 +59,7 @@ def test_what_is_missing_is_named(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.one_server
 @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b"])
 def test_a_key_stays_inside(store: Store, key: str) -> None:
     for ask in (lambda: store.put(key, b""), lambda: store.get(key), lambda: store.delete([key]),
