@@ -13,7 +13,7 @@ of all, writes the manifest. A folder without a valid manifest does not exist.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -184,19 +184,34 @@ def load(target: Place) -> tuple[dict[str, "Tensor"], Manifest]:
     Raises CheckpointError for a checkpoint that is damaged, StoreError where that can't be found out.
     """
     manifest = read_manifest(target)
+    return load_files(target, manifest, manifest.files), manifest
+
+
+def load_files(target: Place, manifest: Manifest, names: Collection[str]) -> dict[str, "Tensor"]:
+    """The tensors in some of a checkpoint's files; raises like `load`."""
     store = store_at(target)
     tensors: dict[str, Tensor] = {}
-    for name, found in _each(manifest, lambda n: _load_file(store, n, manifest.files[n], target)):
+    for name, found in _each(names, lambda n: _load_file(store, n, manifest.files[n], target)):
         group = _group(name)
         tensors.update({f"{group}/{inner}": tensor for inner, tensor in found.items()})
-    return tensors, manifest
+    return tensors
+
+
+def shares(manifest: Manifest, world_size: int) -> list[list[str]]:
+    """By rank the files that it reads in a restore: the largest first to whoever has least so far."""
+    loads, found = [0] * world_size, [list[str]() for _ in range(world_size)]
+    for name in sorted(manifest.files, key=lambda n: (-manifest.files[n]["size"], n)):
+        least = loads.index(min(loads))
+        loads[least] += manifest.files[name]["size"]
+        found[least].append(name)
+    return found
 
 
 def verify(target: Place) -> Manifest:
     """Read everything and compare; raises like `load`."""
     manifest = read_manifest(target)
     store = store_at(target)
-    _each(manifest, lambda n: _verified(store, n, manifest.files[n], target))
+    _each(manifest.files, lambda n: _verified(store, n, manifest.files[n], target))
     return manifest
 
 
@@ -204,8 +219,8 @@ def _group(name: str) -> str:
     return name.partition("-")[0]
 
 
-def _each(manifest: Manifest, work: Callable[[str], T]) -> list[tuple[str, T]]:
-    names = sorted(manifest.files)
+def _each(files: Collection[str], work: Callable[[str], T]) -> list[tuple[str, T]]:
+    names = sorted(files)
     with ThreadPoolExecutor(_PARALLEL, "checkpoint") as threads:
         return list(zip(names, threads.map(work, names), strict=True))
 

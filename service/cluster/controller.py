@@ -81,7 +81,7 @@ class Controller:
 
     def __init__(
         self, config: RunConfig, plan: Plan, group: WorkerGroup, store: Store, log: RunLog,
-        commits: Commits, listener: Listener, *, resumed: bool = False, first_step: int = 0,
+        commits: Commits, listener: Listener, *, first_step: int = 0,
         check_health: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._group, self._store = config, plan, group, store
@@ -92,11 +92,10 @@ class Controller:
         self._live = Live(log.run_dir)
         chaotic = config.chaos.faults > 0
         self._chaos = Chaos(config.chaos, plan.total_steps, first_step) if chaotic else None
-        self._restoring = resumed
         self._low, self._high = plan.min_workers, plan.max_workers
         self._members: tuple[str, ...] = ()
         self._generation = 0
-        self._joined: set[str] = set(group.handles) if resumed else set()
+        self._joined: set[str] = set()
         self._receiving: dict[str, int] = {}
         """Members that don't hold the state yet, and the step that they will have when they do."""
         self._differed: set[str] = set()
@@ -269,10 +268,7 @@ class Controller:
             self._restore()
 
     def _start(self, count: int) -> None:
-        source = self._commits.newest if self._restoring and not self._members else None
-        started = self._group.start(count, str(source) if source else None)
-        if source is not None:
-            self._joined.update(started)  # they hold the checkpoint's state
+        self._group.start(count)
         self._room_asked = time.monotonic()
         self._room = 0
 
@@ -315,7 +311,7 @@ class Controller:
                 generation=self._generation, rank=rank, world_size=world,
                 store_host=self._store.host, store_port=self._store.port,
                 slots=deal_slots(self._plan.slots, world), micro_size=self._micro_size,
-                behind=decision.behind, restore_from=source if rank == 0 else None,
+                behind=decision.behind, restore_from=source,
                 save_only=decision.save_only,
             ))  # fmt: skip
         self._expect_holders(decision)
@@ -330,7 +326,9 @@ class Controller:
         source = self._group.handles[decision.workers[0]].status
         step = self._commits.step if decision.restore else source.step if source else 0
         # Before the first step all hold the same, whoever sends: the seed decides it.
-        awaited = {decision.workers[rank] for rank in decision.behind} if step > 0 else set()
+        # A checkpoint nobody holds until all have exchanged what they read of it.
+        ranks = range(len(decision.workers)) if decision.restore else decision.behind
+        awaited = {decision.workers[rank] for rank in ranks} if step > 0 else set()
         self._joined.update(set(decision.workers) - awaited)
         self._receiving = dict.fromkeys(awaited - self._joined, step)
         # One that differed has the step already, and not the state.
@@ -351,16 +349,19 @@ class Controller:
 
     def _restore(self) -> None:
         """All replicas are gone: the run goes on from its last checkpoint, or from its start."""
+        members = [self._group.handles[w] for w in self._members]
+        if self._formed_at == (self._committed, self._micro_size):
+            # A checkpoint that verifies here and can't be read there, again and again, is an end.
+            self._stuck += all(not member.dead for member in members)
         for reason in self._commits.go_back():
             self._listener.note(f"skipped checkpoint: {reason}")
-        self._restoring = self._commits.newest is not None
         source = self._commits.newest
         line = f"going on from {source.name}" if source else "starting again: no checkpoint yet"
         self._listener.note(f"no worker holds the state any more: {line}")
         if not self._ledger.recovering:
             self._ledger.open("state lost", self._committed)
         self._ledger.lost(self._committed - max(self._commits.step, 0))
-        if not self._restoring:
+        if source is None:
             # A replica that was in use can't be made new again.
             for worker_id, handle in self._group.handles.items():
                 if not handle.dead and handle.status and handle.status.step > 0:

@@ -311,7 +311,7 @@ class Run:
         group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
         first = self.resumed.step if self.resumed else 0
         source = self.resumed.checkpoint if self.resumed else None
-        group.start(plan.max_workers + self.config.spares, str(source) if source else None)
+        group.start(plan.max_workers + self.config.spares)
         self._write_run_file(prepared, self.resumed.run_id if self.resumed else None)
         display = Display(
             self.console, self._title(prepared), plan.total_steps, plan.batch_size, first
@@ -322,7 +322,7 @@ class Run:
             config_sha256(self.config), self.config.checkpoint, source,
         )  # fmt: skip
         controller = Controller(
-            self.config, plan, group, store, log, commits, everyone, resumed=source is not None,
+            self.config, plan, group, store, log, commits, everyone,
             first_step=first, check_health=lambda: self._attach_when_open(everyone, prepared),
         )  # fmt: skip
         self._controller = controller
