@@ -44,6 +44,8 @@ class Membership:
     """The checkpoint that all members begin with: each reads its share before they meet."""
     save_only: bool = False
     """Write a checkpoint and leave: too few are left to train, or the run was told to stop."""
+    save_to: str | None = None
+    """Where to write it, when it can't be written where the run's checkpoints belong."""
 
 
 @dataclass(frozen=True)

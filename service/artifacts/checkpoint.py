@@ -69,6 +69,11 @@ def folder(run_dir: Path, configured: str | None) -> Place:
     return place(configured) / run_dir.name if configured else run_dir / "checkpoints"
 
 
+def rescue_folder(run_dir: Path) -> Path:
+    """Where a run's last state goes when it can't be written where its checkpoints belong."""
+    return run_dir / "checkpoints"
+
+
 def step_dir(root: P, step: int) -> P:
     """Where the checkpoint of a step lies under `root`."""
     return root / f"step-{step:08d}"  # type: ignore[return-value]
@@ -283,16 +288,22 @@ def committed(root: P) -> list[P]:
     return [root / name for _, name in sorted(found, reverse=True)]  # type: ignore[misc]
 
 
-def newest(root: P, config_sha256: str | None = None) -> tuple[P, list[str]]:
+def newest(
+    root: Place, config_sha256: str | None = None, rescued: Path | None = None
+) -> tuple[Place, list[str]]:
     """The newest checkpoint that verifies, and a line on each newer one that doesn't.
 
     config_sha256: of the config that it must be of.
+    rescued: a second folder to look in, see `rescue_folder`.
 
     Raises NoCheckpoint if there is none, CheckpointError if none is good, StoreError if
     disk or server don't let us look: never a silent fresh start.
     """
     skipped: list[str] = []
-    for target in committed(root):
+    found = committed(root)
+    if rescued is not None and rescued != root:
+        found = sorted([*found, *committed(rescued)], key=lambda t: t.name, reverse=True)
+    for target in found:
         try:
             manifest = verify(target)
             if config_sha256 not in (None, manifest.config_sha256):

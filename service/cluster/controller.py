@@ -69,6 +69,8 @@ class Outcome:
     """The last generation's workers and the Ray nodes that they were on."""
     chaos: Verdict | None = None
     """How the run took the faults that were injected into it."""
+    unsaved_at: Place | None = None
+    """Where the last state should have been saved and could not be; `checkpoint` is in the run's folder then."""
 
     @property
     def goodput(self) -> float:
@@ -111,6 +113,8 @@ class Controller:
         self._saving = False
         self._unsaved = ""
         """Why a checkpoint that was required could not be written."""
+        self._save_failed = False
+        """Whether the last save that was heard of failed."""
         self._committed = self._first_step = first_step
         self._stopping = False
         self._idle_since: float | None = None
@@ -423,6 +427,7 @@ class Controller:
     def _hear_of_saves(self) -> None:
         """One that has failed is told, and tried again soon; where it is required, it is the end."""
         for saved in self._commits.news():
+            self._save_failed = saved.error is not None
             if saved.error is not None:
                 self._ledger.note("checkpoint failed", saved.step, detail=saved.error)
                 if self._config.checkpoint.required:
@@ -444,6 +449,7 @@ class Controller:
         statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
         failures = [s.failure for s in statuses.values() if s.failure]
         self._drain(5.0 if failures else patience_s)
+        rescued = self._rescue()
         if self._unsaved:
             decision = policy.End(RunState.FAILED, self._unsaved)
         statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
@@ -466,8 +472,45 @@ class Controller:
             min(hashes) if len(hashes) == 1 else None, self._ledger.wall_s, self._ledger.useful_s,
             (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents,
             max((s.peak_rss_mb for s in statuses.values()), default=0.0),
-            {w: s.node for w, s in members.items()}, verdict,
+            {w: s.node for w, s in members.items()}, verdict, rescued,
         )  # fmt: skip
+
+    def _rescue(self) -> Place | None:
+        """Save the last state into the run's own folder when it could not be saved where it belongs.
+
+        Returns the place that didn't take it, None where nothing had to be, or could be, rescued.
+        """
+        holders = [
+            w for w in self._members
+            if w in self._joined and not (h := self._group.handles[w]).dead and h.status is not None
+            and h.status.step == self._committed and h.status.state in policy.ALIVE_IDLE
+        ]  # fmt: skip
+        wanted = self._commits.root
+        if not self._save_failed or self._commits.step >= self._committed or not holders:
+            return None
+        local = self._commits.move_to_rescue()
+        if local is None:
+            return None
+        self._generation += 1
+        members, self._members = self._members, (holders[0],)
+        self._group.join(holders[0], Membership(
+            generation=self._generation, rank=0, world_size=1, store_host=self._store.host,
+            store_port=self._store.port, slots=deal_slots(self._plan.slots, 1),
+            micro_size=self._micro_size, save_only=True, save_to=str(local),
+        ))  # fmt: skip
+        deadline = time.monotonic() + _SAVE_S
+        handle = self._group.handles[holders[0]]
+        while time.monotonic() < deadline and not handle.dead:
+            for status in self._group.poll(
+                acknowledged=(self._log.last_step, self._log.last_evaluation), reporter=None, wait_s=_POLL_S,
+            ):  # fmt: skip
+                self._hear(status)
+            now = handle.status
+            if now is not None and now.generation == self._generation and now.state is not WorkerState.RUNNING:  # fmt: skip
+                break
+        self._drain(deadline - time.monotonic())
+        self._members = members
+        return wanted if self._commits.step == self._committed else None
 
     def _drain(self, patience_s: float) -> None:
         """Fetch what the members still hold: the last records, and the parts of the last checkpoint."""

@@ -143,6 +143,9 @@ class Trainer:
                 self.state.receive(group, self.device)
                 self._tell_progress()
             if membership.save_only:
+                if membership.save_to is not None:
+                    self.saver.wait()
+                    self.saver.root = place(membership.save_to)
                 self._save(group, membership.generation, wait=True)
                 return "paused"
             return self._loop(group, membership)
