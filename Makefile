@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 NAME   ?=
 
-.PHONY: train test check bench soak ui lock clean help
+.PHONY: train test test-s3 check bench soak ui lock clean help
 
 help:            ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 $(STAMP): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ ui: $(STAMP)     ## open the MLflow UI on the embedded store
 
 test: $(STAMP)   ## all tests; ARGS="-k name" selects
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-s3: $(STAMP)  ## the store on rclone's and Ceph's S3, which it installs (pip; apt as root) or leaves out
+	@$(BIN)/python -m tests.storage $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy (strict), import-linter
 	@$(BIN)/ruff check .

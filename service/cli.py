@@ -173,6 +173,12 @@ def _print_summary(console: Console, summary: Any) -> None:
     console.print(f"folder      {summary.run_dir}", highlight=False, soft_wrap=True)
     if outcome.checkpoint:
         console.print(f"checkpoint  {outcome.checkpoint}", highlight=False, soft_wrap=True)
+    if outcome.unsaved_at:
+        console.print(
+            f"[yellow]![/yellow] {outcome.unsaved_at} did not take the last state, so it is in the run's own folder; "
+            f"resume={summary.run_dir.name} finds it (with checkpoint.dir=null as long as that place is gone)",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if summary.undelivered:
         console.print(
             f"[yellow]![/yellow] {summary.undelivered} records wait for the tracking server in {summary.run_dir / 'spool'}; "

@@ -41,9 +41,11 @@ class Membership:
     behind: tuple[int, ...] = ()
     """The ranks that must receive the state; rank 0 always holds the newest."""
     restore_from: str | None = None
-    """The checkpoint that this member loads before it joins."""
+    """The checkpoint that all members begin with: each reads its share before they meet."""
     save_only: bool = False
     """Write a checkpoint and leave: too few are left to train, or the run was told to stop."""
+    save_to: str | None = None
+    """Where to write it, when it can't be written where the run's checkpoints belong."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class WorkerSpec:
     run_dir: str
     import_paths: tuple[str, ...]
     device: str
-    restore_from: str | None = None
     loopback: bool = False
     """Whether the process group stays on this machine and may bind to loopback only."""
 
@@ -105,7 +106,7 @@ class Notice:
     kind: "step skipped" (not finite, and not when repeated either), "step repeated" (not
     finite, but finite when repeated), "diverged" (a replica's bits differ from the
     majority's), "straggler" (a rank that stays slow), "slots dealt" (anew, by speed),
-    "injected" (a fault of chaos that left its worker alive).
+    "restore failed" (a rank could not read its share of a checkpoint), "injected" (a fault of chaos that left its worker alive).
     """
 
     kind: str

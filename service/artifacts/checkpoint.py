@@ -13,7 +13,7 @@ of all, writes the manifest. A folder without a valid manifest does not exist.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -67,6 +67,11 @@ class NoCheckpoint(CheckpointError):
 def folder(run_dir: Path, configured: str | None) -> Place:
     """Where a run's checkpoints lie."""
     return place(configured) / run_dir.name if configured else run_dir / "checkpoints"
+
+
+def rescue_folder(run_dir: Path) -> Path:
+    """Where a run's last state goes when it can't be written where its checkpoints belong."""
+    return run_dir / "checkpoints"
 
 
 def step_dir(root: P, step: int) -> P:
@@ -184,19 +189,34 @@ def load(target: Place) -> tuple[dict[str, "Tensor"], Manifest]:
     Raises CheckpointError for a checkpoint that is damaged, StoreError where that can't be found out.
     """
     manifest = read_manifest(target)
+    return load_files(target, manifest, manifest.files), manifest
+
+
+def load_files(target: Place, manifest: Manifest, names: Collection[str]) -> dict[str, "Tensor"]:
+    """The tensors in some of a checkpoint's files; raises like `load`."""
     store = store_at(target)
     tensors: dict[str, Tensor] = {}
-    for name, found in _each(manifest, lambda n: _load_file(store, n, manifest.files[n], target)):
+    for name, found in _each(names, lambda n: _load_file(store, n, manifest.files[n], target)):
         group = _group(name)
         tensors.update({f"{group}/{inner}": tensor for inner, tensor in found.items()})
-    return tensors, manifest
+    return tensors
+
+
+def shares(manifest: Manifest, world_size: int) -> list[list[str]]:
+    """By rank the files that it reads in a restore: the largest first to whoever has least so far."""
+    loads, found = [0] * world_size, [list[str]() for _ in range(world_size)]
+    for name in sorted(manifest.files, key=lambda n: (-manifest.files[n]["size"], n)):
+        least = loads.index(min(loads))
+        loads[least] += manifest.files[name]["size"]
+        found[least].append(name)
+    return found
 
 
 def verify(target: Place) -> Manifest:
     """Read everything and compare; raises like `load`."""
     manifest = read_manifest(target)
     store = store_at(target)
-    _each(manifest, lambda n: _verified(store, n, manifest.files[n], target))
+    _each(manifest.files, lambda n: _verified(store, n, manifest.files[n], target))
     return manifest
 
 
@@ -204,8 +224,8 @@ def _group(name: str) -> str:
     return name.partition("-")[0]
 
 
-def _each(manifest: Manifest, work: Callable[[str], T]) -> list[tuple[str, T]]:
-    names = sorted(manifest.files)
+def _each(files: Collection[str], work: Callable[[str], T]) -> list[tuple[str, T]]:
+    names = sorted(files)
     with ThreadPoolExecutor(_PARALLEL, "checkpoint") as threads:
         return list(zip(names, threads.map(work, names), strict=True))
 
@@ -277,16 +297,22 @@ def committed(root: P) -> list[P]:
     return [root / name for _, name in sorted(found, reverse=True)]  # type: ignore[misc]
 
 
-def newest(root: P, config_sha256: str | None = None) -> tuple[P, list[str]]:
+def newest(
+    root: Place, config_sha256: str | None = None, rescued: Path | None = None
+) -> tuple[Place, list[str]]:
     """The newest checkpoint that verifies, and a line on each newer one that doesn't.
 
     config_sha256: of the config that it must be of.
+    rescued: a second folder to look in, see `rescue_folder`.
 
     Raises NoCheckpoint if there is none, CheckpointError if none is good, StoreError if
     disk or server don't let us look: never a silent fresh start.
     """
     skipped: list[str] = []
-    for target in committed(root):
+    found = committed(root)
+    if rescued is not None and rescued != root:
+        found = sorted([*found, *committed(rescued)], key=lambda t: t.name, reverse=True)
+    for target in found:
         try:
             manifest = verify(target)
             if config_sha256 not in (None, manifest.config_sha256):

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 from service.artifacts import checkpoint
 from service.artifacts.cadence import Cadence
@@ -32,9 +33,12 @@ class Commits:
     """
 
     def __init__(
-        self, root: Place, run: str, config_sha256: str, settings: Checkpoint, newest: Place | None
-    ) -> None:
-        self._root, self._run = root, run
+        self, root: Place, run: str, config_sha256: str, settings: Checkpoint, newest: Place | None,
+        rescued: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.root, self._run = root, run
+        self._rescued = rescued
+        """The run's own folder, where its last state goes if `root` doesn't take it."""
         self._config_sha256 = config_sha256
         self._keep = retention_of(settings)
         self._parts: dict[tuple[int, int], dict[int, PartWritten]] = {}
@@ -70,7 +74,7 @@ class Commits:
         if failed:
             raise DescentError(failed[0])
         return checkpoint.commit(
-            self._root, parts, run=self._run, config_sha256=self._config_sha256,
+            self.root, parts, run=self._run, config_sha256=self._config_sha256,
             time_ms=int(time.time() * 1000),
         )  # fmt: skip
 
@@ -94,6 +98,13 @@ class Commits:
                 found.append(Saved(step, wrong, stalled_s))
         return found
 
+    def move_to_rescue(self) -> Path | None:
+        """What is saved from now on goes into the run's own folder; None if that is no other place."""
+        if self._rescued is None or self._rescued == self.root:
+            return None
+        self.root = self._rescued
+        return self._rescued
+
     def settle(self, patience_s: float) -> None:
         """Wait for the commits that are under way."""
         wait([future for _, future in self._under_way], timeout=max(0.0, patience_s))
@@ -101,7 +112,7 @@ class Commits:
     def _prune(self) -> None:
         """What can't be deleted now is deleted the next time."""
         try:
-            prune(self._root, self._keep)
+            prune(self.root, self._keep)
         except StoreError:
             return
 
@@ -117,7 +128,7 @@ class Commits:
         """
         self.cadence.went_back()
         try:
-            self.newest, skipped = checkpoint.newest(self._root, self._config_sha256)
+            self.newest, skipped = checkpoint.newest(self.root, self._config_sha256, self._rescued)
         except checkpoint.NoCheckpoint:
             self.newest, self.step = None, -1
             return []
@@ -128,7 +139,7 @@ class Commits:
         """After the last save: finish deleting, and remove what died half done. Never raises."""
         self._thread.shutdown(wait=True)
         try:
-            store_at(self._root).tidy(older_than_s=0.0)  # by now nobody writes here any more
+            store_at(self.root).tidy(older_than_s=0.0)  # by now nobody writes here any more
         except StoreError:
             return
 

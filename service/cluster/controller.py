@@ -69,6 +69,8 @@ class Outcome:
     """The last generation's workers and the Ray nodes that they were on."""
     chaos: Verdict | None = None
     """How the run took the faults that were injected into it."""
+    unsaved_at: Place | None = None
+    """Where the last state should have been saved and could not be; `checkpoint` is in the run's folder then."""
 
     @property
     def goodput(self) -> float:
@@ -81,7 +83,7 @@ class Controller:
 
     def __init__(
         self, config: RunConfig, plan: Plan, group: WorkerGroup, store: Store, log: RunLog,
-        commits: Commits, listener: Listener, *, resumed: bool = False, first_step: int = 0,
+        commits: Commits, listener: Listener, *, first_step: int = 0,
         check_health: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._group, self._store = config, plan, group, store
@@ -92,11 +94,10 @@ class Controller:
         self._live = Live(log.run_dir)
         chaotic = config.chaos.faults > 0
         self._chaos = Chaos(config.chaos, plan.total_steps, first_step) if chaotic else None
-        self._restoring = resumed
         self._low, self._high = plan.min_workers, plan.max_workers
         self._members: tuple[str, ...] = ()
         self._generation = 0
-        self._joined: set[str] = set(group.handles) if resumed else set()
+        self._joined: set[str] = set()
         self._receiving: dict[str, int] = {}
         """Members that don't hold the state yet, and the step that they will have when they do."""
         self._differed: set[str] = set()
@@ -112,6 +113,8 @@ class Controller:
         self._saving = False
         self._unsaved = ""
         """Why a checkpoint that was required could not be written."""
+        self._save_failed = False
+        """Whether the last save that was heard of failed."""
         self._committed = self._first_step = first_step
         self._stopping = False
         self._idle_since: float | None = None
@@ -270,10 +273,7 @@ class Controller:
             self._restore()
 
     def _start(self, count: int) -> None:
-        source = self._commits.newest if self._restoring and not self._members else None
-        started = self._group.start(count, str(source) if source else None)
-        if source is not None:
-            self._joined.update(started)  # they hold the checkpoint's state
+        self._group.start(count)
         self._room_asked = time.monotonic()
         self._room = 0
 
@@ -316,7 +316,7 @@ class Controller:
                 generation=self._generation, rank=rank, world_size=world,
                 store_host=self._store.host, store_port=self._store.port,
                 slots=deal_slots(self._plan.slots, world), micro_size=self._micro_size,
-                behind=decision.behind, restore_from=source if rank == 0 else None,
+                behind=decision.behind, restore_from=source,
                 save_only=decision.save_only,
             ))  # fmt: skip
         self._expect_holders(decision)
@@ -331,7 +331,9 @@ class Controller:
         source = self._group.handles[decision.workers[0]].status
         step = self._commits.step if decision.restore else source.step if source else 0
         # Before the first step all hold the same, whoever sends: the seed decides it.
-        awaited = {decision.workers[rank] for rank in decision.behind} if step > 0 else set()
+        # A checkpoint nobody holds until all have exchanged what they read of it.
+        ranks = range(len(decision.workers)) if decision.restore else decision.behind
+        awaited = {decision.workers[rank] for rank in ranks} if step > 0 else set()
         self._joined.update(set(decision.workers) - awaited)
         self._receiving = dict.fromkeys(awaited - self._joined, step)
         # One that differed has the step already, and not the state.
@@ -352,16 +354,19 @@ class Controller:
 
     def _restore(self) -> None:
         """All replicas are gone: the run goes on from its last checkpoint, or from its start."""
+        members = [self._group.handles[w] for w in self._members]
+        if self._formed_at == (self._committed, self._micro_size):
+            # A checkpoint that verifies here and can't be read there, again and again, is an end.
+            self._stuck += all(not member.dead for member in members)
         for reason in self._commits.go_back():
             self._listener.note(f"skipped checkpoint: {reason}")
-        self._restoring = self._commits.newest is not None
         source = self._commits.newest
         line = f"going on from {source.name}" if source else "starting again: no checkpoint yet"
         self._listener.note(f"no worker holds the state any more: {line}")
         if not self._ledger.recovering:
             self._ledger.open("state lost", self._committed)
         self._ledger.lost(self._committed - max(self._commits.step, 0))
-        if not self._restoring:
+        if source is None:
             # A replica that was in use can't be made new again.
             for worker_id, handle in self._group.handles.items():
                 if not handle.dead and handle.status and handle.status.step > 0:
@@ -423,6 +428,7 @@ class Controller:
     def _hear_of_saves(self) -> None:
         """One that has failed is told, and tried again soon; where it is required, it is the end."""
         for saved in self._commits.news():
+            self._save_failed = saved.error is not None
             if saved.error is not None:
                 self._ledger.note("checkpoint failed", saved.step, detail=saved.error)
                 if self._config.checkpoint.required:
@@ -444,6 +450,7 @@ class Controller:
         statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
         failures = [s.failure for s in statuses.values() if s.failure]
         self._drain(5.0 if failures else patience_s)
+        rescued = self._rescue()
         if self._unsaved:
             decision = policy.End(RunState.FAILED, self._unsaved)
         statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
@@ -466,8 +473,45 @@ class Controller:
             min(hashes) if len(hashes) == 1 else None, self._ledger.wall_s, self._ledger.useful_s,
             (self._committed - self._first_step) * self._plan.batch_size, self._log.incidents,
             max((s.peak_rss_mb for s in statuses.values()), default=0.0),
-            {w: s.node for w, s in members.items()}, verdict,
+            {w: s.node for w, s in members.items()}, verdict, rescued,
         )  # fmt: skip
+
+    def _rescue(self) -> Place | None:
+        """Save the last state into the run's own folder when it could not be saved where it belongs.
+
+        Returns the place that didn't take it, None where nothing had to be, or could be, rescued.
+        """
+        holders = [
+            w for w in self._members
+            if w in self._joined and not (h := self._group.handles[w]).dead and h.status is not None
+            and h.status.step == self._committed and h.status.state in policy.ALIVE_IDLE
+        ]  # fmt: skip
+        wanted = self._commits.root
+        if not self._save_failed or self._commits.step >= self._committed or not holders:
+            return None
+        local = self._commits.move_to_rescue()
+        if local is None:
+            return None
+        self._generation += 1
+        members, self._members = self._members, (holders[0],)
+        self._group.join(holders[0], Membership(
+            generation=self._generation, rank=0, world_size=1, store_host=self._store.host,
+            store_port=self._store.port, slots=deal_slots(self._plan.slots, 1),
+            micro_size=self._micro_size, save_only=True, save_to=str(local),
+        ))  # fmt: skip
+        deadline = time.monotonic() + _SAVE_S
+        handle = self._group.handles[holders[0]]
+        while time.monotonic() < deadline and not handle.dead:
+            for status in self._group.poll(
+                acknowledged=(self._log.last_step, self._log.last_evaluation), reporter=None, wait_s=_POLL_S,
+            ):  # fmt: skip
+                self._hear(status)
+            now = handle.status
+            if now is not None and now.generation == self._generation and now.state is not WorkerState.RUNNING:  # fmt: skip
+                break
+        self._drain(deadline - time.monotonic())
+        self._members = members
+        return wanted if self._commits.step == self._committed else None
 
     def _drain(self, patience_s: float) -> None:
         """Fetch what the members still hold: the last records, and the parts of the last checkpoint."""

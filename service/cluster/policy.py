@@ -20,7 +20,7 @@ class WorkerView:
     progress: tuple[int, int] = (0, -1)
     """(last committed step, last evaluated step)."""
     joined: bool = False
-    """Whether it holds the run's state: it was a member of a generation, or restored the checkpoint."""
+    """Whether it holds the run's state: it was a member of a generation, or has got the checkpoint's."""
     leaving: bool = False
     """Its process or node was told to go away: a goodbye, not a fault."""
     slow: bool = False
@@ -92,7 +92,7 @@ class Form:
     save_only: bool = False
     """They only write a checkpoint."""
     restore: bool = False
-    """Rank 0 restores the newest checkpoint first."""
+    """They begin with the newest checkpoint, of which each reads a share."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
         target = wanted.resolve()
         checkpoint.verify(target)
     else:
-        target, skipped = checkpoint.newest(root, saved["config_sha256"])
+        target, skipped = checkpoint.newest(
+            root, saved["config_sha256"], checkpoint.rescue_folder(run_dir)
+        )
     manifest = checkpoint.read_manifest(target)
     if manifest.config_sha256 != saved["config_sha256"]:
         raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
@@ -100,4 +102,5 @@ def find_weights(config: RunConfig) -> Place | None:
         return where
     run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
     of_run = run_log.read_run_file(run_dir)["config"]["checkpoint"]
-    return checkpoint.newest(checkpoint.folder(run_dir, of_run["dir"]))[0]
+    root = checkpoint.folder(run_dir, of_run["dir"])
+    return checkpoint.newest(root, rescued=checkpoint.rescue_folder(run_dir))[0]

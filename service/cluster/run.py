@@ -63,6 +63,7 @@ class Summary:
             "state": str(o.state), "reason": o.reason, "step": o.step, "run_id": self.run_id,
             "run_dir": str(self.run_dir), "url": self.url, "tracking_uri": self.tracking_uri,
             "checkpoint": str(o.checkpoint) if o.checkpoint else None,
+            "unsaved_at": str(o.unsaved_at) if o.unsaved_at else None,
             "state_sha256": o.state_sha256, "wall_s": o.wall_s, "goodput": o.goodput,
             "incidents": len(o.incidents), "incidents_by_kind": Counter(i.kind for i in o.incidents),
             "steps_lost": sum(i.steps_lost for i in o.incidents),
@@ -311,7 +312,7 @@ class Run:
         group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
         first = self.resumed.step if self.resumed else 0
         source = self.resumed.checkpoint if self.resumed else None
-        group.start(plan.max_workers + self.config.spares, str(source) if source else None)
+        group.start(plan.max_workers + self.config.spares)
         self._write_run_file(prepared, self.resumed.run_id if self.resumed else None)
         display = Display(
             self.console, self._title(prepared), plan.total_steps, plan.batch_size, first
@@ -320,9 +321,10 @@ class Run:
         commits = Commits(
             checkpoint.folder(self.run_dir, self.config.checkpoint.dir), self.run_dir.name,
             config_sha256(self.config), self.config.checkpoint, source,
+            checkpoint.rescue_folder(self.run_dir),
         )  # fmt: skip
         controller = Controller(
-            self.config, plan, group, store, log, commits, everyone, resumed=source is not None,
+            self.config, plan, group, store, log, commits, everyone,
             first_step=first, check_health=lambda: self._attach_when_open(everyone, prepared),
         )  # fmt: skip
         self._controller = controller

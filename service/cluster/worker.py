@@ -117,12 +117,11 @@ class Worker:
         trainer = Trainer(
             recompose(self._spec.config), plan, Path(self._spec.run_dir), device, self._control
         )
-        if self._spec.restore_from is not None:
-            trainer.restore(self._spec.restore_from)
         return trainer
 
     def _serve(self, trainer: Any, membership: Membership) -> None:
         from service.training.collectives import PeerLost
+        from service.training.restoring import NotRestored
         from service.training.trainer import OutOfMemory
 
         self._control.diverged = ()
@@ -130,8 +129,6 @@ class Worker:
         self._out_of_memory, self._broken_by = False, ""
         self._become(WorkerState.RUNNING)
         try:
-            if membership.restore_from is not None:
-                trainer.restore(membership.restore_from)
             outcome = trainer.run(membership)
             self._control.enter("finish")
             trainer.finish_saving()
@@ -141,7 +138,7 @@ class Worker:
         except OutOfMemory:
             self._out_of_memory = True
             self._become(WorkerState.BROKEN)
-        except PeerLost as lost:
+        except (PeerLost, NotRestored) as lost:
             self._broken_by = f"in {self._control.phase}: {lost}"
             self._become(WorkerState.BROKEN)
 

@@ -54,13 +54,13 @@ class WorkerGroup:
         self.handles: dict[str, Handle] = {}
         self._count = 0
 
-    def start(self, count: int, restore_from: str | None = None) -> list[str]:
+    def start(self, count: int) -> list[str]:
         """Ask Ray for `count` more workers; they report by themselves when they are ready."""
         started = []
         for _ in range(count):
             worker_id = f"w{self._count}"
             self._count += 1
-            spec = replace(self._template, worker_id=worker_id, restore_from=restore_from)
+            spec = replace(self._template, worker_id=worker_id)
             actor = ray.remote(Worker).options(**self._options).remote(spec)
             now = time.monotonic()
             self.handles[worker_id] = Handle(worker_id, actor, now, heard=now)

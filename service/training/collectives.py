@@ -135,12 +135,12 @@ class Group:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             return gather(output, piece, async_op=True)
 
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite `tensors` with rank 0's."""
+    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrite `tensors` with those of the rank `source`."""
         if self.world_size == 1:
             return
         with _translated():
-            works = [dist.broadcast(tensor, src=0, async_op=True) for tensor in tensors]
+            works = [dist.broadcast(tensor, src=source, async_op=True) for tensor in tensors]
         for work in works:
             self.wait(work)
 

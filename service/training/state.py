@@ -91,31 +91,14 @@ class TrainState:
         return digest.hexdigest()
 
     def receive(self, group: Group, device: torch.device) -> None:
-        """Rank 0's state on every rank: first what there is, as JSON, then the tensors."""
+        """Rank 0's state on every rank."""
         if group.rank == 0:
-            tensors = self.tensors()
-            header = json.dumps({
-                "step": self.step, "scalars": self.scalars(),
-                "tensors": [[n, str(t.dtype), list(t.shape), str(t.device.type)] for n, t in tensors.items()],
-            }).encode()  # fmt: skip
-            size = torch.tensor([len(header)], dtype=torch.int64, device=device)
-            group.broadcast_([size])
-            group.broadcast_([torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)])
-            group.broadcast_([t.detach().to(device).contiguous() for t in tensors.values()])
-            return
-        size = torch.zeros(1, dtype=torch.int64, device=device)
-        group.broadcast_([size])
-        raw = torch.empty(int(size), dtype=torch.uint8, device=device)
-        group.broadcast_([raw])
-        described = json.loads(bytes(raw.cpu().numpy().tobytes()))
-        received = {
-            name: torch.empty(
-                shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device
+            hand_on(
+                group, 0, self.tensors(), device, {"step": self.step, "scalars": self.scalars()}
             )
-            for name, dtype, shape, _ in described["tensors"]
-        }
-        group.broadcast_(list(received.values()))
-        self.load(received, described["step"], described["scalars"])
+            return
+        received, said = hand_on(group, 0, None, device)
+        self.load(received, said["step"], said["scalars"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -125,6 +108,38 @@ class TrainState:
         else:
             with self.ema.swapped(self.model):
                 yield
+
+
+def hand_on(
+    group: Group, source: int, tensors: Mapping[str, Tensor] | None, device: torch.device,
+    said: Mapping[str, Any] | None = None,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:  # fmt: skip
+    """The tensors of the rank `source`, and what it says with them, on every rank: first what there is, as JSON.
+
+    tensors: on that rank only; it gets them back as they are, the others get theirs on `device`.
+    """
+    if group.rank == source:
+        assert tensors is not None
+        header = json.dumps({
+            "said": dict(said or {}), "tensors": [[n, str(t.dtype), list(t.shape)] for n, t in tensors.items()],
+        }).encode()  # fmt: skip
+        size = torch.tensor([len(header)], dtype=torch.int64, device=device)
+        group.broadcast_([size], source)
+        raw = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)
+        group.broadcast_([raw], source)
+        group.broadcast_([t.detach().to(device).contiguous() for t in tensors.values()], source)
+        return tensors, said or {}
+    size = torch.zeros(1, dtype=torch.int64, device=device)
+    group.broadcast_([size], source)
+    raw = torch.empty(int(size), dtype=torch.uint8, device=device)
+    group.broadcast_([raw], source)
+    described = json.loads(bytes(raw.cpu().numpy().tobytes()))
+    received = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+        for name, dtype, shape in described["tensors"]
+    }
+    group.broadcast_(list(received.values()), source)
+    return received, described["said"]
 
 
 def _module_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from service.artifacts.saver import Saver
 from service.artifacts.weights import put_into, read_weights
 from service.config import RunConfig, build
 from service.messages import Membership, Notice, PartWritten, StepRecord
-from service.training import collectives, dealing, nonfinite, sentinel
+from service.training import collectives, dealing, nonfinite, restoring, sentinel
 from service.training.buffers import Buffers
 from service.training.collectives import Group
 from service.training.control import (
@@ -121,11 +121,13 @@ class Trainer:
         Returns "finished" after the last step, "paused" when the members voted so or were
         only to save, "diverged" when the sentinel found replicas that differ (the ranks
         are then in `control.diverged`, and the step was not committed). Raises PeerLost when
-        a member is gone: the state is then that of the last committed step.
+        a member is gone: the state is then that of the last committed step; and NotRestored
+        when the checkpoint that the generation was to begin with could not be read.
         """
-        self.control.enter("join")
         self.control.diverged = ()
         self.saver.copied()
+        share = self._read_share(membership)
+        self.control.enter("join")
         collectives.leave()
         group = collectives.join(
             generation=membership.generation, rank=membership.rank, world_size=membership.world_size,
@@ -135,11 +137,18 @@ class Trainer:
         self.control.target.group = group
         self.control.target.generation = membership.generation
         try:
-            if membership.behind:
+            if share is not None:
+                self.control.enter("receive")
+                restoring.exchange(group, share, self.state, self.device)
+                self._tell_progress()
+            elif membership.behind:
                 self.control.enter("receive")
                 self.state.receive(group, self.device)
                 self._tell_progress()
             if membership.save_only:
+                if membership.save_to is not None:
+                    self.saver.wait()
+                    self.saver.root = place(membership.save_to)
                 self._save(group, membership.generation, wait=True)
                 return "paused"
             return self._loop(group, membership)
@@ -376,13 +385,19 @@ class Trainer:
 
     # -- checkpoints ------------------------------------------------------------------
 
-    def restore(self, source: str | Path) -> None:
-        """Load a committed checkpoint, from disk or S3. Raises CheckpointError or StoreError."""
+    def _read_share(self, membership: Membership) -> restoring.Share | None:
+        """This rank's part of the checkpoint that the generation begins with, if it does with one."""
+        if membership.restore_from is None:
+            return None
         self.control.enter("restore")
-        self.saver.copied()
-        tensors, manifest = checkpoint.load(place(source))
-        self.state.load(tensors, manifest.step, manifest.scalars)
-        self._tell_progress()
+        share = restoring.read_share(
+            membership.restore_from, membership.rank, membership.world_size
+        )
+        if share.error:
+            self._notice(Notice(
+                "restore failed", self.state.step, membership.generation, membership.rank, share.error
+            ))  # fmt: skip
+        return share
 
     def _tell_progress(self) -> None:
         self.control.step, self.control.evaluated = self.state.step, self.state.evaluated

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from service.artifacts import checkpoint
 from service.cluster import policy
 from service.cluster.policy import Form, View, WorkerView
-from service.messages import PartWritten, WorkerState
+from service.messages import Notice, PartWritten, WorkerState
 from tests.distributed.replicas import Case, Crew, Injected, Replica, Told
 
 STATES = {
@@ -30,9 +31,13 @@ class Conductor:
         self.formed: list[Form] = []
         self.metrics: dict[tuple[int, bool], dict[str, float]] = {}
         self.lost = self.left = 0
+        self.saved: Path | None = None
+        """The checkpoint that the run goes on from when nobody holds the state."""
+        self.skipped: list[str] = []
+        self.notices: tuple[Notice, ...] = ()
 
-    def start(self, count: int, *faults: Injected, restore_from: Path | None = None) -> None:
-        for replica in self.pool.build(self.case, count, faults=faults, restore_from=restore_from):
+    def start(self, count: int, *faults: Injected) -> None:
+        for replica in self.pool.build(self.case, count, faults=faults):
             name = f"w{len(self.replicas)}"
             self.replicas[name] = replica
             self.told[name] = Told("built", 0, -1)
@@ -45,21 +50,32 @@ class Conductor:
             )
             for name, told in self.told.items()
         }  # fmt: skip
-        return View(workers, self.members, self.pool.generation, 1, max(1, len(workers)))
+        return View(
+            workers, self.members, self.pool.generation, 1, max(1, len(workers)),
+            saved_step=checkpoint.read_manifest(self.saved).step if self.saved else -1,
+        )  # fmt: skip
 
     def generation(self, pausing: int | None = None) -> Form:
         """Form the next generation as the policy says, and follow it to its end."""
         decision = policy.decide(self.view())
+        if isinstance(decision, policy.Restore):
+            self.go_back()
+            decision = policy.decide(self.view())
         assert isinstance(decision, Form), decision
         self.formed.append(decision)
         self.members = decision.workers
         chosen = [self.replicas[name] for name in decision.workers]
-        self.pool.form(self.case, chosen, decision.behind, pausing=pausing)
-        self.joined.update(decision.workers)
+        source = self.saved if decision.restore else None
+        self.pool.form(self.case, chosen, decision.behind, pausing=pausing, restore_from=source)
+        if not decision.restore:
+            self.joined.update(decision.workers)
         ended = self.pool.until_ended(chosen)
         for index, told in ended.items():
             assert told.state != "failed", told.error
             self.told[decision.workers[index]] = told
+            self.notices += told.notices
+            if told.step > 0:  # else it has not got the checkpoint's state
+                self.joined.add(decision.workers[index])
             self._collect(told)
             if told.leaving:
                 chosen[index].kill()
@@ -68,6 +84,12 @@ class Conductor:
             self.replicas[decision.workers[index]].process.join()
             self.lost += 1
         return decision
+
+    def go_back(self) -> None:
+        """Nobody holds the state: the newest checkpoint that verifies is the next to begin with."""
+        assert self.saved is not None
+        self.saved, self.skipped = checkpoint.newest(self.saved.parent)
+        self.members, self.joined = (), set()
 
     def _collect(self, told: Told) -> None:
         """What each replica recorded; whoever recorded a step recorded the same."""

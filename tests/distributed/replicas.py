@@ -166,7 +166,7 @@ class _Side:
         self.leaving = self.control.pause = True
 
     def build(
-        self, config: dict[str, Any], plan: dict[str, Any], run_dir: str, restore_from: str | None,
+        self, config: dict[str, Any], plan: dict[str, Any], run_dir: str,
         faults: tuple[Fault, ...], tamper: Callable[[Any], None] | None,
     ) -> None:  # fmt: skip
         import torch
@@ -177,19 +177,18 @@ class _Side:
         self.trainer = Trainer(
             recompose(config), Plan.from_dict(plan), Path(run_dir), torch.device("cpu"), self.control
         )  # fmt: skip
-        if restore_from is not None:
-            self.trainer.restore(Path(restore_from))
         if tamper is not None:
             tamper(self.trainer)
         self.tell("built")
 
     def run(self, membership: Membership) -> None:
         from service.training.collectives import PeerLost
+        from service.training.restoring import NotRestored
 
         try:
             outcome, error = self.trainer.run(membership), ""
             self.trainer.finish_saving()
-        except PeerLost as lost:
+        except (PeerLost, NotRestored) as lost:
             outcome, error = "broken", str(lost)
         except BaseException as other:
             outcome, error = "failed", f"{type(other).__name__}: {other}"
@@ -294,10 +293,10 @@ class Crew:
         self.idle += [r for r in replicas if r.alive]
 
     def build(
-        self, case: Case, count: int, *, restore_from: Path | None = None,
+        self, case: Case, count: int, *,
         faults: Sequence[Injected] = (), tamper: dict[int, Callable[[Any], None]] | None = None,
     ) -> list[Replica]:  # fmt: skip
-        """`count` replicas of the case's run at step 0, or at a checkpoint's; faults by index.
+        """`count` replicas of the case's run at step 0; faults by index.
 
         tamper: by replica, what is done to its trainer once it is built.
         """
@@ -305,7 +304,6 @@ class Crew:
         for index, replica in enumerate(replicas):
             replica.send("build", {
                 "config": case.config.to_dict(), "plan": case.plan.to_dict(), "run_dir": str(case.run_dir),
-                "restore_from": str(restore_from) if restore_from else None,
                 "faults": tuple(f.fault for f in faults if f.worker == index),
                 "tamper": (tamper or {}).get(index),
             })  # fmt: skip
@@ -316,6 +314,7 @@ class Crew:
     def form(
         self, case: Case, replicas: list[Replica], behind: tuple[int, ...] = (), *,
         micro_size: int | None = None, pausing: int | None = None, save_only: bool = False,
+        restore_from: Path | None = None,
     ) -> None:  # fmt: skip
         """Send the replicas, by rank, into the next generation; rank `pausing` votes for a pause."""
         self.generation += 1
@@ -324,7 +323,7 @@ class Crew:
             membership = Membership(
                 self.generation, rank, world, self.store.host, self.store.port,
                 deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind,
-                save_only=save_only,
+                save_only=save_only, restore_from=str(restore_from) if restore_from else None,
             )  # fmt: skip
             replica.send("join", (membership, rank == pausing))
 

@@ -1,5 +1,6 @@
-"""A checkpoint's run goes on with other replicas, in another number."""
+"""A checkpoint's run goes on with other replicas, in another number; each reads its share of it."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,24 @@ import pytest
 
 from service.artifacts import checkpoint
 from tests.distributed.conductor import RUN, Conductor, parts_of
-from tests.distributed.replicas import Case, Crew
+from tests.distributed.replicas import Case, Crew, Told, fail
+
+
+def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Told], list[Path]]:
+    """The whole run by `before` replicas, and its checkpoints of these steps."""
+    whole = pool.train(case, before)
+    root = case.run_dir / "checkpoints"
+    return whole, [
+        checkpoint.commit(root, parts_of(whole, step), run="r", config_sha256="0" * 64)
+        for step in steps
+    ]
+
+
+def resumed(pool: Crew, case: Case, target: Path, after: int, *faults) -> Conductor:  # type: ignore[no-untyped-def]
+    conductor = Conductor(pool, case)
+    conductor.start(after, *faults)
+    conductor.saved = target
+    return conductor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
@@ -16,12 +34,74 @@ def test_resumed_from_a_checkpoint_by_other_replicas(
     pool: Crew, tmp_path: Path, before: int, after: int, schedule: str
 ) -> None:
     case = Case.of([*RUN, "checkpoint.every=5", f"schedule={schedule}"], tmp_path)
-    whole = pool.train(replace(case, run_dir=tmp_path / "whole"), before)
-    root = tmp_path / "whole" / "checkpoints"
-    target = checkpoint.commit(root, parts_of(whole, 10), run="r", config_sha256="0" * 64)
-    resumed = Conductor(pool, case)
-    resumed.start(after, restore_from=target)
-    resumed.joined.update(resumed.replicas)
-    last = resumed.finish()
+    whole, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), before, 10)
+    conductor = resumed(pool, case, target, after)
+    last = conductor.finish()
+    assert [form.restore for form in conductor.formed] == [True]
     assert last.sha256 == whole[0].sha256
     assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 10]
+
+
+def test_each_rank_reads_its_files_and_all_have_the_state(pool: Crew, tmp_path: Path) -> None:
+    """The state after the exchange, before any step, is that of one who reads everything."""
+    case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
+    _, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 3, 10)
+    manifest = checkpoint.read_manifest(target)
+    for world in (1, 2, 5, 20):
+        shares = checkpoint.shares(manifest, world)
+        assert sorted(name for share in shares for name in share) == sorted(manifest.files)
+        assert all(shares) or len(manifest.files) < world
+    states = set()
+    for world in (1, 3):
+        replicas = pool.build(case, world)
+        pool.form(case, replicas, tuple(range(1, world)), restore_from=target, save_only=True)
+        told = [replica.hear() for replica in replicas]
+        assert [(t.state, t.step) for t in told] == [("paused", 10)] * world, told
+        states |= {t.sha256 for t in told}
+        pool.give(replicas)
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete", "truncate"])
+def test_a_share_that_can_not_be_read_takes_all_back_to_the_checkpoint_before(
+    pool: Crew, tmp_path: Path, harm: str
+) -> None:
+    case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
+    whole, (_, target) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 5, 10)
+    victim = target / checkpoint.shares(checkpoint.read_manifest(target), 2)[1][0]
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    if harm == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(content if harm == "flip" else content[:-1])
+    conductor = resumed(pool, case, target, 2)
+    conductor.generation()
+    assert [told.state for told in conductor.told.values()] == ["broken"] * 2
+    assert [n.rank for n in conductor.notices if n.kind == "restore failed"] == [1]
+    last = conductor.finish()
+    assert len(conductor.skipped) == 1 and victim.name in conductor.skipped[0]
+    assert last.sha256 == whole[0].sha256
+    assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 5]
+
+
+def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(
+    pool: Crew, tmp_path: Path
+) -> None:
+    case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
+    _, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 10)
+    os.rename(target / checkpoint.MANIFEST, target / "elsewhere")
+    replicas = pool.build(case, 3)
+    pool.form(case, replicas, (1, 2), restore_from=target)
+    told = [replica.hear() for replica in replicas]
+    assert [t.state for t in told] == ["broken"] * 3 and all(t.step == 0 for t in told)
+    assert any("no complete checkpoint" in t.error for t in told)
+    pool.give(replicas)
+
+
+def test_a_member_that_dies_in_the_exchange_is_survived(pool: Crew, tmp_path: Path) -> None:
+    case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
+    whole, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 10)
+    conductor = resumed(pool, case, target, 3, fail(worker=0).at(step=1, phase="receive"))
+    last = conductor.finish()
+    assert conductor.lost == 1 and last.sha256 == whole[0].sha256

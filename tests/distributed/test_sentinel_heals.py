@@ -85,8 +85,8 @@ def test_where_there_is_no_majority_none_is_trusted(pool: Crew, tmp_path: Path, 
     root = tmp_path / "checkpoints"
     saved = checkpoint.commit(root, parts, run="r", config_sha256="0" * 64)
     pool.give(replicas)
-    replicas = pool.build(case, 2, restore_from=saved)
-    pool.form(case, replicas)
+    replicas = pool.build(case, 2)
+    pool.form(case, replicas, (1,), restore_from=saved)
     last = [replica.hear() for replica in replicas]
     assert {t.sha256 for t in last} == {undisturbed.sha256}
     assert losses_of([*ended, *last]) == losses_of([undisturbed])

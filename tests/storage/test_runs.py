@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from service.artifacts import checkpoint
 from service.cli import app
 from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, Training
 from tests.storage.proxy import Proxy, always
@@ -71,6 +72,40 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
     assert failed and all("503 SlowDown" in i["detail"] or "too slow" in i["detail"] for i in failed)  # fmt: skip
     assert "checkpoint failed" in err and summary["checkpoint"].endswith(f"step-{STEPS:08d}")
     assert server.unfinished(bucket) == []
+
+
+def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_there(
+    folder: Path, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20"]
+    runs = folder / ".descent" / "runs"
+
+    def goes_away() -> None:
+        proxy.plan = always("busy")
+
+    whole = Training(folder, [*RUN, "name=whole", *there])
+    at_step(whole, "whole", 50, goes_away)
+    code, ended, err = whole.end()
+    assert code == 0 and ended["step"] == STEPS, err
+    last = runs / "whole" / "checkpoints" / f"step-{STEPS:08d}"
+    assert ended["checkpoint"] == str(last) and checkpoint.verify(last).step == STEPS
+    assert ended["unsaved_at"] == f"s3://{bucket}/runs/whole"
+
+    proxy.plan = lambda _: None
+    cut = Training(folder, [*RUN, "name=cut", *there])
+    at_step(cut, "cut", 50, goes_away)
+    cut.interrupt(signal.SIGINT, "cut", 70)
+    code, stopped, err = cut.end()
+    assert code == 130 and stopped["checkpoint"].startswith(str(runs / "cut" / "checkpoints")), err
+    assert checkpoint.verify(Path(stopped["checkpoint"])).step == stopped["step"] > 60
+
+    proxy.plan = lambda _: None
+    code, resumed, err = Training(folder, ["resume=cut", "workers=1"]).end()
+    assert code == 0 and f"going on from step {stopped['step']}" in err, err
+    assert resumed["state_sha256"] == ended["state_sha256"]
+    assert resumed["checkpoint"] == f"s3://{bucket}/runs/cut/step-{STEPS:08d}"
+    assert resumed["unsaved_at"] is None
 
 
 def test_a_checkpoint_that_is_required_and_fails_ends_the_run(

@@ -183,7 +183,7 @@ class S3Store:
         writer = secrets.token_hex(8)
         size = source.stat().st_size if isinstance(source, Path) else memoryview(source).nbytes
         given = str(source) if isinstance(source, Path) else View(source)
-        self._server.repeated.discard(self._key(key))
+        self._server.left_over(self._key(key), 0)  # what earlier failures left on the record
         try:
             with self._server.transfers() as manager:
                 manager.upload(
@@ -204,7 +204,7 @@ class S3Store:
                 self._abort(self._key(key), exact=True)
             raise
         else:
-            if self._key(key) in self._server.repeated:
+            if self._server.left_over(self._key(key), size):
                 with contextlib.suppress(StoreError):
                     self._abort(self._key(key), exact=True)
 
@@ -215,7 +215,9 @@ class S3Store:
             if error.kind == "missing":
                 return False
             raise
-        return bool(found.get("Metadata", {}).get(_WRITER) == writer and found["ContentLength"] == size)  # fmt: skip
+        # They travel as headers, whose case is anyone's choice: rclone answers Descent-Writer.
+        said = {name.lower(): value for name, value in found.get("Metadata", {}).items()}
+        return said.get(_WRITER) == writer and found["ContentLength"] == size
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -236,8 +238,10 @@ class S3Store:
                 )
                 found = [upload for page in pages for upload in page.get("Uploads", ())]
             except FAILURES as error:
-                if code_of(error) in ("NotImplemented", "MethodNotAllowed", "501"):
-                    return 0  # a server without that list keeps no parts that we could find
+                # A server without that list keeps no parts that we could find; and rclone says
+                # "no such upload" of a bucket that has none.
+                if code_of(error) in ("NotImplemented", "MethodNotAllowed", "501", "NoSuchUpload"):
+                    return 0
                 raise
             for upload in found:
                 old = older_than_s is None or (now - upload["Initiated"]).total_seconds() > older_than_s  # fmt: skip

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
@@ -27,6 +28,19 @@ def extra_arguments() -> dict[str, str]:
     return {"ChecksumAlgorithm": "CRC32C"} if _CRT else {}
 
 
+def takes_native(endpoint: str) -> bool:
+    """Whether the native client is used there: on AWS only.
+
+    It sends checksums as trailers, which Ceph RGW 16 refuses (XAmzContentSHA256Mismatch), and
+    doesn't understand rclone's answer to CreateMultipartUpload.
+
+    >>> takes_native("https://s3.eu-west-1.amazonaws.com"), takes_native("http://127.0.0.1:9000")
+    (True, False)
+    """
+    host = urlsplit(endpoint).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
 _opened: dict[tuple[object, ...], "Server"] = {}
 _opening = threading.Lock()
 
@@ -34,14 +48,17 @@ _opening = threading.Lock()
 class Server:
     """A client and what is known of the server behind it; safe to share between threads."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, native: Any = None) -> None:
         self.client = client
+        self._native = native
+        """`s3_crt.Native` where the native client is installed."""
         self.endpoint = str(client.meta.endpoint_url)
-        self.repeated: set[str] = set()
-        """Keys whose CreateMultipartUpload was sent more than once: an upload may be left over."""
+        self._repeated: set[str] = set()
+        """Keys whose CreateMultipartUpload was sent more than once."""
         self._conditional: dict[str, bool] = {}
         self._lock = threading.Lock()
         client.meta.events.register("after-call.s3.CreateMultipartUpload", self._created)
+        client.meta.events.register("before-call.s3.GetObject", _part_without_checksum)
 
     @classmethod
     def open(cls) -> "Server":
@@ -69,20 +86,37 @@ class Server:
             max_pool_connections=_PARALLEL + 2,
         )  # fmt: skip
         session: Any = boto3.session.Session()
-        return cls(session.client("s3", config=config))
+        client = session.client("s3", config=config)
+        if not (_CRT and takes_native(str(client.meta.endpoint_url))):
+            return cls(client)
+        from service.artifacts.store.s3_crt import Native
+
+        return cls(client, Native(client, session, _PART))
 
     def _created(self, parsed: Any, **_: Any) -> None:
         if parsed.get("ResponseMetadata", {}).get("RetryAttempts") and "Key" in parsed:
-            self.repeated.add(parsed["Key"])
+            self._repeated.add(parsed["Key"])
+
+    def left_over(self, key: str, size: int) -> bool:
+        """Whether the upload of so many bytes, just done, may have left another behind: one whose
+        number got lost with the reply to CreateMultipartUpload. Asked once after each upload."""
+        repeated = key in self._repeated
+        self._repeated.discard(key)
+        return repeated or (self._native is not None and size >= _PART)  # it doesn't tell
 
     @contextlib.contextmanager
     def transfers(self) -> Iterator[Any]:
         """boto3's transfer manager; at the end of the block it has finished or given up."""
-        config = TransferConfig(
-            multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_PARALLEL,
-            num_download_attempts=MAX_TRIES, preferred_transfer_client="crt" if _CRT else "auto",
-        )  # fmt: skip
-        with create_transfer_manager(self.client, config) as manager:
+        if self._native is not None:
+            config = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART)
+            manager = self._native.transfers(config)
+        else:
+            config = TransferConfig(
+                multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_PARALLEL,
+                num_download_attempts=MAX_TRIES, preferred_transfer_client="classic",
+            )  # fmt: skip
+            manager = create_transfer_manager(self.client, config)
+        with manager:
             yield manager
 
     def conditional(self, bucket: str, key: str) -> bool:
@@ -107,6 +141,13 @@ class Server:
             if code_of(error) not in ("NotImplemented", "501", "InvalidArgument"):
                 raise
         return True
+
+
+def _part_without_checksum(params: Any, context: Any, **_: Any) -> None:
+    """Don't ask for the checksum with a part of an object: rclone sends that of the whole, which never fits."""
+    if "Range" in params["headers"]:
+        params["headers"].pop("x-amz-checksum-mode", None)
+        context.get("checksum", {}).pop("response_algorithms", None)
 
 
 class View(io.RawIOBase):
@@ -138,6 +179,11 @@ class View(io.RawIOBase):
         found = bytes(self._view[self._at : stop])
         self._at += len(found)
         return found
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")

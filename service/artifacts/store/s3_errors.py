@@ -13,8 +13,18 @@ from service.artifacts.store.local import explain as explain_local
 from service.config.secrets import redact
 from service.errors import StoreError
 
+try:
+    from awscrt.exceptions import AwsCrtError
+except ImportError:  # the native client is not installed
+
+    class AwsCrtError(Exception):  # type: ignore[no-redef]
+        """What never happens then."""
+
+        name = ""
+
+
 FAILURES = (
-    aws.BotoCoreError, aws.ClientError, RetriesExceededError, Boto3RetriesExceeded, OSError, ValueError,
+    aws.BotoCoreError, aws.ClientError, RetriesExceededError, Boto3RetriesExceeded, AwsCrtError, OSError, ValueError,
 )  # fmt: skip
 """What a call into boto3 or its transfer manager may end with."""
 
@@ -71,6 +81,8 @@ def code_of(error: BaseException) -> str:
 def _reason(error: BaseException, endpoint: str) -> tuple[str, str]:
     if isinstance(error, aws.ClientError):
         return _answered(error, endpoint)
+    if isinstance(error, AwsCrtError):
+        return _native(error.name, endpoint)
     if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError):
         return "credentials", f"there are no (whole) credentials; {_HOW}, or use a role"
     if isinstance(
@@ -99,6 +111,20 @@ def _reason(error: BaseException, endpoint: str) -> tuple[str, str]:
     return (
         "address",
         f"the S3 settings are wrong ({type(error).__name__}); check AWS_ENDPOINT_URL_S3 and ~/.aws/config",
+    )
+
+
+def _native(name: str, endpoint: str) -> tuple[str, str]:
+    """Of the native client's errors, which keep no status: AWS_ERROR_S3_SLOW_DOWN, AWS_IO_SOCKET_CLOSED …"""
+    if "CREDENTIALS" in name:
+        return "credentials", f"the credentials can't be fetched ({name}); " + _RENEW
+    if "CHECKSUM" in name:
+        return "damaged", "the bytes that came don't have the checksum that the server sent along"
+    for mark, status in (("SLOW_DOWN", "503 SlowDown"), ("INTERNAL_ERROR", "500 InternalError")):
+        if mark in name:
+            return "unavailable", f"{endpoint} still answers {status}; try again later"
+    return "unavailable", (
+        f"{endpoint} doesn't answer, or not to the end ({name}); check AWS_ENDPOINT_URL_S3 and the network"
     )
 
 

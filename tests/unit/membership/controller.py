@@ -88,7 +88,7 @@ def _act(world: World, decision: Decision, scenario: Scenario, rules: Rules) -> 
         if max(given_up, default=0) > max(c.saved, 0):
             raise Violation("a living worker holds more than the checkpoint that is restored")
         return world.with_control(
-            members=(), joined=frozenset(), receiving=(), generation=c.generation + 1, restoring=c.saved >= 0
+            members=(), joined=frozenset(), receiving=(), generation=c.generation + 1
         )  # fmt: skip
     if isinstance(decision, policy.End):
         return _end(world, decision, scenario)
@@ -117,13 +117,8 @@ def _send(world: World, to: Any, message: tuple[Any, ...]) -> World:
 
 def _start(world: World, count: int) -> World:
     c = world.control
-    new = range(len(world.workers), len(world.workers) + count)
-    step = c.saved if c.restoring else 0
-    joined = c.joined | set(new) if c.restoring and not c.members else c.joined
-    world = world.with_control(heard=c.heard + (None,) * count, joined=joined)
-    return world._replace(
-        workers=world.workers + (Worker(step=step),) * count, room=world.room - count
-    )
+    world = world.with_control(heard=c.heard + (None,) * count)
+    return world._replace(workers=world.workers + (Worker(),) * count, room=world.room - count)
 
 
 def _form(world: World, decision: policy.Form, rules: Rules) -> World:
@@ -139,7 +134,8 @@ def _form(world: World, decision: policy.Form, rules: Rules) -> World:
     if c.generation >= _MAX_GENERATIONS:
         raise Violation("regroups without end")
     save_only = getattr(decision, "save_only", False)
-    told = {members[rank] for rank in decision.behind}
+    # A checkpoint nobody holds until all have exchanged what they read of it.
+    told = set(members) if restore >= 0 else {members[rank] for rank in decision.behind}
     if rules.holds_when_told:
         told = set()
     world = world.with_control(
@@ -149,7 +145,7 @@ def _form(world: World, decision: policy.Form, rules: Rules) -> World:
     )  # fmt: skip
     for rank, index in enumerate(members):
         membership = Join(
-            c.generation + 1, rank, members, decision.behind, restore if rank == 0 else -1, save_only
+            c.generation + 1, rank, members, decision.behind, restore, save_only
         )  # fmt: skip
         world = _send(world, (index,), ("join", membership))
     return world

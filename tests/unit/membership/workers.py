@@ -40,7 +40,7 @@ def take(world: World, index: int, rules: Rules) -> World:
     membership = worker.queue[0]
     return world.with_worker(
         index, queue=worker.queue[1:], membership=membership, state=S.RUNNING.value, at="meet",
-        pause=worker.pause and not rules.clears_pause_late, step=max(worker.step, membership.restore),
+        pause=worker.pause and not rules.clears_pause_late,
     )  # fmt: skip
 
 
@@ -122,6 +122,8 @@ def _meet(world: World, here: Join) -> World:
     for rank, index in enumerate(here.members):
         if here.save_only:
             world = _leave(world, index, S.PAUSED)
+        elif here.restore >= 0:
+            world = world.with_worker(index, at="receive", incoming=here.restore)
         elif here.behind and rank:
             world = world.with_worker(index, at="receive", incoming=source.step)
         else:

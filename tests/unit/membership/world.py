@@ -79,7 +79,7 @@ class Join(NamedTuple):
     members: tuple[int, ...]
     behind: tuple[int, ...]
     restore: int
-    """The checkpoint's step; -1: nothing to restore."""
+    """The step of the checkpoint that all begin with; -1: none."""
     save_only: bool
 
 
@@ -136,7 +136,6 @@ class Control(NamedTuple):
     aborting: bool = False
     pausing: bool = False
     saving: bool = False
-    restoring: bool = False
     saved: int = -1
     parts: frozenset[tuple[int, int, int, int]] = frozenset()
     logged: int = 0
