@@ -14,6 +14,11 @@ _LOOK_EVERY_S = 1.0
 _START_S = 30.0
 """A new actor's process may take this long before it answers at all, whatever regroup.wait_s is."""
 
+_AT_STORAGE = ("finish", "restore", "join")
+"""Phases that wait for a disk or a server, whose own tries end, or for a member that does."""
+_STORAGE_PATIENCE = 4.0
+"""How many times regroup.stall_s such a phase may take."""
+
 
 class RollCall:
     """Finds the silent and the dead, hears goodbyes, and counts what counts as a crash."""
@@ -45,6 +50,8 @@ class RollCall:
         heartbeat, stall = self._config.regroup.heartbeat_s, self._config.regroup.stall_s
         status = handle.status
         wait_s = max(self._config.regroup.wait_s, _START_S)
+        if status is not None and status.phase in _AT_STORAGE:
+            stall *= _STORAGE_PATIENCE
         if not handle.answered and self._group.unheard_s(worker_id) > wait_s:
             self._counted.add(worker_id)
             self._group.retire(worker_id, f"could not be placed within {wait_s:g} s")
