@@ -19,7 +19,7 @@ from service.messages import RunState
 
 if TYPE_CHECKING:
     from service.artifacts.tracking import Tracker
-    from service.cluster.controller import Outcome
+    from service.cluster.ending import Outcome
     from service.training.plan import Prepared
 
 

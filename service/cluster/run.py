@@ -28,7 +28,7 @@ from service.errors import CheckpointError, ConfigError
 from service.messages import WorkerSpec
 
 if TYPE_CHECKING:
-    from service.cluster.controller import Outcome
+    from service.cluster.ending import Outcome
     from service.cluster.ray_cluster import Cluster
     from service.training.plan import Prepared
 

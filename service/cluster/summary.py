@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from service.cluster.run_log import RunLog
 
 if TYPE_CHECKING:
-    from service.cluster.controller import Outcome
+    from service.cluster.ending import Outcome
 
 
 @dataclass(frozen=True)
