@@ -38,7 +38,7 @@ def _workers(count: int) -> str:
 
 
 class Display:
-    """Progress, losses, throughput, waiting for data, world size and incidents; see `controller.Listener`."""
+    """Progress, losses, throughput, waiting for data, world size and incidents; see `listeners.Listener`."""
 
     def __init__(
         self, console: Console, title: str, total_steps: int, batch_size: int, first_step: int = 0

@@ -1,13 +1,23 @@
 """Who hears of a run's progress: the display and the tracking."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from service.cluster.display import Display
 from service.messages import Incident, StepRecord
 
 if TYPE_CHECKING:
     from service.artifacts.tracking import Tracker
+
+
+class Listener(Protocol):
+    """Whoever wants to see the run: the live display, the tracking."""
+
+    def record(self, record: StepRecord, world_size: int) -> None: ...
+    def incident(self, incident: Incident) -> None: ...
+    def world(self, generation: int, world_size: int, step: int) -> None: ...
+    def note(self, line: str) -> None: ...
+    def tick(self) -> None: ...
 
 
 class Everyone:

@@ -1,4 +1,4 @@
-"""Loss and accuracy on the held-out set, shared by all ranks."""
+"""Evaluation on the held-out set: when it is due, loss and accuracy shared by all ranks, whether they are the best."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,10 +7,70 @@ from typing import Any
 import numpy as np
 import torch
 
+from service.config import RunConfig
+from service.data.base import Data
 from service.training.collectives import Group
 from service.training.feed import Feed
 from service.training.objective import Objective
+from service.training.plan import Plan
+from service.training.plateau import Plateau
 from service.training.state import TrainState
+
+
+class Evaluator:
+    """Evaluates the state after a step, once, and judges it; every rank comes to the same answers."""
+
+    def __init__(
+        self, config: RunConfig, plan: Plan, data: Data | None, state: TrainState, objective: Objective,
+        device: torch.device, autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:  # fmt: skip
+        """data: the held-out set; without one nothing is ever due."""
+        self._config, self._plan, self._state = config, plan, state
+        self._objective, self._autocast = objective, autocast
+        self._num_samples = 0 if data is None else len(data)
+        self._feed = (
+            None
+            if data is None
+            else Feed(data, None, device, seed=config.seed, on_error=config.data.on_error)
+        )
+        self._scores: tuple[int, dict[str, float]] = (-1, {})
+        self.improved = False
+        """Whether the state is the best so far and has not been saved yet."""
+
+    def is_due(self) -> bool:
+        """Whether to evaluate after this step, unless that is done: a fault may have come in between."""
+        step = self._state.step
+        due = self._plan.is_due(self._config.evaluate.every, step)
+        due = due or step in (0, self._plan.total_steps)
+        return self._feed is not None and due and self._state.evaluated < step
+
+    def evaluate(self, group: Group) -> dict[str, float]:
+        """The metrics of the state as it is now; the schedule sees them too."""
+        assert self._feed is not None
+        metrics = evaluate(
+            self._state, self._objective, self._feed, group, num_samples=self._num_samples,
+            size=self._config.evaluate.batch_size, autocast=self._autocast,
+        )  # fmt: skip
+        if isinstance(self._state.schedule, Plateau) and self._state.step > 0:
+            self._state.schedule.observe(metrics["eval/loss"])
+        self._state.evaluated = self._state.step
+        self._judge(metrics)
+        return metrics
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        self._scores = (self._state.step, metrics)
+        keep = self._config.checkpoint.keep_best
+        score = metrics.get(keep.metric) if keep is not None else None
+        if keep is None or score is None or score != score or self._state.step == 0:
+            return
+        best = self._state.best
+        if best is None or (score > best if keep.higher else score < best):
+            self._state.best, self.improved = score, True
+
+    def scores(self) -> dict[str, float]:
+        """What a save of the state as it is now says of it; nothing where it was not evaluated."""
+        evaluated, scores = self._scores
+        return scores if evaluated == self._state.step else {}
 
 
 def evaluate(

@@ -51,6 +51,14 @@ class Plan:
     def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
         return cls(**{**saved, "changing_buffers": tuple(saved["changing_buffers"])})
 
+    def is_due(self, every: int | str | None, step: int) -> bool:
+        """Whether what happens every so many steps, or every "epoch", happens after `step`."""
+        if every == "epoch":
+            # The step with which an epoch's last sample was spent.
+            batch, n = self.batch_size, self.num_samples
+            return step * batch // n > (step - 1) * batch // n
+        return isinstance(every, int) and step % every == 0
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -14,42 +14,28 @@ from typing import Any
 
 import torch
 
-from service.artifacts import checkpoint
 from service.artifacts.place import place
-from service.artifacts.saver import Saver
-from service.artifacts.weights import put_into, read_weights
-from service.config import RunConfig, build
-from service.messages import Membership, Notice, PartWritten, StepRecord
+from service.config import RunConfig
+from service.messages import Membership, Notice, StepRecord
 from service.training import collectives, dealing, nonfinite, restoring, sentinel
 from service.training.buffers import Buffers
 from service.training.collectives import Group
-from service.training.control import (
-    PAUSE,
-    REPLACED,
-    SAVE,
-    Control,
-    OutOfMemory,
-    TooManyBadSteps,
-)
+from service.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
 from service.training.dealing import Dealer
 from service.training.determinism import only_deterministic, refuse_undeterministic
-from service.training.ema import Ema
-from service.training.evaluation import evaluate
+from service.training.evaluation import Evaluator
 from service.training.feed import Feed
-from service.training.objective import Objective
-from service.training.plan import Plan, build_data, build_model, build_optimizer_for, build_schedule
-from service.training.plateau import Plateau
+from service.training.metrics import StepMetrics
+from service.training.plan import Plan, build_data
 from service.training.reduction import Reducer, reducer_for
+from service.training.replica import first_model, first_state, objective_on
 from service.training.sampling import SampleOrder, slot_bounds
+from service.training.saving import Saves
 from service.training.sentinel import Diverged, Sentinel
-from service.training.state import MODEL, TrainState
-from service.training.step import StepInput, StepResult, layer_norms, train_step
+from service.training.step import StepInput, StepResult, train_step
 from service.training.stopwatch import Stopwatch
 
 __all__ = ["Control", "OutOfMemory", "TooManyBadSteps", "Trainer"]
-
-_PATIENCE_S = 5.0
-"""How long a step waits for the save before the one that is due."""
 
 
 @dataclass
@@ -76,42 +62,28 @@ class Trainer:
         if config.reduction == "exact":
             only_deterministic(device)
         self.config, self.plan, self.device, self.control = config, plan, device, control
-        train, self.evaluation = build_data(config)
-        model = build_model(config, train)
-        if config.init_from is not None:
-            source = place(config.init_from)
-            put_into(model, read_weights(source), source, strict=config.init_strict)
-        model.to(device)
-        self.objective = Objective.of(_build_loss(config, device))
-        optimizer = build_optimizer_for(config, model, device)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        ema = Ema(model, config.ema.decay) if config.ema.decay is not None else None
-        self.state = TrainState(model, optimizer, build_schedule(config, plan.total_steps), ema)
+        train, held_out = build_data(config)
+        model = first_model(config, train, device)
+        self.objective = objective_on(config, device)
+        self.state = first_state(config, plan, model, device)
         self._forward: Any = torch.compile(model) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
-        seed, policy = config.seed, config.data.on_error
-        self.feed = Feed(train, self.order, device, seed=seed, on_error=policy)
-        self.evaluation_feed = (
-            None
-            if self.evaluation is None
-            else Feed(self.evaluation, None, device, seed=seed, on_error=policy)
+        self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
+        self.evaluator = Evaluator(
+            config, plan, held_out, self.state, self.objective, device, self._autocast
+        )
+        self.saves = Saves(config, plan, run_dir, self.state, self.evaluator, control)
+        self.metrics = StepMetrics(
+            model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every
         )
         self.buffers = Buffers(model, plan.changing_buffers)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
         self.make_dealer: Callable[..., Dealer] = Dealer
-        self.saver = Saver(checkpoint.folder(run_dir, config.checkpoint.dir), self._saved)
-        # The last save's copy is made while gradients are computed; only the update must wait for it.
-        optimizer.register_step_pre_hook(lambda *_: self.saver.copied())
-        self._changed_by_forward = frozenset(MODEL + name for name, _ in model.named_buffers())
-        self._scores: tuple[int, dict[str, float]] = (-1, {})
-        self._improved = False
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
         self._scale = torch.tensor(1.0 / plan.nominal, device=device)
-        self._window = (time.perf_counter(), 0)
 
     # -- one generation ---------------------------------------------------------------
 
@@ -125,7 +97,7 @@ class Trainer:
         when the checkpoint that the generation was to begin with could not be read.
         """
         self.control.diverged = ()
-        self.saver.copied()
+        self.saves.copied()
         share = self._read_share(membership)
         self.control.enter("join")
         collectives.leave()
@@ -147,9 +119,8 @@ class Trainer:
                 self._tell_progress()
             if membership.save_only:
                 if membership.save_to is not None:
-                    self.saver.wait()
-                    self.saver.root = place(membership.save_to)
-                self._save(group, membership.generation, wait=True)
+                    self.saves.go_elsewhere(place(membership.save_to))
+                self.saves.save(group, membership.generation, wait=True)
                 return "paused"
             return self._loop(group, membership)
         except BaseException:
@@ -183,23 +154,16 @@ class Trainer:
                 self._evaluate_if_due(group)
                 if self.state.step == self.plan.total_steps:
                     break
-                due = votes[SAVE] or self._due(self.config.checkpoint.every) or self._improved
+                due = votes[SAVE] or self.saves.is_due()
                 if votes[PAUSE] or due:
-                    self._save(group, membership.generation, wait=bool(votes[PAUSE]))
+                    self.saves.save(group, membership.generation, wait=bool(votes[PAUSE]))
                 if votes[PAUSE]:
                     return "paused"
-            self._save(group, membership.generation, wait=True)
+            self.saves.save(group, membership.generation, wait=True)
         return "finished"
 
     def _slots(self, share: tuple[int, int]) -> list[tuple[int, tuple[int, int]]]:
         return [(slot, self.bounds[slot]) for slot in range(*share)]
-
-    def _due(self, every: int | str | None) -> bool:
-        if every == "epoch":
-            # The step with which an epoch's last sample was spent.
-            batch, n, step = self.plan.batch_size, self.plan.num_samples, self.state.step
-            return step * batch // n > (step - 1) * batch // n
-        return isinstance(every, int) and self.state.step % every == 0
 
     def _step(self, now: _Generation) -> StepResult:
         step, begun = self.state.step + 1, time.perf_counter()
@@ -228,7 +192,7 @@ class Trainer:
             self._notice(notice)
         if result.committed:
             self.control.useful_s += time.perf_counter() - begun
-        metrics = self._metrics(step, result, learning_rate)
+        metrics = self.metrics.of(step, result, learning_rate)
         if now.group.world_size > 1:
             self._share_load(now, step, result, metrics)
         self._record(step, metrics, result, notice)
@@ -296,29 +260,6 @@ class Trainer:
             self._multiplier = multiplier
         return float(self.state.optimizer.param_groups[0]["lr"])
 
-    def _metrics(self, step: int, result: StepResult, learning_rate: float) -> dict[str, float]:
-        metrics = {
-            "train/loss": result.loss,
-            "train/learning_rate": learning_rate,
-            "grad/norm": result.gradient_norm,
-        }
-        if result.votes[REPLACED]:
-            metrics["data/replaced"] = float(result.votes[REPLACED])
-        if not result.committed:
-            metrics["train/skipped"] = 1.0
-        if step % self.config.diagnostics.every == 0 or step == 1:
-            for layer, norm in layer_norms(self.state.model).items():
-                metrics[f"grad/norm/{layer}"] = norm
-            now = time.perf_counter()
-            then, at = self._window
-            if step > at > 0:
-                metrics["perf/samples_per_second"] = (
-                    (step - at) * self.plan.batch_size / (now - then)
-                )
-                metrics["perf/data_wait"] = self.feed.waited_s() / (now - then)
-            self._window = (now, step)
-        return metrics
-
     def _record(
         self, step: int, metrics: dict[str, float], result: StepResult, notice: Notice | None
     ) -> None:
@@ -350,38 +291,14 @@ class Trainer:
     # -- evaluation -------------------------------------------------------------------
 
     def _evaluate_if_due(self, group: Group) -> None:
-        """Evaluate after this step unless that is done: a fault may have come in between."""
-        step = self.state.step
-        due = self._due(self.config.evaluate.every) or step in (0, self.plan.total_steps)
-        if due and self.state.evaluated < step:
-            self._evaluate(group)
-
-    def _evaluate(self, group: Group) -> None:
-        if self.evaluation is None or self.evaluation_feed is None:
+        if not self.evaluator.is_due():
             return
         self.control.enter("evaluate")
-        self.saver.copied()  # averaged weights are put into the model for a while
-        metrics = evaluate(
-            self.state, self.objective, self.evaluation_feed, group, num_samples=len(self.evaluation),
-            size=self.config.evaluate.batch_size, autocast=self._autocast,
-        )  # fmt: skip
-        if isinstance(self.state.schedule, Plateau) and self.state.step > 0:
-            self.state.schedule.observe(metrics["eval/loss"])
-        self.state.evaluated = self.control.evaluated = self.state.step
-        self._judge(metrics)
+        self.saves.copied()  # averaged weights are put into the model for a while
+        metrics = self.evaluator.evaluate(group)
+        self.control.evaluated = self.state.evaluated
         self.control.records.append(StepRecord(self.state.step, metrics, int(time.time() * 1000)))
         self.control.notify()
-
-    def _judge(self, metrics: dict[str, float]) -> None:
-        """Whether this is the best so far; every rank comes to the same answer."""
-        self._scores = (self.state.step, metrics)
-        keep = self.config.checkpoint.keep_best
-        score = metrics.get(keep.metric) if keep is not None else None
-        if keep is None or score is None or score != score or self.state.step == 0:
-            return
-        best = self.state.best
-        if best is None or (score > best if keep.higher else score < best):
-            self.state.best, self._improved = score, True
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -402,32 +319,10 @@ class Trainer:
     def _tell_progress(self) -> None:
         self.control.step, self.control.evaluated = self.state.step, self.state.evaluated
 
-    def _save(self, group: Group, generation: int, *, wait: bool) -> None:
-        """wait: for a save before that is still under way, however long it takes; else give this one up."""
-        self.control.enter("save")
-        self._improved = False
-        evaluated, scores = self._scores
-        if evaluated != self.state.step:
-            scores = {}
-        self.saver.save(
-            self.state.tensors(), step=self.state.step, rank=group.rank,
-            world_size=group.world_size, generation=generation, scalars={**self.state.scalars(), **scores},
-            later=True, now=self._changed_by_forward, patience_s=None if wait else _PATIENCE_S,
-        )  # fmt: skip
-
-    def _saved(self, part: PartWritten) -> None:
-        self.control.parts.append(part)
-        self.control.notify()
-
     def finish_saving(self) -> None:
         """Wait until the background write is on disk."""
-        self.saver.wait()
+        self.saves.wait()
 
     def sha256(self) -> str:
         """The hash of the whole state."""
         return self.state.sha256()
-
-
-def _build_loss(config: RunConfig, device: torch.device) -> Any:
-    loss = build(config.loss, config.trusted_modules, "loss")
-    return loss.to(device) if isinstance(loss, torch.nn.Module) else loss
