@@ -30,8 +30,8 @@ soak: $(STAMP)   ## 200 faults in one run, and whether anything of them shows in
 ui: $(STAMP)     ## open the MLflow UI on the embedded store
 	@$(BIN)/descent ui $(ARGS)
 
-test: $(STAMP)   ## all tests; ARGS="-k name" selects
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)   ## all tests, two files at a time; ARGS="-k name" selects, ARGS="-n 0" takes one after the other
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-s3: $(STAMP)  ## the store on rclone's and Ceph's S3, which it installs (pip; apt as root) or leaves out
 	@$(BIN)/python -m tests.storage $(ARGS)

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from rich.console import Console
 
 from service.errors import ClusterError
 
+_STARTING_S = 90.0
+_NOT_YET = "No available agent"
+"""Ray's words while a node's job agent has not registered itself yet."""
 _EXIT = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
 
 
@@ -43,14 +47,7 @@ def submit(
         if not working_dir.is_dir():
             raise ClusterError(f"--working-dir={working_dir}: there is no such folder")
         environment["working_dir"] = str(working_dir)
-    try:
-        job_id = client.submit_job(
-            entrypoint=shlex.join(words), runtime_env=environment, metadata={"service": "descent"}
-        )
-    except RuntimeError as error:
-        raise ClusterError(
-            f"--address={address}: the cluster refused the job: {_first(error)}"
-        ) from error
+    job_id = _hand_over(client, address, shlex.join(words), environment, console)
     console.print(f"job {job_id} submitted: {shlex.join(words)}", highlight=False, soft_wrap=True)
     if not follow:
         return 0
@@ -64,6 +61,27 @@ def submit(
         )
         return 0
     return _outcome(client, job_id, console)
+
+
+def _hand_over(
+    client: Any, address: str, entrypoint: str, environment: dict[str, Any], console: Console
+) -> str:
+    """The job's id. A cluster that has just started answers before it can take jobs: it is given time."""
+    deadline, told = time.monotonic() + _STARTING_S, False
+    while True:
+        try:
+            return str(client.submit_job(
+                entrypoint=entrypoint, runtime_env=environment, metadata={"service": "descent"}
+            ))  # fmt: skip
+        except RuntimeError as error:
+            if _NOT_YET not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(
+                    f"--address={address}: the cluster refused the job: {_first(error)}"
+                ) from error
+        if not told:
+            console.print(f"{address} is starting: waiting until it takes jobs", highlight=False)
+        told = True
+        time.sleep(1.0)
 
 
 def _client(address: str) -> Any:

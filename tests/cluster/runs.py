@@ -12,8 +12,11 @@ import psutil
 DESCENT = str(Path(sys.executable).with_name("descent"))
 
 
-def slow_network(seconds: float) -> str:
-    """The source of a module whose network `Slow` takes this long for each micro-batch of a training."""
+def slow_network(seconds: float, dawdle: Path | None = None) -> str:
+    """The source of a module whose network `Slow` takes this long for each micro-batch of a training.
+
+    dawdle: while this file exists, a second.
+    """
     return f"""
 import os
 import time
@@ -25,7 +28,8 @@ class Slow(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
 
     def forward(self, x):
-        time.sleep({seconds} if self.training else 0)
+        if self.training:
+            time.sleep(1.0 if os.path.exists({str(dawdle)!r}) else {seconds})
         return super().forward(x)
 """
 
@@ -79,6 +83,12 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         if p.name().startswith("ray::Worker")
     ]
     return sorted(found, key=lambda p: (p.create_time(), p.pid))
+
+
+def world_size_of(folder: Path, name: str) -> int:
+    """How many workers take part now, by the run's own word."""
+    status = json.loads((folder / ".descent" / "runs" / name / "status.json").read_text())
+    return int(status["world_size"])
 
 
 def logged_steps(folder: Path, name: str) -> list[int]:

@@ -21,6 +21,7 @@ from tests.cluster.runs import (
     slow_network,
     start,
     wait_for_step,
+    world_size_of,
 )
 from tests.end_to_end.services import RAY, SMALL, answers, free_port, own_address, process, until
 
@@ -77,7 +78,7 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("nodes")
-    (folder / "nets.py").write_text(slow_network(0.05))
+    (folder / "nets.py").write_text(slow_network(0.05, dawdle=folder / "dawdle"))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -113,7 +114,11 @@ def test_a_nodes_sigterm_is_a_pause_and_a_goodbye_and_a_new_node_is_made_use_of(
         wait_for_step(run, nodes.folder, "drained", 10)
         send(signal.SIGTERM)
         until(lambda: bool(incidents_of(nodes.folder, "drained")), "the goodbye")
+        # A node takes its time to start; the run must not be over by then.
+        (nodes.folder / "dawdle").touch()
         stack.enter_context(nodes.more())
+        until(lambda: world_size_of(nodes.folder, "drained") == 2, "the new node's worker")
+        (nodes.folder / "dawdle").unlink()
         code, summary, err = end(run)
     assert code == 0, err
     assert [i["kind"] for i in incidents_of(nodes.folder, "drained")] == ["preempted"]

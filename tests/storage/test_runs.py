@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -41,8 +42,18 @@ def at_step(training: Training, name: str, step: int, act: Callable[[], None]) -
     act()
 
 
-def test_stopped_and_resumed_from_s3_with_the_same_bits(folder: Path, server: S3Server, bucket: str) -> None:  # fmt: skip
-    _, whole, _ = Training(folder, [*RUN, "name=whole"]).end()
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "slow.py").write_text(SLOW)
+    code, summary, err = Training(folder, [*RUN, "name=whole"]).end()
+    assert code == 0, err
+    return summary
+
+
+def test_stopped_and_resumed_from_s3_with_the_same_bits(
+    folder: Path, server: S3Server, bucket: str, undisturbed: dict[str, Any]
+) -> None:
     there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20", "checkpoint.keep_best=eval/loss"]  # fmt: skip
     first = Training(folder, [*RUN, "name=cut", *there])
     first.interrupt(signal.SIGINT, "cut", 70)
@@ -50,7 +61,7 @@ def test_stopped_and_resumed_from_s3_with_the_same_bits(folder: Path, server: S3
     assert code == 130 and stopped["checkpoint"].startswith(f"s3://{bucket}/runs/cut/step-")
     code, resumed, err = Training(folder, ["resume=cut", "workers=1", *there]).end()
     assert code == 0, err
-    assert resumed["state_sha256"] == whole["state_sha256"]
+    assert resumed["state_sha256"] == undisturbed["state_sha256"]
     assert server.unfinished(bucket) == []
     listed = CliRunner().invoke(app, ["checkpoint", "ls", f"s3://{bucket}/runs/cut", "--json"])
     rows = json.loads(listed.stdout)
@@ -63,7 +74,7 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     training = Training(folder, [*RUN, "name=away", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10"])  # fmt: skip
-    at_step(training, "away", 25, lambda: setattr(proxy, "plan", always("busy")))
+    at_step(training, "away", 25, goes_away(proxy))
     at_step(training, "away", 75, lambda: setattr(proxy, "plan", lambda _: None))
     code, summary, err = training.end()
     assert code == 0 and summary["step"] == STEPS, err
@@ -74,38 +85,44 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
     assert server.unfinished(bucket) == []
 
 
+def goes_away(proxy: Proxy) -> Callable[[], None]:
+    return lambda: setattr(proxy, "plan", always("busy"))
+
+
 def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_there(
-    folder: Path, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder: Path, proxy: Proxy, bucket: str, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20"]
-    runs = folder / ".descent" / "runs"
-
-    def goes_away() -> None:
-        proxy.plan = always("busy")
-
-    whole = Training(folder, [*RUN, "name=whole", *there])
-    at_step(whole, "whole", 50, goes_away)
-    code, ended, err = whole.end()
-    assert code == 0 and ended["step"] == STEPS, err
-    last = runs / "whole" / "checkpoints" / f"step-{STEPS:08d}"
-    assert ended["checkpoint"] == str(last) and checkpoint.verify(last).step == STEPS
-    assert ended["unsaved_at"] == f"s3://{bucket}/runs/whole"
-
-    proxy.plan = lambda _: None
     cut = Training(folder, [*RUN, "name=cut", *there])
-    at_step(cut, "cut", 50, goes_away)
+    at_step(cut, "cut", 50, goes_away(proxy))
     cut.interrupt(signal.SIGINT, "cut", 70)
     code, stopped, err = cut.end()
-    assert code == 130 and stopped["checkpoint"].startswith(str(runs / "cut" / "checkpoints")), err
+    own = folder / ".descent" / "runs" / "cut" / "checkpoints"
+    assert code == 130 and stopped["checkpoint"].startswith(str(own)), err
     assert checkpoint.verify(Path(stopped["checkpoint"])).step == stopped["step"] > 60
 
     proxy.plan = lambda _: None
     code, resumed, err = Training(folder, ["resume=cut", "workers=1"]).end()
     assert code == 0 and f"going on from step {stopped['step']}" in err, err
-    assert resumed["state_sha256"] == ended["state_sha256"]
+    assert resumed["state_sha256"] == undisturbed["state_sha256"]
     assert resumed["checkpoint"] == f"s3://{bucket}/runs/cut/step-{STEPS:08d}"
     assert resumed["unsaved_at"] is None
+
+
+@pytest.mark.slow
+def test_a_finished_runs_last_state_that_s3_does_not_take_is_in_its_folder(
+    folder: Path, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20"]
+    whole = Training(folder, [*RUN, "name=whole", *there])
+    at_step(whole, "whole", 50, goes_away(proxy))
+    code, ended, err = whole.end()
+    assert code == 0 and ended["step"] == STEPS, err
+    last = folder / ".descent" / "runs" / "whole" / "checkpoints" / f"step-{STEPS:08d}"
+    assert ended["checkpoint"] == str(last) and checkpoint.verify(last).step == STEPS
+    assert ended["unsaved_at"] == f"s3://{bucket}/runs/whole"
 
 
 def test_a_checkpoint_that_is_required_and_fails_ends_the_run(
