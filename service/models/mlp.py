@@ -115,12 +115,14 @@ class _Layer(nn.Module):
         self.norm = norm
         self.linear = nn.Linear(inputs, width)
         self.activation = ACTIVATIONS[activation]()
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x if self.norm is None else self.norm(x))
-        y = self.dropout(self.activation(y))
+        y = self.activation(y)
+        if self.dropout is not None:
+            y = self.dropout(y)
         return x + y if self.residual else y
 
 

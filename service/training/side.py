@@ -25,6 +25,9 @@ class Sums:
     """Buffers as each slot's forwards have left them, [slots, size]."""
 
 
+_NO_ROWS = torch.zeros(0, 0, dtype=torch.float64)
+
+
 class Side:
     """Per slot loss sum and count, the votes, what each rank says of itself, the buffers.
 
@@ -42,7 +45,10 @@ class Side:
         for rank in range(group.world_size):
             self._numbers += own if rank == group.rank else [0.0] * len(own)
         self._on_device: dict[int, Tensor] = {}
-        self._rows = torch.zeros(num_slots, buffers.size, dtype=torch.float64, device=group.device)
+        self._rows = (
+            torch.zeros(num_slots, buffers.size, dtype=torch.float64, device=group.device)
+            if buffers.size else _NO_ROWS
+        )  # fmt: skip
         self._sent: Tensor | None = None
         self._work: object = None
 
@@ -76,7 +82,8 @@ class Side:
         numbers, rows = self._numbers, self._rows
         if self._sent is not None:
             numbers = self._sent[: len(self._numbers)].tolist()
-            rows = self._sent[len(self._numbers) :].view_as(self._rows)
+            if self._buffers.size:
+                rows = self._sent[len(self._numbers) :].view_as(self._rows)
         end = 2 * self._slots
         own_from = end + self._num_votes
         by_rank = [

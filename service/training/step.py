@@ -5,10 +5,10 @@ the update, and what decides about it (losses, votes) travels to every rank in o
 small vector beside the gradients.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,7 @@ Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
 
 
-@dataclass(frozen=True)
-class StepInput:
+class StepInput(NamedTuple):
     """What one rank computes in one step."""
 
     step: int
@@ -56,8 +55,7 @@ class StepInput:
         ]
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """The same on every rank, but for `suspects`."""
 
     loss: float
@@ -189,7 +187,10 @@ def gradient_norm(gradients: list[Tensor]) -> float:
     """The 2-norm over all entries; not finite if one of them isn't."""
     if not gradients:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    norms = torch._foreach_norm(gradients)
+    if gradients[0].device.type == "cpu":  # reading a few numbers costs less than two more kernels
+        return math.sqrt(sum(n.item() ** 2 for n in norms))
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def layer_norms(model: nn.Module) -> dict[str, float]:

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ class Trainer:
         notice = nonfinite.notice(
             given.step, now.membership.generation, now.dealer.shares, first, second.committed, told
         )
-        return replace(second, votes=votes), notice
+        return second._replace(votes=votes), notice
 
     def _share_load(
         self, now: _Generation, step: int, result: StepResult, metrics: dict[str, float]
