@@ -33,7 +33,7 @@ FORMAT = 2
 _STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"([a-z]+)-\d{5}-of-\d{5}\.safetensors")
 _PARALLEL = 8
-_PIECE = 2 << 20
+_HASHED_AT_ONCE = 1 << 20
 
 P = TypeVar("P", bound=Place)
 T = TypeVar("T")
@@ -275,14 +275,14 @@ def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> 
 
 
 def _hash_file(path: Path, digest: "hashlib._Hash") -> None:
-    """Feed a file to `digest`, the next piece being read meanwhile: neither disk nor core waits."""
-    pieces = [memoryview(bytearray(_PIECE)) for _ in range(2)]
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, "read ahead") as ahead:
-        coming = ahead.submit(file.readinto, pieces[0])
-        while got := coming.result():
-            piece = pieces[0]
-            pieces.reverse()
-            coming = ahead.submit(file.readinto, pieces[0])
+    """Feed a file to `digest`, in pieces that are still in the core's cache when they are hashed.
+
+    The kernel reads ahead by itself; threads of our own for that, mapped pages and direct
+    reads were tried and are slower.
+    """
+    piece = memoryview(bytearray(_HASHED_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(piece):
             digest.update(piece[:got])
 
 

@@ -43,6 +43,9 @@ _SPEED = 1e9
 _LITTLE = 16 << 20
 """Bytes that are not worth taking time over."""
 _PIECE = 4 << 20
+_FILE_BYTES = 64 << 20
+_MOST_FILES = 4
+"""Of a group, a rank writes about one file for so many bytes, and at most so many files."""
 _LONGEST_REST_S = 1.0
 
 
@@ -91,7 +94,7 @@ class Saver:
             return
         mine = {n: tensors[n].detach() for n in share(tensors, rank, world_size)}
         try:
-            files = _lay_out(mine, rank, world_size, step)
+            files = _lay_out(tensors, mine, rank, world_size, step)
         except ValueError as error:
             self._done(replace(part, error=str(error)))
             return
@@ -252,14 +255,27 @@ class _Torn(RuntimeError):
         return str(self.args[0])
 
 
-def _lay_out(mine: Mapping[str, Tensor], rank: int, world_size: int, step: int) -> list[tuple[str, int, Layout]]:  # fmt: skip
-    """(file, where it begins in the buffer, layout) of each file: model, optimizer and ema apart."""
+def _lay_out(
+    tensors: Mapping[str, Tensor], mine: Mapping[str, Tensor], rank: int, world_size: int, step: int
+) -> list[tuple[str, int, Layout]]:
+    """(file, where it begins in the buffer, layout) of each of this rank's files: model, optimizer and ema apart.
+
+    A large share becomes several files: a hash runs over one file on one core, and a
+    restore with more ranks has more to deal out.
+    """
     found, at = [], 0
     for group in sorted({n.partition("/")[0] for n in mine}):
+        # All ranks come to the same number, since all of them know all tensors.
+        whole = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(group + "/"))  # fmt: skip
+        pieces = max(1, min(_MOST_FILES, -(-whole // (world_size * _FILE_BYTES))))
         inside = {n.partition("/")[2]: t for n, t in mine.items() if n.startswith(group + "/")}
-        made = layout(inside, {"format": "pt", "step": str(step)})
-        found.append((file_name(group, rank, world_size), at, made))
-        at += -(-made.size // BLOCK) * BLOCK
+        for piece in range(pieces):
+            part = {n: inside[n] for n in share(inside, piece, pieces)}
+            if not part:
+                continue
+            made = layout(part, {"format": "pt", "step": str(step)})
+            found.append((file_name(group, rank * pieces + piece, world_size * pieces), at, made))
+            at += -(-made.size // BLOCK) * BLOCK
     return found
 
 

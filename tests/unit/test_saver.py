@@ -199,3 +199,22 @@ def test_files_begin_where_the_disk_can_read_them_from_memory(tmp_path: Path) ->
         for file in part.files:
             content = (tmp_path / f"step-{part.step:08d}" / file.name).read_bytes()
             assert hashlib.sha256(content).hexdigest() == file.sha256
+
+
+def test_a_large_share_becomes_several_files_and_comes_back_whole(tmp_path: Path) -> None:
+    """Two ranks; the files carry numbers of their own, and hold each tensor once."""
+    tensors = {f"model/{i}": torch.full((4 << 20,), float(i)) for i in range(12)}  # 201 MB
+    tensors["optimizer/step"] = torch.tensor(3.0)
+    parts: list[PartWritten] = []
+    for rank in (0, 1):
+        saver = Saver(tmp_path, parts.append)
+        saver.save(tensors, step=1, rank=rank, world_size=2, generation=1, scalars={})
+        saver.wait()
+    target = checkpoint.commit(tmp_path, parts, run="r", config_sha256="0" * 64)
+    names = sorted(f.name for part in parts for f in part.files)
+    assert (
+        names[:4] == [f"model-{i:05d}-of-00004.safetensors" for i in range(4)] and len(names) == 5
+    )
+    found, _ = checkpoint.load(target)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
