@@ -13,6 +13,8 @@ from rich.text import Text
 from service.messages import Incident, StepRecord
 
 _LINE_EVERY_S = 5.0
+_SAME_STEP_S = 30.0
+"""Between two lines while no step is taken: an evaluation, a save or a regroup is under way."""
 _DRAW_EVERY_S = 0.2
 _SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -55,6 +57,7 @@ class Display:
         self._losses: list[float] = []
         self._window_at = time.monotonic()
         self._drawn = self._lined = 0.0
+        self._lined_step = -1
         self._progress = Progress(
             TextColumn("step"), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=console,
@@ -140,14 +143,16 @@ class Display:
         if not force and now - self._drawn < _DRAW_EVERY_S:
             return
         self._drawn = now
-        if now - self._window_at >= 1.0:
+        if now - self._window_at > _SAME_STEP_S and self._step == self._window_step:
+            self._window_at = now  # the speed is that of steps: what else takes long isn't in it
+        if now - self._window_at >= 1.0 and self._step > self._window_step:
             self._rate = (self._step - self._window_step) * self._batch / (now - self._window_at)
             self._window_at, self._window_step = now, self._step
         if self._live is not None:
             self._progress.update(self._task, completed=self._step)
             self._live.update(self._render(), refresh=True)
-        elif self._losses and now - self._lined >= _LINE_EVERY_S:
-            self._lined = now
+        elif self._losses and now - self._lined >= self._line_every_s:
+            self._lined, self._lined_step = now, self._step
             evaluation = f", eval {self._eval_loss:.4f}" if not math.isnan(self._eval_loss) else ""
             accuracy = f" ({self._accuracy:.2%})" if not math.isnan(self._accuracy) else ""
             data = "" if math.isnan(self._data_wait) else f", data {self._waiting()}"
@@ -155,6 +160,10 @@ class Display:
                 f"step {self._step:,}/{self._total:,}: loss {self._loss:.4f}{evaluation}{accuracy}, "
                 f"{self._rate:,.0f} samples/s{data}, {_workers(self._world)}", highlight=False, soft_wrap=True,
             )  # fmt: skip
+
+    @property
+    def _line_every_s(self) -> float:
+        return _LINE_EVERY_S if self._step != self._lined_step else _SAME_STEP_S
 
     @property
     def best(self) -> dict[str, float]:

@@ -32,3 +32,24 @@ def test_the_share_of_time_that_steps_wait_for_data_is_shown_as_last_measured(te
         display._lined = 0.0
         display._draw(force=True)
     assert "0.4% of the time waited for" in out.getvalue()
+
+
+def test_a_log_does_not_repeat_itself_while_no_step_is_taken_and_keeps_the_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("service.cluster.display.time.monotonic", lambda: now)
+    out = io.StringIO()
+    display = Display(Console(file=out, width=200), "a run", total_steps=100, batch_size=32)
+    with display:
+        for step in range(1, 11):
+            now += 1.0
+            display.record(record(step), world_size=2)
+            display.tick()
+        before = out.getvalue().count("step 10/100")
+        for _ in range(40):  # evaluating
+            now += 1.0
+            display.tick()
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("step 10/100")]
+    assert before <= 1 and 1 <= len(lines) - before <= 2
+    assert all(" 32 samples/s" in line for line in lines)
