@@ -146,7 +146,9 @@ class Saver:
         """For the thread that writes and for each that hashes; on S3 the network sets the pace."""
         if size < _LITTLE or not isinstance(self.root, Path):
             return None
-        return [_Pace(self._duty / (1 + files), self._hurry) for _ in range(1 + files)]
+        # Half for the one that writes: it has all files to write, one after the other.
+        half = self._duty / 2
+        return [_Pace(half, self._hurry), *(_Pace(half / files, self._hurry) for _ in range(files))]
 
     def _views(self, files: "list[tuple[str, int, Layout]]", mine: Mapping[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         """A tensor over its place in the buffer for each name; the headers are written."""
