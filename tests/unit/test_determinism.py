@@ -20,8 +20,20 @@ def test_an_operation_without_a_deterministic_kernel_is_named_with_the_cure() ->
         refuse_undeterministic(torchs.value)
 
 
-def test_other_errors_are_none_of_its_business() -> None:
-    refuse_undeterministic(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+def test_any_other_error_stays_what_it_is() -> None:
+    """As the trainer uses it: what it lets pass is raised again."""
+    other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def step() -> None:
+        try:
+            raise other
+        except RuntimeError as error:
+            refuse_undeterministic(error)
+            raise
+
+    with pytest.raises(RuntimeError) as seen:
+        step()
+    assert seen.value is other
 
 
 def test_a_cpu_needs_no_mode() -> None:
