@@ -143,7 +143,8 @@ class Display:
         if not force and now - self._drawn < _DRAW_EVERY_S:
             return
         self._drawn = now
-        if now - self._window_at > _SAME_STEP_S and self._step == self._window_step:
+        idle = not self._losses or now - self._window_at > _SAME_STEP_S
+        if idle and self._step == self._window_step:
             self._window_at = now  # the speed is that of steps: what else takes long isn't in it
         if now - self._window_at >= 1.0 and self._step > self._window_step:
             self._rate = (self._step - self._window_step) * self._batch / (now - self._window_at)
