@@ -91,15 +91,19 @@ def file_name(group: str, rank: int, world_size: int) -> str:
 
 
 def share(tensors: Mapping[str, "Tensor"], rank: int, world_size: int) -> list[str]:
-    """The names that `rank` writes: largest first to whoever has least so far, the same on every rank."""
-    loads = [0] * world_size
-    mine = []
-    for name in sorted(tensors, key=lambda n: (-tensors[n].numel() * tensors[n].element_size(), n)):
+    """The names that `rank` writes, the same on every rank."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    return _dealt(sizes, world_size)[rank]
+
+
+def _dealt(sizes: Mapping[str, int], hands: int) -> list[list[str]]:
+    """Names in so many hands of about the same size: the largest first to whoever has least so far."""
+    loads, found = [0] * hands, [list[str]() for _ in range(hands)]
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
         least = loads.index(min(loads))
-        loads[least] += tensors[name].numel() * tensors[name].element_size()
-        if least == rank:
-            mine.append(name)
-    return sorted(mine)
+        loads[least] += sizes[name]
+        found[least].append(name)
+    return [sorted(names) for names in found]
 
 
 # -- writing --------------------------------------------------------------------------
@@ -203,13 +207,8 @@ def load_files(target: Place, manifest: Manifest, names: Collection[str]) -> dic
 
 
 def shares(manifest: Manifest, world_size: int) -> list[list[str]]:
-    """By rank the files that it reads in a restore: the largest first to whoever has least so far."""
-    loads, found = [0] * world_size, [list[str]() for _ in range(world_size)]
-    for name in sorted(manifest.files, key=lambda n: (-manifest.files[n]["size"], n)):
-        least = loads.index(min(loads))
-        loads[least] += manifest.files[name]["size"]
-        found[least].append(name)
-    return found
+    """By rank the files that it reads in a restore."""
+    return _dealt({name: entry["size"] for name, entry in manifest.files.items()}, world_size)
 
 
 def verify(target: Place) -> Manifest:

@@ -56,7 +56,7 @@ class Saver:
         self.root = root
         self._done = done
         self._copier = ThreadPoolExecutor(1, "copier", initializer=_step_back)
-        # A save and, per file, two. On disk they pace themselves until somebody waits, and then
+        # A save, and its files' hashes and uploads in turn. On disk they pace themselves until somebody waits, and then
         # nothing is to hold them back: a thread can't take back having stepped back.
         paced = isinstance(root, Path)
         self._writer = ThreadPoolExecutor(8, "writer", initializer=None if paced else _step_back)

@@ -26,7 +26,7 @@ DOORS = {
     "hydra": ("config/",),
     "omegaconf": ("config/",),
     "ray": ("cluster/",),
-    "mlflow": ("artifacts/tracking.py", "artifacts/export.py"),
+    "mlflow": ("artifacts/tracking/", "artifacts/export.py"),
     "boto3": ("artifacts/store/",),
     "botocore": ("artifacts/store/",),
     "s3transfer": ("artifacts/store/",),
