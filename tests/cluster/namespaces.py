@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tests import debian
+
 
 def ip(*arguments: str) -> None:
     """iproute2's ip. Raises CalledProcessError with its words."""
@@ -15,7 +17,7 @@ def ip(*arguments: str) -> None:
 
 def why_not() -> str | None:
     """What keeps this machine from having network namespaces; None where it can."""
-    if shutil.which("ip") is None:
+    if shutil.which("ip") is None and not debian.install("iproute2"):
         return "needs iproute2: apt-get install iproute2"
     probe = f"descent-{secrets.token_hex(3)}"
     try:

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from tests import debian
 
 FLAGS = [
     "--headless",
@@ -34,9 +35,7 @@ def find_chromium() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if path := shutil.which(name):
             return path
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        install = "apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium"
-        subprocess.run(["sh", "-c", install], capture_output=True, timeout=240)
+    debian.install("chromium")
     path = shutil.which("chromium")
     assert path, (
         "this test needs Chromium: install it (Debian: apt-get install chromium), "

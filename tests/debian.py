@@ -1,0 +1,33 @@
+"""Debian packages that a test needs and a fresh machine lacks."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_ONCE = ("-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20")
+_PATIENCE_S = 240.0
+
+
+def install(*packages: str) -> bool:
+    """Install packages, as root where there is apt; whether it went well.
+
+    One process at a time: tests run side by side, and apt refuses a second one.
+    """
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return False
+    install = ("apt-get", *_ONCE, "install", "-y", "--no-install-recommends", *packages)
+    with (Path(tempfile.gettempdir()) / "descent-tests-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _ran(*install) or (_ran("apt-get", *_ONCE, "update") and _ran(*install))
+
+
+def _ran(*command: str) -> bool:
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(command, capture_output=True, env=quiet, timeout=_PATIENCE_S, check=False)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
