@@ -142,11 +142,14 @@ class Controller:
         now = time.monotonic()
         if self._abort_sent is None:
             self._abort_sent = now
+            seen = self._roll.standstill(workers)
+            if seen and self._reports.broke_at is None:
+                self._reports.broke_at = ("standstill", int(time.time() * 1000), seen)
             for worker_id in workers:
                 self._group.abort(worker_id, self._generation.number)
         elif now - self._abort_sent > _ABORT_S:
             for worker_id in workers:
-                self._group.kill(worker_id, "could not be brought to leave its generation")
+                self._roll.dislodge(worker_id)
 
     def _form(self, decision: policy.Form) -> None:
         # Regroups that get nowhere must end: a network that always fails, an error in the

@@ -25,6 +25,8 @@ class WorkerView:
     """Its process or node was told to go away: a goodbye, not a fault."""
     slow: bool = False
     """A straggler that is to be replaced."""
+    stalled: bool = False
+    """A member without progress for too long: it is stuck, or waits for one who is."""
     failure: Failure | None = None
     """What it raised, where its state is FAILED."""
 
@@ -71,7 +73,10 @@ class Wait:
 
 @dataclass(frozen=True)
 class Abort:
-    """Tell these members to leave their generation: a peer of theirs is gone."""
+    """Tell these members to leave their generation: a peer of theirs is gone, or stuck.
+
+    Who waits for others leaves at once and keeps the state; who is stuck doesn't.
+    """
 
     workers: tuple[str, ...]
 
@@ -140,7 +145,8 @@ def decide(view: View) -> Decision:
         return End(RunState.FINISHED)
     running = [w for w in view.members if w in alive and alive[w].state is WorkerState.RUNNING]
     broken = any(
-        m is None or m.dead or m.state in (WorkerState.BROKEN, WorkerState.FAILED) for m in members
+        m is None or m.dead or m.stalled or m.state in (WorkerState.BROKEN, WorkerState.FAILED)
+        for m in members
     )
     if running and broken:
         return Abort(tuple(running))

@@ -1,12 +1,13 @@
 """Who is lost, who is about to go, who is too slow: what is known of the workers beyond their own words."""
 
 import time
+from typing import TypeGuard
 
 from service.cluster.ledger import Ledger
 from service.cluster.policy import Failure, WorkerView
 from service.cluster.worker_group import Handle, WorkerGroup
 from service.config import RunConfig
-from service.messages import WorkerFailure, WorkerState
+from service.messages import WorkerFailure, WorkerState, WorkerStatus
 
 _LOOK_EVERY_S = 1.0
 """Between two looks at the cluster for nodes that are going away."""
@@ -39,32 +40,41 @@ class RollCall:
         """Kill who hangs, note who is dead or about to go."""
         for worker_id, handle in self._group.handles.items():
             if not handle.dead:
-                self._kill_if_hanging(worker_id, handle)
+                self._kill_if_hanging(worker_id, handle, members)
         for worker_id, handle in self._group.handles.items():
             if handle.dead and worker_id not in self._counted:
                 self._counted.add(worker_id)
                 self._lost(worker_id, handle, members, step)
         self._find_drained(members, step)
 
-    def _kill_if_hanging(self, worker_id: str, handle: Handle) -> None:
-        heartbeat, stall = self._config.regroup.heartbeat_s, self._config.regroup.stall_s
-        status = handle.status
+    def _kill_if_hanging(self, worker_id: str, handle: Handle, members: tuple[str, ...]) -> None:
+        heartbeat = self._config.regroup.heartbeat_s
         wait_s = max(self._config.regroup.wait_s, _START_S)
-        if status is not None and status.phase in _AT_STORAGE:
-            stall *= _STORAGE_PATIENCE
         if not handle.answered and self._group.unheard_s(worker_id) > wait_s:
             self._counted.add(worker_id)
             self._group.retire(worker_id, f"could not be placed within {wait_s:g} s")
         elif self._group.silent_for(worker_id) > heartbeat:
             self._group.kill(worker_id, f"no answer for {heartbeat:g} s")
-        elif (
-            status is not None
-            and status.state in (WorkerState.RUNNING, WorkerState.STARTING)
-            and status.phase_age_s > stall
-        ):
-            self._group.kill(
-                worker_id, f"no progress in '{status.phase}' for {status.phase_age_s:.0f} s"
-            )
+        elif worker_id not in members and self._stalled(handle.status):
+            # A member's peers stand still with it: the policy finds out who is to blame.
+            self._group.kill(worker_id, _standstill(handle.status))
+
+    def _stalled(self, status: WorkerStatus | None) -> TypeGuard[WorkerStatus]:
+        if status is None or status.state not in (WorkerState.RUNNING, WorkerState.STARTING):
+            return False
+        patience = _STORAGE_PATIENCE if status.phase in _AT_STORAGE else 1.0
+        return status.phase_age_s > patience * self._config.regroup.stall_s
+
+    def standstill(self, members: tuple[str, ...]) -> str:
+        """What the members that make no progress were last seen doing; empty while all do."""
+        statuses = ((w, self._group.handles[w].status) for w in members)
+        return "; ".join(f"{w}: {_standstill(s)}" for w, s in statuses if self._stalled(s))
+
+    def dislodge(self, worker_id: str) -> None:
+        """End a member that was told to leave its generation and doesn't: it is the one that is stuck."""
+        status = self._group.handles[worker_id].status
+        where = f", stuck in '{status.phase}'" if status is not None else ""
+        self._group.kill(worker_id, f"could not be brought to leave its generation{where}")
 
     def _lost(self, worker_id: str, handle: Handle, members: tuple[str, ...], step: int) -> None:
         """A crash counts; a worker that went with its node, or had said goodbye, doesn't."""
@@ -131,5 +141,10 @@ class RollCall:
         return WorkerView(
             state, handle.dead, status.generation, (status.step, status.evaluated), joined,
             leaving, worker_id in self.slow,
-            (failure.kind, failure.step + 1) if failure is not None else None,
+            stalled=self._stalled(status),
+            failure=(failure.kind, failure.step + 1) if failure is not None else None,
         )  # fmt: skip
+
+
+def _standstill(status: WorkerStatus) -> str:
+    return f"no progress in '{status.phase}' for {status.phase_age_s:.0f} s"

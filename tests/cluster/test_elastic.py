@@ -40,6 +40,23 @@ class Unlucky(Slow):
                 raise OSError("a cosmic ray")
         return super().forward(x)
 
+class Stuck(Slow):
+    '''Doesn't come back from its 40th micro-batch, in one process: as in a driver that hangs.'''
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 40:
+            try:
+                os.close(os.open("stuck", os.O_CREAT | os.O_EXCL))
+                time.sleep(600)
+            except FileExistsError:
+                pass
+        return super().forward(x)
+
 class Tired(Slow):
     '''Six times slower from its 20th micro-batch on, in one process: as beside a busy neighbour.'''
 
@@ -148,6 +165,18 @@ def test_an_exception_that_only_one_worker_raises_once_is_retried_elsewhere(
     assert_nothing_tells(folder, "unlucky", ended, undisturbed)
     (incident,) = incidents_of(folder, "unlucky")
     assert incident["kind"] == "worker lost" and "a cosmic ray" in incident["detail"]
+
+
+def test_who_is_stuck_is_replaced_and_who_waits_for_it_keeps_the_state(
+    folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    ended = end(start(
+        folder, "stuck", "Stuck", *ROOM, "workers=3", "regroup.stall_s=3", "regroup.max_failures=1",
+    ))  # fmt: skip
+    assert_nothing_tells(folder, "stuck", ended, undisturbed)
+    (incident,) = incidents_of(folder, "stuck")
+    assert incident["kind"] == "worker lost" and "stuck in 'forward'" in incident["detail"]
+    assert incident["steps_lost"] == 0 and incident["worker"] not in ended[1]["workers"]
 
 
 def test_a_lasting_straggler_is_named_with_its_host_and_replaced(

@@ -40,6 +40,10 @@ def leaving(state: WorkerState, step: int = 0) -> WorkerView:
     return replace(member(state, step), leaving=True)
 
 
+def stalled(step: int = 0) -> WorkerView:
+    return replace(member(S.RUNNING, step), stalled=True)
+
+
 def slow(state: WorkerState, step: int = 0) -> WorkerView:
     return replace(member(state, step), slow=True)
 
@@ -118,6 +122,14 @@ TABLE: list[tuple[str, View, Decision]] = [
      Retire(("b",))),
     ("all members raise the same",
      view("ab", a=failed("ValueError", 4), b=failed("ValueError", 4)), End(RunState.FAILED, "a worker's code failed")),
+    ("nobody makes progress: all leave, who is stuck shows itself",
+     view("ab", a=stalled(6), b=stalled(6)), Abort(("a", "b"))),
+    ("also if only one of them is known to stand still",
+     view("ab", a=member(S.RUNNING, 6), b=stalled(6)), Abort(("a", "b"))),
+    ("who has left waits for the one that is stuck",
+     view("ab", a=member(S.BROKEN, 6), b=stalled(6)), Abort(("b",))),
+    ("and goes on without it",
+     view("ab", a=member(S.BROKEN, 6), b=replace(stalled(6), dead=True)), Form(("a",), ())),
     ("a worker that can't even be built",
      view(a=WorkerView(S.FAILED, failure=("ImportError", 1)), b=fresh(S.STARTING)),
      End(RunState.FAILED, "a worker's code failed")),
@@ -193,7 +205,7 @@ def views(draw: st.DrawFn) -> View:
         failure = ("ValueError", progress[0] + 1) if state is S.FAILED else None
         workers[name] = WorkerView(
             state, draw(st.booleans()), draw(st.integers(-1, 3)), progress, joined,
-            draw(st.booleans()), draw(st.booleans()), failure,
+            draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), failure,
         )  # fmt: skip
     low = draw(st.integers(1, 4))
     return View(
@@ -239,6 +251,8 @@ def test_whatever_the_situation(situation: View) -> None:
         assert 0 not in decision.behind
     if isinstance(decision, Abort):
         assert set(decision.workers) == set(running)
+    if running and any(workers[w].stalled for w in running):
+        assert isinstance(decision, Abort | End)
     if decision == End(RunState.FINISHED):
         assert situation.members and all(
             workers[w].state is S.FINISHED and not workers[w].dead for w in situation.members

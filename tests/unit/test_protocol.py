@@ -29,8 +29,8 @@ SCENARIOS = {
     "three of at least two, one killed, one more to be had": Scenario(
         2, 3, room=1, faults=1, prompt=True
     ),
-    "three, one hangs, is cut off or loses a connection": Scenario(
-        1, 3, faults=1, kinds=("hung", "cut", "torn"), prompt=True
+    "three, one hangs, is cut off, is stuck or loses a connection": Scenario(
+        1, 3, faults=1, kinds=("hung", "cut", "wedged", "torn"), prompt=True
     ),
 }
 
@@ -68,6 +68,11 @@ def _survivors_are_not_waited_for(view: View) -> Decision:
     return Form(tuple(left), ()) if isinstance(decision, Abort) and left else decision
 
 
+def _a_standstill_is_waited_for(view: View) -> Decision:
+    workers = {w: dataclasses.replace(v, stalled=False) for w, v in view.workers.items()}
+    return policy.decide(dataclasses.replace(view, workers=workers))
+
+
 def _restores_too_early(view: View) -> Decision:
     decision = policy.decide(view)
     some_lost = any(view.workers[w].dead for w in view.members)
@@ -85,6 +90,8 @@ BROKEN: dict[str, tuple[Rules, Scenario, str]] = {
     "nobody is behind": (Rules(decide=_nobody_is_behind), TWO, "reduce together"),
     "survivors are not aborted": (
         Rules(decide=_survivors_are_not_aborted), dataclasses.replace(TWO, kinds=("hung",)), "deadlock"),
+    "a standstill is waited for": (
+        Rules(decide=_a_standstill_is_waited_for), dataclasses.replace(TWO, kinds=("wedged",)), "deadlock"),
     "survivors are not waited for": (
         Rules(decide=_survivors_are_not_waited_for), Scenario(1, 3, faults=1, prompt=True), "going on from step"),
     "back to the checkpoint while somebody lives": (Rules(decide=_restores_too_early), TWO, "living worker"),

@@ -46,6 +46,7 @@ def _decision(c: Control, room: int, scenario: Scenario, rules: Rules, late: boo
         if rules.told_is_running and index in c.members and generation < c.generation:
             state = S.RUNNING.value
         more = {"leaving": True} if leaving else {}
+        more |= {"stalled": True} if index in c.stalled else {}
         workers[_name(index)] = WorkerView(
             S(state), dead, generation, (step, step), index in c.joined, **more
         )
@@ -140,7 +141,7 @@ def _form(world: World, decision: policy.Form, rules: Rules) -> World:
         told = set()
     world = world.with_control(
         members=members, generation=c.generation + 1, joined=c.joined | (set(members) - told),
-        receiving=tuple((w, source) for w in sorted(told)), aborting=False, pausing=False,
+        receiving=tuple((w, source) for w in sorted(told)), aborting=False, pausing=False, stalled=frozenset(),
         saving=save_only, parts=frozenset(),
     )  # fmt: skip
     for rank, index in enumerate(members):
@@ -190,7 +191,21 @@ def can_be_found(world: World, index: int, rules: Rules) -> bool:
     worker = world.workers[index]
     if worker.life in ("hung", "cut"):
         return world.control.heard[index] is not None or not rules.waits_for_first_answer
-    return worker.life == "gone" or worker.life == "wedged"
+    if worker.life == "wedged":
+        # Its peers stand still with it: only when they have been told to leave it is the one that stays.
+        return world.control.aborting or index not in world.control.members
+    return worker.life == "gone"
+
+
+def stands_still(world: World, scenario: Scenario, rules: Rules) -> World | None:
+    """Afterwards, where a member is stuck: its peers wait for it, and none of them makes progress."""
+    c = world.control
+    stuck = any(world.workers[m].life == "wedged" for m in c.members)
+    heard = {m: c.heard[m] for m in c.members if m not in c.dead}
+    stalled = frozenset(m for m, told in heard.items() if told and told[0] == S.RUNNING.value)
+    if not stuck or not stalled or c.aborting or c.stalled:
+        return None
+    return settle(world.with_control(stalled=stalled), scenario, rules)
 
 
 def hear(world: World, index: int, rules: Rules) -> World:

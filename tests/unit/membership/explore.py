@@ -3,7 +3,15 @@
 import dataclasses
 from collections.abc import Iterator
 
-from tests.unit.membership.controller import can_be_found, has_news, hear, put, settle, start
+from tests.unit.membership.controller import (
+    can_be_found,
+    has_news,
+    hear,
+    put,
+    settle,
+    stands_still,
+    start,
+)
 from tests.unit.membership.workers import deliver, meetings, moves, take
 from tests.unit.membership.world import GONE, Rules, S, Scenario, Violation, Worker, World
 
@@ -21,6 +29,9 @@ def successors(world: World, scenario: Scenario, rules: Rules) -> Iterator[Event
             count += what != "is built"
             yield f"w{index} {what}", after, False
         yield from _faults(world, index, scenario)
+    if (standing := stands_still(world, scenario, rules)) is not None:
+        count += 1
+        yield "the members stand still", standing, False
     for what, after in meetings(world, scenario):
         count += 1
         yield what, after, False

@@ -134,6 +134,8 @@ class Control(NamedTuple):
     heard: tuple[tuple[str, int, int, bool] | None, ...] = ()
     dead: frozenset[int] = frozenset()
     aborting: bool = False
+    stalled: frozenset[int] = frozenset()
+    """Members whose status tells of no progress for too long."""
     pausing: bool = False
     saving: bool = False
     saved: int = -1
