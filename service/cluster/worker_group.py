@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -61,7 +62,9 @@ class WorkerGroup:
             worker_id = f"w{self._count}"
             self._count += 1
             spec = replace(self._template, worker_id=worker_id)
-            actor = ray.remote(Worker).options(**self._options).remote(spec)
+            # The name is for people: in Ray's dashboard, `ray list actors`, `ray kill-actor`.
+            name = f"{Path(spec.run_dir).name}/{worker_id}"
+            actor = ray.remote(Worker).options(name=name, **self._options).remote(spec)
             now = time.monotonic()
             self.handles[worker_id] = Handle(worker_id, actor, now, heard=now)
             started.append(worker_id)

@@ -41,6 +41,17 @@ print(node)
 """
 
 
+_KILL = """
+import subprocess, sys
+import ray
+address, program, name, *options = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+(actor,) = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"] == name]
+subprocess.run([program, "kill-actor", "--address", address, "--name", name, "--namespace",
+                actor["namespace"], *options], check=True)
+"""
+
+
 class Nodes:
     """A head with one CPU; more nodes of one CPU each come and go."""
 
@@ -67,12 +78,19 @@ class Nodes:
 
     def drain(self, why: str, deadline_s: int) -> str:
         """Announce the end of the node that is not the head, as `ray drain-node` does; its id."""
+        return self._tell_ray(_DRAIN, why, str(deadline_s)).splitlines()[-1]
+
+    def kill_actor(self, name: str, *options: str) -> None:
+        """End an actor as `ray kill-actor` does."""
+        self._tell_ray(_KILL, name, *options)
+
+    def _tell_ray(self, script: str, *arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", _DRAIN, self.address, RAY, why, str(deadline_s)],
+            [sys.executable, "-c", script, self.address, RAY, *arguments],
             env=self._environment, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.splitlines()[-1]
+        return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +163,30 @@ def test_a_node_that_ray_is_told_to_drain_is_left_in_time(
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert logged_steps(nodes.folder, "asked") == list(range(1, STEPS + 1))
     assert len(summary["workers"]) == 1 and away not in summary["workers"].values()
+
+
+@pytest.mark.parametrize("options", [("--force",), ()], ids=["at once", "asked to end"])
+def test_an_actor_that_ray_is_told_to_kill_is_replaced(
+    nodes: Nodes, undisturbed: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    name = "killed-by-ray" if options else "ended-by-ray"
+    run = start(
+        nodes.folder, name, "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=2",
+        "resources.cpus=0.5",
+    )  # fmt: skip
+    wait_for_step(run, nodes.folder, name, 10)
+    nodes.kill_actor(f"{name}/w1", *options)
+    code, summary, err = end(run)
+    assert code == 0, err
+    (incident,) = incidents_of(nodes.folder, name)
+    assert (incident["kind"], incident["worker"], incident["steps_lost"]) == (
+        "worker lost",
+        "w1",
+        0,
+    )
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert logged_steps(nodes.folder, name) == list(range(1, STEPS + 1))
+    assert summary["workers"].keys() == {"w0", "w2"}
 
 
 def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(

@@ -31,6 +31,7 @@ from tests.distributed.replicas import (
     leave,
     slow_down,
 )  # fmt: skip
+from tests.distributed.test_equal_for_any_world import MODELS
 
 each = pytest.mark.parametrize
 
@@ -170,6 +171,24 @@ def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
     shrunk = conductor.generation()
     assert shrunk.workers == ("w1", "w2") and shrunk.behind == ()
     assert_nothing_tells(conductor, undisturbed)
+
+
+@each("model", MODELS.values(), ids=MODELS.keys())
+def test_every_model_goes_through_a_kill_and_growth_unchanged(
+    pool: Crew, tmp_path: Path, model: list[str]
+) -> None:
+    """Batch statistics, dropout's random streams and tied weights are part of what is handed on."""
+    case = Case.of(
+        [*model, "batch.size=24", "steps=16", "epochs=null", "evaluate.every=5", "reduction=exact"], tmp_path, 4
+    )  # fmt: skip
+    undisturbed = pool.train(case, 1)[0]
+    conductor = Conductor(pool, case)
+    conductor.start(2, fail(worker=1).at(step=4, phase="reduce"))
+    conductor.generation()
+    conductor.start(2, cut(worker=0).at(step=8, phase="forward"))
+    assert_nothing_tells(conductor, undisturbed)
+    grown = next(form for form in conductor.formed if len(form.workers) == 3)
+    assert grown.workers[0] == "w0" and grown.behind == (1, 2) and conductor.lost == 1
 
 
 @each("seed", range(12))
