@@ -9,6 +9,7 @@ import pytest
 from service.artifacts import checkpoint
 from tests.distributed.conductor import RUN, Conductor, parts_of
 from tests.distributed.replicas import Case, Crew, Told, fail
+from tests.distributed.test_equal_for_any_world import MODELS
 
 
 def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Told], list[Path]]:
@@ -40,6 +41,16 @@ def test_resumed_from_a_checkpoint_by_other_replicas(
     assert [form.restore for form in conductor.formed] == [True]
     assert last.sha256 == whole[0].sha256
     assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 10]
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_every_model_is_resumed_unchanged(pool: Crew, tmp_path: Path, model: list[str]) -> None:
+    common = ["batch.size=24", "steps=8", "epochs=null", "checkpoint.every=4", "reduction=exact"]
+    case = Case.of([*model, *common], tmp_path, 4)
+    whole, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 4)
+    last = resumed(pool, case, target, 3).finish()
+    assert (last.step, last.sha256) == (8, whole[0].sha256)
+    assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 4]
 
 
 def test_each_rank_reads_its_files_and_all_have_the_state(pool: Crew, tmp_path: Path) -> None:
