@@ -29,7 +29,25 @@ app = typer.Typer(
 )
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_data.app, name="data")
+_VERSIONS = ("descent-service", "torch", "ray", "mlflow")
 _EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print("descent", *(f"{name} {version(name)}" for name in _VERSIONS), sep="\n  ")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
+    ] = False,
+) -> None: ...
 
 
 def _complete(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -50,7 +50,7 @@ class Display:
         self._step = self._window_step = first_step
         self._loss = self._eval_loss = self._accuracy = math.nan
         self._best_accuracy, self._best_loss = -math.inf, math.inf
-        self._rate = 0.0
+        self._rate = math.nan
         self._data_wait = math.nan
         self._world = self._generation = 0
         self._incidents = 0
@@ -91,10 +91,14 @@ class Display:
             workers += f", generation {self._generation}"
         if self._incidents:
             workers += f", {self._incidents} incident{'s' if self._incidents > 1 else ''}"
-        table.add_row("speed", f"{self._rate:,.0f} samples/s", workers)
+        table.add_row("speed", self._speed() or "–", workers)
         if not math.isnan(self._data_wait):
             table.add_row("data", self._waiting(), "")
         return Group(Text(self._title, style="bold"), self._progress, table)
+
+    def _speed(self) -> str:
+        """Empty until there has been a second of steps to measure."""
+        return "" if math.isnan(self._rate) else f"{self._rate:,.0f} samples/s"
 
     def _waiting(self) -> str:
         return f"{self._data_wait:.1%} of the time waited for"
@@ -157,9 +161,10 @@ class Display:
             evaluation = f", eval {self._eval_loss:.4f}" if not math.isnan(self._eval_loss) else ""
             accuracy = f" ({self._accuracy:.2%})" if not math.isnan(self._accuracy) else ""
             data = "" if math.isnan(self._data_wait) else f", data {self._waiting()}"
+            speed = f", {self._speed()}" if self._speed() else ""
             self._console.print(
-                f"step {self._step:,}/{self._total:,}: loss {self._loss:.4f}{evaluation}{accuracy}, "
-                f"{self._rate:,.0f} samples/s{data}, {_workers(self._world)}", highlight=False, soft_wrap=True,
+                f"step {self._step:,}/{self._total:,}: loss {self._loss:.4f}{evaluation}{accuracy}{speed}"
+                f"{data}, {_workers(self._world)}", highlight=False, soft_wrap=True,
             )  # fmt: skip
 
     @property

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_groups_are_listed_with_a_line_on_each_option(descent, tmp_path):
     assert [x for x in lines if x.startswith("model=tall ") and x.endswith("Tall [and] thin")]
     code, out, _ = descent("config", "--groups", "--json")
     assert code == 0 and json.loads(out) == groups()
+
+
+def test_versions_are_those_that_are_installed(descent):
+    code, out, _ = descent("--version")
+    told = dict(line.split() for line in out.splitlines()[1:])
+    assert code == 0 and told == {name: version(name) for name in told}
+    assert {"descent-service", "torch", "ray", "mlflow"} <= told.keys()
 
 
 def test_help_teaches(descent):

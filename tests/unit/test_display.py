@@ -23,6 +23,7 @@ def test_the_share_of_time_that_steps_wait_for_data_is_shown_as_last_measured(te
         display.record(record(1), world_size=2)
         display._draw(force=True)
         assert "waited for" not in out.getvalue()  # nothing has been measured yet
+        assert "samples/s" not in out.getvalue()
         display.record(record(10, perf_data_wait=0.125), world_size=2)
         display.record(record(11), world_size=2)  # it comes with every few steps only
         display._lined = 0.0
