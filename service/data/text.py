@@ -8,7 +8,6 @@ from torch import Tensor
 
 from service.data.base import LARGE, Pair, TensorData
 from service.data.shards import local_file
-from service.data.tokens import map_ids
 from service.errors import DataError
 
 SEPARATOR = b"\0"  # between files: never occurs in text, so a model learns it as a file's end
@@ -85,4 +84,5 @@ def _mapped(file: Path, path: str) -> Tensor:
         raise DataError(f"{path} doesn't exist: give a text file, or a folder of them")
     if file.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    return map_ids(file, np.dtype("u1"))
+    # mode c: writes, if anyone made one, would stay in memory; torch wants it writeable
+    return torch.from_numpy(np.asarray(np.memmap(file, dtype=np.uint8, mode="c")))

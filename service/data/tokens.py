@@ -1,12 +1,12 @@
 """Token ids on disk, memory-mapped: what `descent data tokenize` writes, for language models."""
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from service.data.base import LARGE, Indices, Pair, check_inside, digest_of
@@ -19,7 +19,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
 }
-_SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # torch gathers unsigned ones slowly
 _OPEN = 256  # shards that are kept mapped: address space, not memory
 
 
@@ -63,7 +62,7 @@ class Tokens(Dataset[Pair]):
         self.layout: Layout | None = layout_of(counts, window) if ordered else None
         if self.layout is not None:
             self.files.check_room(self.layout)
-        self._open: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+        self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     @property
     def in_memory(self) -> bool:
@@ -88,51 +87,31 @@ class Tokens(Dataset[Pair]):
     def gather(self, indices: Indices) -> Pair:
         """Inputs and targets int64 [n, block]; raises IndexError outside the data."""
         check_inside(indices, len(self))
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        numbers = np.unique(shards)
-        if len(numbers) == 1:
-            return self._from(int(numbers[0]), indices)
-        inputs = torch.empty(len(indices), self.block, dtype=torch.int64)
-        targets = torch.empty_like(inputs)
-        for number in numbers.tolist():
-            rows = np.flatnonzero(shards == number)
-            at = torch.from_numpy(rows)
-            x, y = self._from(number, indices[rows])
-            inputs.index_copy_(0, at, x)
-            targets.index_copy_(0, at, y)
-        return inputs, targets
-
-    def _from(self, shard: int, indices: Indices) -> Pair:
-        views = self._open.get(shard)
-        if views is None:
-            views = self._open[shard] = self._map(shard)
-            if len(self._open) > _OPEN:
-                self._open.popitem(last=False)
-        at = torch.from_numpy(indices - self._starts[shard])
-        x, y = (view.index_select(0, at).long() for view in views)
-        if self._dtype.itemsize == 2 and self.num_outputs > 1 << 15:
-            x, y = x & 0xFFFF, y & 0xFFFF
-        return x, y
-
-    def _map(self, shard: int) -> tuple[Tensor, Tensor]:
-        """[windows, block] twice, views on the one file, the second shifted by a token."""
-        stored = map_ids(self.files.path(shard), self._dtype)
-        windows = int(self._starts[shard + 1] - self._starts[shard])
-        whole = windows * self.block
+        ids = np.empty((len(indices), self.block + 1), dtype=self._dtype)
+        # One look at each shard; a batch of a shuffled local set has a few samples in every one.
+        order = np.argsort(indices, kind="stable")
+        wanted = indices[order]
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        firsts = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
+        for first, stop in zip(firsts, [*firsts[1:], len(wanted)], strict=True):
+            shard = int(shards[first])
+            windows = self._windows(shard)
+            ids[order[first:stop]] = windows[wanted[first:stop] - self._starts[shard]]
         return (
-            stored[:whole].view(windows, self.block),
-            stored[1 : whole + 1].view(windows, self.block),
+            torch.from_numpy(ids[:, :-1].astype(np.int64)),
+            torch.from_numpy(ids[:, 1:].astype(np.int64)),
         )
 
-
-def map_ids(file: Path, dtype: np.dtype[Any]) -> Tensor:
-    """The ids in a file, memory-mapped, in the signed type of their width."""
-    # mode c: writes, if anyone made one, would stay in memory; torch wants it writeable
-    mapped = np.memmap(file, dtype=dtype, mode="c")
-    signed = mapped.view(np.uint8) if dtype.itemsize == 1 else mapped.view(f"<i{dtype.itemsize}")
-    tensor = torch.from_numpy(np.asarray(signed))
-    assert tensor.dtype is _SIGNED[dtype.itemsize]
-    return tensor
+    def _windows(self, shard: int) -> NDArray[Any]:
+        """[windows, block + 1]: each window and the token after it, a view on the mapped file."""
+        windows = self._open.get(shard)
+        if windows is None:
+            ids = np.asarray(np.memmap(self.files.path(shard), dtype=self._dtype, mode="r"))
+            windows = sliding_window_view(ids, self.block + 1)[:: self.block]
+            self._open[shard] = windows
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return windows
 
 
 def _dtype(index: ShardIndex, path: str) -> np.dtype[Any]:
