@@ -111,7 +111,7 @@ def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
             raise CheckpointError(f"{_root(run, output_dir)}: no complete checkpoint")
         for target in targets:
             try:
-                found = checkpoint.verify(target)
+                found = checkpoint.verify(target, thorough=True)
                 print(f"{target.name}  good  {len(found.files)} files, {_size(found.size)}")
             except CheckpointError as error:
                 bad += 1

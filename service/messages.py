@@ -80,6 +80,8 @@ class FileWritten:
     name: str
     size: int
     sha256: str
+    xxh3_128: str
+    """What each reading is checked against: at the speed of memory, where SHA-256 costs more than the disk."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,14 @@
         model-00000-of-00002.safetensors       per rank its share of the parameters and buffers,
         model-00001-of-00002.safetensors       under the module's own names: no Descent needed to read them
         optimizer-00000-of-00002.safetensors   …
-        manifest.json                          sizes, SHA-256, step, config hash; without it nothing here counts
+        manifest.json                          sizes, hashes, step, config hash; without it nothing here counts
 
 Workers write the files in the background (`saver`) and report them; the controller, which hears
 of all, writes the manifest. A folder without a valid manifest does not exist.
+
+Each file has two hashes. XXH3 finds any damage at the speed of memory, and every reading is
+checked against it; SHA-256, which any tool can compute and nobody can forge, takes longer than
+the disk and is compared when somebody asks for it (`descent checkpoint verify`).
 """
 
 import hashlib
@@ -18,7 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import xxhash
 
 from service.artifacts.place import Place, place, store_at
 from service.artifacts.store import Store
@@ -29,11 +35,23 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking for a checkpoint
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 _STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"([a-z]+)-\d{5}-of-\d{5}\.safetensors")
 _PARALLEL = 8
 _HASHED_AT_ONCE = 1 << 20
+
+
+class Digest(Protocol):
+    """A hash that is fed piece by piece."""
+
+    def update(self, content: Any, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+DIGESTS: dict[str, Callable[[], Digest]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
+"""By their names in the manifest; in the order of `FileWritten`."""
+_QUICK = ("xxh3_128",)
 
 P = TypeVar("P", bound=Place)
 T = TypeVar("T")
@@ -48,7 +66,7 @@ class Manifest:
     run: str
     config_sha256: str
     files: dict[str, dict[str, Any]]
-    """File name -> {"size": bytes, "sha256": hex}."""
+    """File name -> {"size": bytes, "sha256": hex, "xxh3_128": hex}."""
     scalars: dict[str, float]
     versions: dict[str, str]
     time_ms: int = 0
@@ -126,7 +144,7 @@ def commit(root: P, parts: Sequence[PartWritten], *, run: str, config_sha256: st
             )
     manifest = Manifest(
         FORMAT, step, run, config_sha256,
-        {f.name: {"size": f.size, "sha256": f.sha256} for f in written.values()},
+        {f.name: {"size": f.size, "sha256": f.sha256, "xxh3_128": f.xxh3_128} for f in written.values()},
         dict(parts[0].scalars), {"torch": version("torch"), "descent-service": version("descent-service")}, time_ms,
     )  # fmt: skip
     content = _sealed(manifest)
@@ -184,6 +202,7 @@ def _parsed(raw: dict[str, Any], target: Place) -> Manifest:
         assert _FILE.fullmatch(name), name
         assert type(entry["size"]) is int and entry["size"] > 0, entry
         assert re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), entry
+        assert re.fullmatch(r"[0-9a-f]{32}", entry["xxh3_128"]), entry
     return manifest
 
 
@@ -211,11 +230,11 @@ def shares(manifest: Manifest, world_size: int) -> list[list[str]]:
     return _dealt({name: entry["size"] for name, entry in manifest.files.items()}, world_size)
 
 
-def verify(target: Place) -> Manifest:
-    """Read everything and compare; raises like `load`."""
+def verify(target: Place, *, thorough: bool = False) -> Manifest:
+    """Read everything and compare; raises like `load`. thorough: SHA-256 too, not XXH3 alone."""
     manifest = read_manifest(target)
-    store = store_at(target)
-    _each(manifest.files, lambda n: _verified(store, n, manifest.files[n], target))
+    store, which = store_at(target), tuple(DIGESTS) if thorough else _QUICK
+    _each(manifest.files, lambda n: _verified(store, n, manifest.files[n], target, which))
     return manifest
 
 
@@ -243,10 +262,12 @@ def _load_file(store: Store, name: str, entry: dict[str, Any], target: Place) ->
         raise CheckpointError(f"{target}/{name}: {error}") from error
 
 
-def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> bytearray:
-    """A file's bytes (none for a local one, which is mapped), of the right size and hash."""
+def _verified(
+    store: Store, name: str, entry: dict[str, Any], target: Place, which: Sequence[str] = _QUICK
+) -> bytearray:
+    """A file's bytes (none for a local one, which is mapped), of the right size and hashes."""
     content = bytearray()
-    digest = hashlib.sha256()
+    digests = {kind: DIGESTS[kind]() for kind in which}
     try:
         if isinstance(target, Path):
             actual = store.size(name)
@@ -256,25 +277,27 @@ def _verified(store: Store, name: str, entry: dict[str, Any], target: Place) -> 
                 raise CheckpointError(
                     f"{target}/{name}: {actual} bytes, the manifest says {entry['size']}"
                 )
-            _hash_file(target / name, digest)
+            _hash_file(target / name, digests.values())
         else:
             content = store.read(name, entry["size"])
-            digest.update(content)
+            for digest in digests.values():
+                digest.update(content)
     except StoreError as error:
         if error.kind in ("missing", "damaged"):
             raise CheckpointError(str(error)) from error
         raise
     except OSError as error:
         raise CheckpointError(f"{target}/{name}: {error.strerror}") from error
-    if digest.hexdigest() != entry["sha256"]:
-        raise CheckpointError(
-            f"{target}/{name}: its SHA-256 is not the manifest's; the file was changed or damaged"
-        )
+    for kind, digest in digests.items():
+        if digest.hexdigest() != entry[kind]:
+            raise CheckpointError(
+                f"{target}/{name}: its {kind} is not the manifest's; the file was changed or damaged"
+            )
     return content
 
 
-def _hash_file(path: Path, digest: "hashlib._Hash") -> None:
-    """Feed a file to `digest`, in pieces that are still in the core's cache when they are hashed.
+def _hash_file(path: Path, digests: Collection[Digest]) -> None:
+    """Feed a file to the digests, in pieces that are still in the core's cache when they are hashed.
 
     The kernel reads ahead by itself; threads of our own for that, mapped pages and direct
     reads were tried and are slower.
@@ -282,7 +305,8 @@ def _hash_file(path: Path, digest: "hashlib._Hash") -> None:
     piece = memoryview(bytearray(_HASHED_AT_ONCE))
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(piece):
-            digest.update(piece[:got])
+            for digest in digests:
+                digest.update(piece[:got])
 
 
 def committed(root: P) -> list[P]:

@@ -10,7 +10,6 @@ process of its own is needed for them; what isn't paced is niced, to leave the c
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import threading
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.artifacts.checkpoint import file_name, share, step_dir
+from service.artifacts.checkpoint import DIGESTS, file_name, share, step_dir
 from service.artifacts.place import Place, store_at
 from service.artifacts.safetensors_file import Layout, layout
 from service.artifacts.store.past_cache import BLOCK
@@ -201,7 +200,7 @@ class Saver:
             contents = [(name, memory[at : at + found.size]) for name, at, found in files]
             paces = self._paces(len(files), sum(len(content) for _, content in contents))
             digests = [
-                self._writer.submit(_sha256, content, paces[1 + i] if paces else None)
+                self._writer.submit(_digests, content, paces[1 + i] if paces else None)
                 for i, (_, content) in enumerate(contents)
             ]
             if isinstance(self.root, Path):  # a disk gains nothing by two files at once
@@ -213,7 +212,7 @@ class Saver:
                 for upload in uploads:
                     upload.result()
             written = tuple(
-                FileWritten(name, len(content), digest.result())
+                FileWritten(name, len(content), *digest.result())
                 for (name, content), digest in zip(contents, digests, strict=True)
             )
             self._worked_s = sum(pace.worked_s for pace in paces or ())
@@ -223,13 +222,14 @@ class Saver:
         self._done(replace(part, files=written, error=problem, stalled_s=stalled, took_s=took))
 
 
-def _sha256(content: memoryview, pace: Callable[[int], None] | None) -> str:
-    digest = hashlib.sha256()
+def _digests(content: memoryview, pace: Callable[[int], None] | None) -> list[str]:
+    digests = [make() for make in DIGESTS.values()]
     for at in range(0, len(content), _PIECE):
-        digest.update(content[at : at + _PIECE])
+        for digest in digests:
+            digest.update(content[at : at + _PIECE])
         if pace is not None:
             pace(_PIECE)
-    return digest.hexdigest()
+    return [digest.hexdigest() for digest in digests]
 
 
 class _Pace:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -177,7 +178,11 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
     outside = tmp_path / "outside.safetensors"
     shutil.copy(target / FILES[1], outside)
     content = outside.read_bytes()
-    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    entry = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "xxh3_128": xxhash.xxh128_hexdigest(content),
+    }
     edit(target, files={name: entry})
     with pytest.raises(CheckpointError, match="not a valid manifest"):
         checkpoint.load(target)
@@ -185,8 +190,21 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
 
 FOREIGN = [{"format": 1}, {"format": "1"}, {"step": "1"}, {"step": -1}, {"step": True}, {"files": []},
            {"files": {}}, {"files": None}, {"files": {FILES[1]: {}}}, {"files": {FILES[1]: 3}},
-           {"files": {FILES[1]: {"size": -1, "sha256": "0" * 64}}}, {"unknown": 1}, {"scalars": 3},
-           {"scalars": {"evaluated": "x"}}, {"files": {FILES[1]: {"size": 1, "sha256": 5}}}]  # fmt: skip
+           {"files": {FILES[1]: {"size": -1, "sha256": "0" * 64, "xxh3_128": "0" * 32}}}, {"unknown": 1}, {"scalars": 3},
+           {"scalars": {"evaluated": "x"}}, {"files": {FILES[1]: {"size": 1, "sha256": 5, "xxh3_128": "0" * 32}}},
+           {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64, "xxh3_128": "0" * 64}}},
+           {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64}}}]  # fmt: skip
+
+
+def test_the_thorough_look_compares_sha256_too(tmp_path: Path) -> None:
+    target = save(tmp_path, 1)
+    assert checkpoint.verify(target, thorough=True) == checkpoint.read_manifest(target)
+    files = json.loads((target / "manifest.json").read_text())["files"]
+    files[FILES[1]]["sha256"] = "0" * 64
+    edit(target, files=files)
+    assert checkpoint.verify(target).files == files
+    with pytest.raises(CheckpointError, match=f"{FILES[1]}: its sha256 is not the manifest's"):
+        checkpoint.verify(target, thorough=True)
 
 
 @pytest.mark.parametrize("changes", FOREIGN, ids=str)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -199,6 +200,7 @@ def test_files_begin_where_the_disk_can_read_them_from_memory(tmp_path: Path) ->
         for file in part.files:
             content = (tmp_path / f"step-{part.step:08d}" / file.name).read_bytes()
             assert hashlib.sha256(content).hexdigest() == file.sha256
+            assert xxhash.xxh128_hexdigest(content) == file.xxh3_128
 
 
 def test_a_large_share_becomes_several_files_and_comes_back_whole(tmp_path: Path) -> None:
