@@ -10,10 +10,11 @@ runs); the ratio is the median over pairs.
 import tempfile
 from pathlib import Path
 
-from tests.bench.measure import PAIRS, Result, output_of, progress, result_of, steady, worst
+from tests.bench.measure import Result, output_of, progress, result_of, steady, worst
 from tests.bench.subjects import SUBJECTS
 
 _SECONDS = 3.0
+_PAIRS = 7
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
@@ -28,7 +29,7 @@ def _measure(name: str) -> Result:
     pairs = []
     overrides = [*subject.overrides(), "workers=2"]
     with tempfile.TemporaryDirectory() as folder, steady(overrides, Path(folder)) as run:
-        for _ in range(PAIRS):
+        for _ in range(_PAIRS):
             ours = run.window(_SECONDS)
             with run.set_aside():
                 theirs = _torchrun(name)
