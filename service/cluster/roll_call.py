@@ -13,7 +13,7 @@ _LOOK_EVERY_S = 1.0
 """Between two looks at the cluster for nodes that are going away."""
 
 _START_S = 30.0
-"""A new actor's process may take this long before it answers at all, whatever regroup.wait_s is."""
+"""A new actor may take this long to answer, and to be built, whatever regroup.wait_s and stall_s are."""
 
 _AT_STORAGE = ("finish", "restore", "join")
 """Phases that wait for a disk or a server, whose own tries end, or for a member that does."""
@@ -62,8 +62,12 @@ class RollCall:
     def _stalled(self, status: WorkerStatus | None) -> TypeGuard[WorkerStatus]:
         if status is None or status.state not in (WorkerState.RUNNING, WorkerState.STARTING):
             return False
-        patience = _STORAGE_PATIENCE if status.phase in _AT_STORAGE else 1.0
-        return status.phase_age_s > patience * self._config.regroup.stall_s
+        patience_s = self._config.regroup.stall_s
+        if status.phase in _AT_STORAGE:
+            patience_s *= _STORAGE_PATIENCE
+        if status.state is WorkerState.STARTING:
+            patience_s = max(patience_s, _START_S)
+        return status.phase_age_s > patience_s
 
     def standstill(self, members: tuple[str, ...]) -> str:
         """What the members that make no progress were last seen doing; empty while all do."""

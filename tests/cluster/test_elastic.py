@@ -22,56 +22,47 @@ from tests.cluster.runs import (
 )
 
 MODULE = """
-class Unlucky(Slow):
-    '''Raises in one process, once: as on a machine with a fault of its own.'''
+class Marked(Slow):
+    '''Something befalls one process, once, at its n-th micro-batch of training.'''
 
-    def __init__(self):
+    def __init__(self, n=40):
         super().__init__()
-        self.calls = 0
+        self.calls, self.n = 0, n
 
     def forward(self, x):
         self.calls += self.training
-        if self.calls == 40:
+        if self.training and self.calls == self.n:
             try:
-                os.close(os.open("unlucky", os.O_CREAT | os.O_EXCL))
+                os.close(os.open(type(self).__name__, os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 pass
             else:
-                raise OSError("a cosmic ray")
+                self.befall()
         return super().forward(x)
 
-class Stuck(Slow):
-    '''Doesn't come back from its 40th micro-batch, in one process: as in a driver that hangs.'''
+class Unlucky(Marked):
+    '''Raises: as on a machine with a fault of its own.'''
+
+    def befall(self):
+        raise OSError("a cosmic ray")
+
+class Stuck(Marked):
+    '''Doesn't come back: as in a driver that hangs.'''
+
+    def befall(self):
+        time.sleep(600)
+
+class Tired(Marked):
+    '''Six times slower from then on: as beside a busy neighbour.'''
 
     def __init__(self):
-        super().__init__()
-        self.calls = 0
+        super().__init__(20)
+        self.rest = 0.0
+
+    def befall(self):
+        self.rest = 0.15
 
     def forward(self, x):
-        self.calls += self.training
-        if self.calls == 40:
-            try:
-                os.close(os.open("stuck", os.O_CREAT | os.O_EXCL))
-                time.sleep(600)
-            except FileExistsError:
-                pass
-        return super().forward(x)
-
-class Tired(Slow):
-    '''Six times slower from its 20th micro-batch on, in one process: as beside a busy neighbour.'''
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.rest = 0, 0.0
-
-    def forward(self, x):
-        self.calls += self.training
-        if self.training and self.calls == 20:
-            try:
-                os.close(os.open("tired", os.O_CREAT | os.O_EXCL))
-                self.rest = 0.15
-            except FileExistsError:
-                pass
         time.sleep(self.rest if self.training else 0)
         return super().forward(x)
 """
@@ -171,7 +162,7 @@ def test_who_is_stuck_is_replaced_and_who_waits_for_it_keeps_the_state(
     folder: Path, undisturbed: dict[str, Any]
 ) -> None:
     ended = end(start(
-        folder, "stuck", "Stuck", *ROOM, "workers=3", "regroup.stall_s=3", "regroup.max_failures=1",
+        folder, "stuck", "Stuck", *ROOM, "workers=3", "regroup.stall_s=10", "regroup.max_failures=1",
     ))  # fmt: skip
     assert_nothing_tells(folder, "stuck", ended, undisturbed)
     (incident,) = incidents_of(folder, "stuck")
