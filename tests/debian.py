@@ -1,4 +1,4 @@
-"""Debian packages that a test needs and a fresh machine lacks."""
+"""Debian packages that a test needs and a fresh machine lacks; and whether a command went well."""
 
 import fcntl
 import os
@@ -21,10 +21,13 @@ def install(*packages: str) -> bool:
     install = ("apt-get", *_ONCE, "install", "-y", "--no-install-recommends", *packages)
     with (Path(tempfile.gettempdir()) / "descent-tests-apt.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _ran(*install) or (_ran("apt-get", *_ONCE, "update") and _ran(*install))
+        return went_well(*install) or (
+            went_well("apt-get", *_ONCE, "update") and went_well(*install)
+        )
 
 
-def _ran(*command: str) -> bool:
+def went_well(*command: str) -> bool:
+    """Whether a command did; one that hangs for want of a network does not."""
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = subprocess.run(command, capture_output=True, env=quiet, timeout=_PATIENCE_S, check=False)  # fmt: skip

