@@ -74,7 +74,7 @@ class Spool:
             self._size += len(line)
             self._appended += 1
 
-    def read(self, max_bytes: int = 2**18) -> list[tuple[int, dict[str, Any] | None]]:
+    def read(self, max_bytes: int = 2**16) -> list[tuple[int, dict[str, Any] | None]]:
         """The oldest records that aren't acknowledged: (offset after the record, record).
 
         None stands for a line that isn't a JSON object (damaged on disk): to be skipped.

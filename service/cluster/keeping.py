@@ -1,5 +1,6 @@
 """What is kept of a run, in its own file and in tracking: config, plan, data sets, plots, model, how it ended."""
 
+import gc
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +66,9 @@ class Keeper:
         opening = self._tracker_opening()
         if opening.done():
             self._attach(opening.result(), everyone)
+            # All is imported: what millions of objects these are, the collector of cycles
+            # needn't look through again and again, with all threads waiting for it.
+            gc.freeze()
 
     def _tracker_opening(self) -> "Future[Tracker]":
         if self._opening is None:

@@ -6,6 +6,7 @@ there is something to say, so that a fault is known within milliseconds.
 
 import asyncio
 import contextlib
+import gc
 import os
 import queue
 import resource
@@ -98,6 +99,7 @@ class Worker:
     def _train(self) -> None:
         try:
             trainer = self._build()
+            gc.freeze()  # imports and model stay: no collection of cycles looks through them again
             self._become(WorkerState.READY)
             while (membership := self._commands.get()) is not None:
                 self._serve(trainer, membership)

@@ -14,7 +14,9 @@ class StepMetrics:
 
     def __init__(self, model: nn.Module, feed: Feed, *, batch_size: int, every: int) -> None:
         """every: steps between two that are told in detail, from `diagnostics.every`."""
-        self._model, self._feed = model, feed
+        self._feed = feed
+        # A layer is the module that owns the parameters.
+        self._layers = [(n.rpartition(".")[0] or n, p) for n, p in model.named_parameters()]
         self._batch_size, self._every = batch_size, every
         self._window = (time.perf_counter(), 0)
 
@@ -30,7 +32,7 @@ class StepMetrics:
         if not result.committed:
             metrics["train/skipped"] = 1.0
         if step % self._every == 0 or step == 1:
-            for layer, norm in layer_norms(self._model).items():
+            for layer, norm in layer_norms(self._layers).items():
                 metrics[f"grad/norm/{layer}"] = norm
             now = time.perf_counter()
             then, at = self._window

@@ -1,9 +1,10 @@
 """Losses as sums: a sum and a count add up exactly over uneven shares, means don't."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from service.errors import ConfigError
@@ -27,6 +28,8 @@ class Objective:
 
     loss: Callable[[Tensor, Tensor], Tensor]
     sums: bool
+    all_count: bool = False
+    """Whether it is known that no label is ignored."""
 
     @classmethod
     def of(cls, loss: object) -> "Objective":
@@ -42,6 +45,14 @@ class Objective:
             loss.reduction = "sum"
             return cls(loss, True)
         return cls(loss, False)
+
+    def over(self, targets: Tensor) -> "Objective":
+        """This loss for targets that are all among these: whether some are ignored is looked at once."""
+        if not isinstance(self.loss, _CLASSES) or targets.is_floating_point():
+            return self
+        if targets.dtype is torch.uint8:
+            targets = targets.short()  # an ignored -100 would wrap around
+        return replace(self, all_count=not bool((targets == self.loss.ignore_index).any()))
 
     @property
     def by_class(self) -> bool:
@@ -60,6 +71,8 @@ class Objective:
         if target.is_floating_point():  # probabilities: [n, classes, …]
             return target.numel() // max(1, target.shape[1])
         ignored = self.loss.ignore_index
+        if self.loss.weight is None and self.all_count:
+            return target.numel()
         if self.loss.weight is None and target.device.type == "cpu":
             # The same number by a tenth of the time that two of torch's kernels take to start.
             return int(np.count_nonzero(target.numpy() != ignored))

@@ -9,6 +9,7 @@ from service.artifacts.place import place
 from service.artifacts.weights import put_into, read_weights
 from service.config import RunConfig, build
 from service.data.base import Data
+from service.data.splits import root_of
 from service.training.ema import Ema
 from service.training.objective import Objective
 from service.training.plan import Plan, build_model, build_optimizer_for, build_schedule
@@ -28,6 +29,15 @@ def objective_on(config: RunConfig, device: torch.device) -> Objective:
     """The config's loss, on the device."""
     loss: Any = build(config.loss, config.trusted_modules, "loss")
     return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss)
+
+
+def in_training(objective: Objective, data: Data) -> Objective:
+    """The loss for batches of `data`; where its labels lie in memory they are looked at here, not in every step."""
+    root: Any = root_of(data)
+    stored = getattr(root, "targets", None)
+    if isinstance(stored, torch.Tensor) and getattr(root, "in_memory", False):
+        return objective.over(stored)
+    return objective
 
 
 def first_state(

@@ -78,9 +78,11 @@ def permute(positions: Indices, n: int, key: int) -> Indices:
             right ^= _scramble(left, keys[2 * r + 1], low_mask)
         return (left << low) | right
 
-    x = once(positions.astype(np.uint64))
+    # Much of the domain: all of it is computed once, and then looked up; each call costs its start.
+    whole = once(np.arange(1 << bits, dtype=np.uint64)) if 2 * len(positions) >= n else None
+    x = once(positions.astype(np.uint64)) if whole is None else whole[positions]
     while (outside := np.flatnonzero(x >= np.uint64(n))).size:
-        x[outside] = once(x[outside])
+        x[outside] = once(x[outside]) if whole is None else whole[x[outside]]
     return x.astype(np.int64)
 
 

@@ -193,16 +193,13 @@ def gradient_norm(gradients: list[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def layer_norms(model: nn.Module) -> dict[str, float]:
-    """Gradient 2-norm per layer (the module that owns the parameters), in the model's order."""
-    names, gradients = [], []
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            names.append(name.rpartition(".")[0] or name)
-            gradients.append(p.grad)
-    if not gradients:
+def layer_norms(layers: Sequence[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Gradient 2-norm per layer, of parameters with their layers' names, in their order."""
+    there = [(name, p.grad) for name, p in layers if p.grad is not None]
+    if not there:
         return {}
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in there])).tolist()
     squares: dict[str, float] = {}
-    for name, norm in zip(names, torch.stack(torch._foreach_norm(gradients)).tolist(), strict=True):
+    for (name, _), norm in zip(there, norms, strict=True):
         squares[name] = squares.get(name, 0.0) + norm * norm
     return {name: total**0.5 for name, total in squares.items()}

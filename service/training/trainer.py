@@ -28,7 +28,7 @@ from service.training.feed import Feed
 from service.training.metrics import StepMetrics
 from service.training.plan import Plan, build_data
 from service.training.reduction import Reducer, reducer_for
-from service.training.replica import first_model, first_state, objective_on
+from service.training.replica import first_model, first_state, in_training, objective_on
 from service.training.sampling import SampleOrder, slot_bounds
 from service.training.saving import Saves
 from service.training.sentinel import Diverged, Sentinel
@@ -83,6 +83,7 @@ class Trainer:
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
+        self._in_training = in_training(self.objective, train)
         self._scale = torch.tensor(1.0 / plan.nominal, device=device)
 
     # -- one generation ---------------------------------------------------------------
@@ -201,7 +202,7 @@ class Trainer:
     def _attempt(self, now: _Generation, given: StepInput) -> StepResult:
         self.feed.prepare(given.step, given.slots, given.micro_size)
         return train_step(
-            self._parameters, self.state.optimizer, self.objective, now.reducer, now.group, self.buffers,
+            self._parameters, self.state.optimizer, self._in_training, now.reducer, now.group, self.buffers,
             lambda first, stop: self.feed.fetch(given.step, first, stop), given,
             autocast=self._autocast, random=self.plan.random, clip_norm=self.config.clip.norm,
             clip_value=self.config.clip.value, watch=now.watch,

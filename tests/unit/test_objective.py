@@ -65,11 +65,18 @@ def test_sums_and_counts_over_uneven_shares_give_the_mean(name: str, cuts: list[
     wanted = loss(output, target)
     objective = Objective.of(loss)
     edges = sorted({0, 9, *cuts})
-    total, count = 0.0, 0.0
-    for lo, hi in itertools.pairwise(edges):
-        total += float(objective(output[lo:hi], target[lo:hi]))
-        count += float(objective.count(target[lo:hi]))
-    assert total / count == pytest.approx(float(wanted), rel=1e-5)
+    for loss_of_it in (objective, objective.over(target)):
+        total, count = 0.0, 0.0
+        for lo, hi in itertools.pairwise(edges):
+            total += float(loss_of_it(output[lo:hi], target[lo:hi]))
+            count += float(loss_of_it.count(target[lo:hi]))
+        assert total / count == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_labels_in_bytes_are_looked_through_for_the_ignored_one() -> None:
+    stored = torch.tensor([0, 156, 9], dtype=torch.uint8)  # 156 is -100 in a byte
+    assert Objective.of(nn.CrossEntropyLoss()).over(stored).all_count
+    assert not Objective.of(nn.CrossEntropyLoss(ignore_index=9)).over(stored).all_count
 
 
 def test_tokens_are_rows() -> None:

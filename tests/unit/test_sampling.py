@@ -25,6 +25,15 @@ def test_an_epoch_is_a_permutation(n: int, key: int) -> None:
     assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
 
 
+@given(n=sizes, key=seeds, data=st.data())
+def test_a_few_positions_go_where_they_go_among_all(n: int, key: int, data: st.DataObject) -> None:
+    """Few are computed one by one, many from a table."""
+    lo = data.draw(st.integers(0, n - 1))
+    hi = data.draw(st.integers(lo, n))
+    whole = permute(np.arange(n), n, key)
+    assert np.array_equal(permute(np.arange(lo, hi), n, key), whole[lo:hi])
+
+
 @given(
     n=st.integers(2**31, 2**45),
     key=seeds,
