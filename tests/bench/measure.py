@@ -114,11 +114,14 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def process(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """This Python with `arguments`, working in `folder`; it and its offspring are gone afterwards."""
+def process(arguments: Sequence[str], folder: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """This Python with `arguments`, working in `folder`; it and its offspring are gone afterwards.
+
+    more: environment variables.
+    """
     with (folder / "stderr.txt").open("w+", encoding="utf-8") as stderr:
         child = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, env=environment(), text=True,
+            [sys.executable, *arguments], cwd=folder, env={**environment(), **more}, text=True,
             stdout=subprocess.PIPE, stderr=stderr, start_new_session=True,
         )  # fmt: skip
         try:

@@ -213,7 +213,10 @@ def _kill_some(world: int, kind: str, folder: Path, trials: Trials) -> None:
         else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
               "--max-restarts=8", *own]
     )  # fmt: skip
-    with process(arguments, folder) as child:
+    # Left to itself, torchrun's new workers meet in the store of the old ones, find their
+    # addresses there and wait for them: with 4 workers it never came back (pytorch issue 135712,
+    # whose remedy this is).
+    with process(arguments, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as child:
         for _ in range(_PEER_KILLS):
             _kill_one(child, folder, world, trials)
             progress(
