@@ -22,8 +22,9 @@ RUN = ["batch.size=30", "model.norm=batch", "model.dropout=0.2", "evaluate.every
 class Conductor:
     """Leads a run through its generations as the controller does, with the same policy."""
 
-    def __init__(self, pool: Crew, case: Case) -> None:
-        self.pool, self.case = pool, case
+    def __init__(self, pool: Crew, case: Case, room: int | None = None) -> None:
+        """room: how many take part at most; whoever is built beyond that is a spare. None: all."""
+        self.pool, self.case, self.room = pool, case, room
         self.replicas: dict[str, Replica] = {}
         self.told: dict[str, Told] = {}
         self.members: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class Conductor:
             for name, told in self.told.items()
         }  # fmt: skip
         return View(
-            workers, self.members, self.pool.generation, 1, max(1, len(workers)),
+            workers, self.members, self.pool.generation, 1, self.room or max(1, len(workers)),
             saved_step=checkpoint.read_manifest(self.saved).step if self.saved else -1,
         )  # fmt: skip
 

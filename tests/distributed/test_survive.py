@@ -196,6 +196,23 @@ def test_every_model_goes_through_a_kill_growth_and_shrinkage_unchanged(
     assert (conductor.lost, conductor.left, len(conductor.members)) == (1, 1, 2)
 
 
+@each("model", MODELS.values(), ids=MODELS.keys())
+def test_every_model_is_handed_to_a_spare_unchanged(
+    pool: Crew, tmp_path: Path, model: list[str]
+) -> None:
+    """Built and idle, the spare takes a dead member's place in the very next generation."""
+    case = Case.of(
+        [*model, "batch.size=24", "steps=8", "epochs=null", "evaluate.every=5", "reduction=exact"], tmp_path, 4
+    )  # fmt: skip
+    undisturbed = pool.train(case, 1)[0]
+    conductor = Conductor(pool, case, room=2)
+    conductor.start(3, fail(worker=0).at(step=4, phase="reduce"))
+    assert_nothing_tells(conductor, undisturbed)
+    before, after = conductor.formed
+    assert before.workers == ("w0", "w1")
+    assert after.workers == ("w1", "w2") and after.behind == (1,)
+
+
 @each("seed", range(12))
 def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Told, seed: int) -> None:
     rng = random.Random(seed)
