@@ -4,18 +4,21 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 DESCENT = str(Path(sys.executable).with_name("descent"))
+_DAWDLE = "dawdle"
 
 
-def slow_network(seconds: float, dawdle: Path | None = None) -> str:
+def slow_network(seconds: float, folder: Path) -> str:
     """The source of a module whose network `Slow` takes this long for each micro-batch of a training.
 
-    dawdle: while this file exists, a second.
+    folder: where `dawdling` makes it take a second.
     """
     return f"""
 import os
@@ -29,9 +32,19 @@ class Slow(nn.Sequential):
 
     def forward(self, x):
         if self.training:
-            time.sleep(1.0 if os.path.exists({str(dawdle)!r}) else {seconds})
+            time.sleep(1.0 if os.path.exists({str(folder / _DAWDLE)!r}) else {seconds})
         return super().forward(x)
 """
+
+
+@contextmanager
+def dawdling(folder: Path) -> Iterator[None]:
+    """The runs of a `slow_network` hardly move on: what takes its time comes before their end."""
+    (folder / _DAWDLE).touch()
+    try:
+        yield
+    finally:
+        (folder / _DAWDLE).unlink()
 
 
 COMMON = ["model=custom", "trusted_modules=[nets]", "epochs=null", "workers=2", "reduction=exact", "batch.size=30",
@@ -85,10 +98,10 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(found, key=lambda p: (p.create_time(), p.pid))
 
 
-def world_size_of(folder: Path, name: str) -> int:
-    """How many workers take part now, by the run's own word."""
+def members_of(folder: Path, name: str) -> set[str]:
+    """Who takes part now, by the run's own word."""
     status = json.loads((folder / ".descent" / "runs" / name / "status.json").read_text())
-    return int(status["world_size"])
+    return set(status["members"])
 
 
 def logged_steps(folder: Path, name: str) -> list[int]:

@@ -12,14 +12,17 @@ import pytest
 
 from tests.cluster.runs import (
     DESCENT,
+    dawdling,
     end,
     incidents_of,
     logged_steps,
+    members_of,
     slow_network,
     start,
     wait_for_step,
     workers_of,
 )
+from tests.end_to_end.services import until
 
 MODULE = """
 class Marked(Slow):
@@ -73,7 +76,7 @@ ROOM = ["resources.cpus=0.25", "slots=4", f"steps={STEPS}"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("elastic")
-    (path / "nets.py").write_text(slow_network(0.03) + MODULE)
+    (path / "nets.py").write_text(slow_network(0.03, path) + MODULE)
     return path
 
 
@@ -108,14 +111,13 @@ def worlds(err: str) -> list[int]:
 def test_a_run_grows_and_shrinks_on_request(folder: Path, undisturbed: dict[str, Any]) -> None:
     run = start(folder, "scaled", "Slow", *ROOM, "workers=1")
     wait_for_step(run, folder, "scaled", 10)
-    refused = scale(folder, "scaled", "workers=5")
-    assert refused.returncode != 0 and "slots=4" in refused.stderr
-    grown = scale(folder, "scaled", "workers=3")
-    assert grown.returncode == 0 and "3 wanted" in grown.stdout, grown.stderr
-    while len(workers_of(run)) < 3:
-        assert run.poll() is None
-    wait_for_step(run, folder, "scaled", 60)
-    assert scale(folder, "scaled", "workers=2").returncode == 0
+    with dawdling(folder):
+        refused = scale(folder, "scaled", "workers=5")
+        assert refused.returncode != 0 and "slots=4" in refused.stderr
+        for workers in (3, 2):
+            asked = scale(folder, "scaled", f"workers={workers}")
+            assert asked.returncode == 0 and f"{workers} wanted" in asked.stdout, asked.stderr
+            until(lambda n=workers: len(members_of(folder, "scaled")) == n, f"{workers} workers")  # type: ignore[misc]
     ended = end(run)
     assert_nothing_tells(folder, "scaled", ended, undisturbed)
     assert ended[1]["incidents"] == 0 and worlds(ended[2])[-1] == 2 and 3 in worlds(ended[2])
@@ -141,9 +143,9 @@ def test_a_spare_takes_a_lost_workers_place_at_once(
 ) -> None:
     run = start(folder, "spare", "Slow", *ROOM, "workers=2", "spares=1")
     wait_for_step(run, folder, "spare", 15)
-    workers = workers_of(run)
-    assert len(workers) == 3
-    workers[0].kill()
+    with dawdling(folder):
+        until(lambda: len(workers_of(run)) == 3, "the spare")
+    workers_of(run)[0].kill()
     ended = end(run)
     assert_nothing_tells(folder, "spare", ended, undisturbed)
     assert [i["kind"] for i in incidents_of(folder, "spare")] == ["worker lost"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.runs import (
+    dawdling,
     end,
     incidents_of,
     logged_steps,
@@ -16,6 +17,7 @@ from tests.cluster.runs import (
     wait_for_step,
     workers_of,
 )
+from tests.end_to_end.services import until
 
 STEPS = 120
 MODULE = """
@@ -46,7 +48,7 @@ class Broken(nn.Sequential):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("faults")
-    (path / "nets.py").write_text(slow_network(0.03) + MODULE)
+    (path / "nets.py").write_text(slow_network(0.03, path) + MODULE)
     return path
 
 
@@ -83,6 +85,9 @@ def test_all_workers_killed_the_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     process = start(folder, "all", "Slow", f"steps={STEPS}", "checkpoint.every=10")
     wait_for_step(process, folder, "all", 35)
+    saved = folder / ".descent" / "runs" / "all" / "checkpoints" / "step-00000030"
+    with dawdling(folder):
+        until((saved / "manifest.json").is_file, "the checkpoint")
     for worker in workers_of(process):
         worker.kill()
     code, summary, err = end(process)

@@ -34,7 +34,7 @@ OVERRIDES = [*COMMON, "model._target_=nets.Slow", f"steps={STEPS}", "slots=2"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("network")
-    (path / "nets.py").write_text(slow_network(0.05))
+    (path / "nets.py").write_text(slow_network(0.05, path))
     return path
 
 

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 from tests.cluster.runs import (
+    dawdling,
     end,
     incidents_of,
     logged_steps,
+    members_of,
     resume,
     slow_network,
     start,
     wait_for_step,
-    world_size_of,
 )
 from tests.end_to_end.services import RAY, SMALL, answers, free_port, own_address, process, until
 
@@ -96,7 +97,7 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("nodes")
-    (folder / "nets.py").write_text(slow_network(0.05, dawdle=folder / "dawdle"))
+    (folder / "nets.py").write_text(slow_network(0.05, folder))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -132,11 +133,9 @@ def test_a_nodes_sigterm_is_a_pause_and_a_goodbye_and_a_new_node_is_made_use_of(
         wait_for_step(run, nodes.folder, "drained", 10)
         send(signal.SIGTERM)
         until(lambda: bool(incidents_of(nodes.folder, "drained")), "the goodbye")
-        # A node takes its time to start; the run must not be over by then.
-        (nodes.folder / "dawdle").touch()
-        stack.enter_context(nodes.more())
-        until(lambda: world_size_of(nodes.folder, "drained") == 2, "the new node's worker")
-        (nodes.folder / "dawdle").unlink()
+        with dawdling(nodes.folder):  # a node takes its time to start
+            stack.enter_context(nodes.more())
+            until(lambda: len(members_of(nodes.folder, "drained")) == 2, "the new node's worker")
         code, summary, err = end(run)
     assert code == 0, err
     assert [i["kind"] for i in incidents_of(nodes.folder, "drained")] == ["preempted"]
@@ -155,7 +154,9 @@ def test_a_node_that_ray_is_told_to_drain_is_left_in_time(
             "regroup.max_failures=0",
         )  # fmt: skip
         wait_for_step(run, nodes.folder, "asked", 10)
-        away = nodes.drain("preempted in 60 s", deadline_s=60)
+        with dawdling(nodes.folder):
+            away = nodes.drain("preempted in 60 s", deadline_s=60)
+            until(lambda: bool(incidents_of(nodes.folder, "asked")), "the goodbye")
         code, summary, err = end(run)
     assert code == 0, err
     (incident,) = incidents_of(nodes.folder, "asked")
@@ -175,7 +176,9 @@ def test_an_actor_that_ray_is_told_to_kill_is_replaced(
         "resources.cpus=0.5",
     )  # fmt: skip
     wait_for_step(run, nodes.folder, name, 10)
-    nodes.kill_actor(f"{name}/w1", *options)
+    with dawdling(nodes.folder):
+        nodes.kill_actor(f"{name}/w1", *options)
+        until(lambda: members_of(nodes.folder, name) == {"w0", "w2"}, "the other worker")
     code, summary, err = end(run)
     assert code == 0, err
     (incident,) = incidents_of(nodes.folder, name)

@@ -16,17 +16,23 @@ import pytest
 DESCENT = str(Path(sys.executable).with_name("descent"))
 STEPS = 150
 SLOW = """
+import os
 import time
 from torch import nn
 
 class Slow(nn.Sequential):
-    '''Small, with dropout and batch norm, and slow enough to be interrupted at a known place.'''
+    '''Small, with dropout and batch norm; slow after as many steps of its process as the file LINGER says.'''
+
+    calls = 0
 
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
 
     def forward(self, x):
-        time.sleep(0.02 if self.training else 0)
+        if self.training:
+            self.calls += 1
+            lingers = os.path.exists("LINGER") and self.calls > int(open("LINGER").read())
+            time.sleep(0.5 if lingers else 0.02)
         return super().forward(x)
 """
 RUN = [
@@ -98,6 +104,7 @@ def test_stopped_twice_and_resumed_with_other_workers_it_ends_as_if_nothing_had_
     code, whole, err = Training(tmp_path, [*RUN, "name=whole"]).end()
     assert code == 0, err
 
+    (tmp_path / "LINGER").write_text("25")  # it must not be over before the signal comes
     first = Training(tmp_path, [*RUN, "name=cut"])
     first.interrupt(signal.SIGINT, "cut", 30)
     code, stopped, err = first.end()
@@ -113,6 +120,7 @@ def test_stopped_twice_and_resumed_with_other_workers_it_ends_as_if_nothing_had_
     assert stopped["step"] < again["step"] < STEPS
     assert again["run_id"] == stopped["run_id"]
 
+    (tmp_path / "LINGER").unlink()
     code, done, err = Training(tmp_path, [f"resume={stopped['run_id']}", "workers=1"]).end()
     assert (code, done["state"], done["step"]) == (0, "FINISHED", STEPS), err
     assert done["run_id"] == stopped["run_id"]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from service.artifacts import checkpoint
 from service.cli import app
+from tests.end_to_end.services import until
 from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, Training
 from tests.storage.proxy import Proxy, always
 from tests.storage.servers import S3Server
@@ -55,10 +56,12 @@ def test_stopped_and_resumed_from_s3_with_the_same_bits(
     folder: Path, server: S3Server, bucket: str, undisturbed: dict[str, Any]
 ) -> None:
     there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20", "checkpoint.keep_best=eval/loss"]  # fmt: skip
+    (folder / "LINGER").write_text("65")
     first = Training(folder, [*RUN, "name=cut", *there])
     first.interrupt(signal.SIGINT, "cut", 70)
     code, stopped, _ = first.end()
     assert code == 130 and stopped["checkpoint"].startswith(f"s3://{bucket}/runs/cut/step-")
+    (folder / "LINGER").unlink()
     code, resumed, err = Training(folder, ["resume=cut", "workers=1", *there]).end()
     assert code == 0, err
     assert resumed["state_sha256"] == undisturbed["state_sha256"]
@@ -73,12 +76,16 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
     folder: Path, server: S3Server, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    (folder / "LINGER").write_text("70")
     training = Training(folder, [*RUN, "name=away", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10"])  # fmt: skip
     at_step(training, "away", 25, goes_away(proxy))
+    told = folder / ".descent" / "runs" / "away" / "incidents.jsonl"
+    until(lambda: told.is_file() and "checkpoint failed" in told.read_text(), "the incident")
     at_step(training, "away", 75, lambda: setattr(proxy, "plan", lambda _: None))
+    (folder / "LINGER").unlink()
     code, summary, err = training.end()
     assert code == 0 and summary["step"] == STEPS, err
-    incidents = [json.loads(line) for line in (folder / ".descent/runs/away/incidents.jsonl").read_text().splitlines()]  # fmt: skip
+    incidents = [json.loads(line) for line in told.read_text().splitlines()]
     failed = [i for i in incidents if i["kind"] == "checkpoint failed"]
     assert failed and all("503 SlowDown" in i["detail"] or "too slow" in i["detail"] for i in failed)  # fmt: skip
     assert "checkpoint failed" in err and summary["checkpoint"].endswith(f"step-{STEPS:08d}")
@@ -94,6 +101,7 @@ def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_ther
 ) -> None:  # fmt: skip
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20"]
+    (folder / "LINGER").write_text("65")
     cut = Training(folder, [*RUN, "name=cut", *there])
     at_step(cut, "cut", 50, goes_away(proxy))
     cut.interrupt(signal.SIGINT, "cut", 70)
@@ -102,6 +110,7 @@ def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_ther
     assert code == 130 and stopped["checkpoint"].startswith(str(own)), err
     assert checkpoint.verify(Path(stopped["checkpoint"])).step == stopped["step"] > 60
 
+    (folder / "LINGER").unlink()
     proxy.plan = lambda _: None
     code, resumed, err = Training(folder, ["resume=cut", "workers=1"]).end()
     assert code == 0 and f"going on from step {stopped['step']}" in err, err
@@ -129,6 +138,7 @@ def test_a_checkpoint_that_is_required_and_fails_ends_the_run(
     folder: Path, proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    (folder / "LINGER").write_text("40")
     training = Training(folder, [*RUN, "name=strict", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10", "checkpoint.required=true"])  # fmt: skip
     at_step(training, "strict", 25, lambda: setattr(proxy, "plan", always("expired")))
     code, summary, _ = training.end()
