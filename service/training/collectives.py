@@ -9,6 +9,7 @@ they see the connection end, with the peers.
 import contextlib
 import datetime
 import inspect
+import os
 import re
 import socket
 import sys
@@ -88,10 +89,23 @@ class Group:
         self._abort = abort
         self._processes: dist.ProcessGroup | None = None
         self._closed = threading.Event()
+        self._abandoned = False
 
     def _check(self) -> None:
         if self._abort.is_set():
             raise PeerLost("the controller aborted this generation")
+        if self._abandoned:
+            raise PeerLost("the connections of this generation were closed")
+
+    def settle(self) -> None:
+        """On a GPU, wait for the collectives launched so far. Raises PeerLost where one was cut short.
+
+        An aborted collective of NCCL ends on the device like one that succeeded, with
+        whatever its buffers hold by then: nothing that came of it counts before this returns.
+        """
+        if self.world_size > 1 and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            self._check()
 
     def wait(self, work: Any) -> None:
         """Wait for an asynchronous collective. Raises PeerLost when it fails or is aborted."""
@@ -120,6 +134,7 @@ class Group:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place."""
         self.wait(self.sum_async(tensor))
+        self.settle()
         return tensor
 
     def exchange_async(
@@ -143,6 +158,7 @@ class Group:
             works = [dist.broadcast(tensor, src=source, async_op=True) for tensor in tensors]
         for work in works:
             self.wait(work)
+        self.settle()
 
     def data_parallel(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
         """`model` under torch's reducer, whose buckets are averaged over the ranks while the backward runs."""
@@ -172,6 +188,7 @@ class Group:
         processes = self._processes
         if processes is None:
             return
+        self._abandoned = True
         if self.device.type == "cuda":
             with contextlib.suppress(RuntimeError, AttributeError):
                 processes._get_backend(self.device).abort()
@@ -258,6 +275,9 @@ def _connect(store: PrefixStore, rank: int, world_size: int, device: torch.devic
     dist.distributed_c10d._world.group_count = 0
     hook = sys.excepthook  # wrapped once more by each start
     patience_s = _CONNECT_S + _CONNECT_PER_MEMBER_S * world_size
+    # Left to itself, torch ends the whole process when NCCL tells it of a lost peer; the
+    # survivors are to live, and it is the controller who aborts.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

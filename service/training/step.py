@@ -139,19 +139,26 @@ def train_step(
         # The step will run again, in another generation: what the forward moved goes back.
         buffers.restart()
         raise
-    return _commit(parameters, optimizer, reducer, buffers, sums, given, clip_norm, clip_value)
+    return _commit(
+        parameters, optimizer, reducer, group, buffers, sums, given, clip_norm, clip_value
+    )
 
 
 def _commit(
-    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, reducer: Reducer,
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, reducer: Reducer, group: Group,
     buffers: Buffers, sums: Sums, given: StepInput, clip_norm: float | None, clip_value: float | None,
 ) -> StepResult:  # fmt: skip
-    """The step's last act: everyone holds the same sums, so everyone decides the same."""
+    """The step's last act: everyone holds the same sums, so everyone decides the same. Raises PeerLost."""
     count = sum(sums.counts) or 1.0  # nothing to learn from: all labels ignored
     gradients = [p.grad for p in parameters if p.grad is not None]
     if count != given.nominal:
         torch._foreach_mul_(gradients, given.nominal / count)
     norm = gradient_norm(gradients)
+    try:
+        group.settle()
+    except PeerLost:
+        buffers.restart()
+        raise
     loss = sum(sums.losses) / count
     committed = norm < float("inf") and loss - loss == 0.0
     suspects: tuple[int, ...] = ()

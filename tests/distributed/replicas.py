@@ -174,8 +174,9 @@ class _Side:
         from service.training.trainer import Control, Trainer
 
         self.control = Control(faults=list(faults))
+        device = torch.device("cuda", 0) if plan["device"] == "cuda" else torch.device("cpu")
         self.trainer = Trainer(
-            recompose(config), Plan.from_dict(plan), Path(run_dir), torch.device("cpu"), self.control
+            recompose(config), Plan.from_dict(plan), Path(run_dir), device, self.control
         )  # fmt: skip
         if tamper is not None:
             tamper(self.trainer)
@@ -264,12 +265,12 @@ class Case:
     run_dir: Path
 
     @classmethod
-    def of(cls, overrides: list[str], run_dir: Path, slots: int = 4) -> "Case":
+    def of(cls, overrides: list[str], run_dir: Path, slots: int = 4, device: str = "cpu") -> "Case":
         composed = compose(
-            [f"workers={slots}", f"slots={slots}", "resources.cpus=0.25", "device=cpu",
+            [f"workers={slots}", f"slots={slots}", "resources.cpus=0.25", f"device={device}",
              "checkpoint.every=null", "diagnostics.every=4", *overrides]
         )  # fmt: skip
-        prepared = prepare(composed.config, cores=1.0, gpus=0.0)
+        prepared = prepare(composed.config, cores=1.0, gpus=float(slots if device == "cuda" else 0))
         return cls(composed.config, prepared.plan, run_dir)
 
 
