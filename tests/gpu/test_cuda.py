@@ -16,6 +16,8 @@ from service.training.reduction.compressed import Compressed
 from service.training.sentinel import hash_on_device
 from service.training.stopwatch import Stopwatch
 from service.training.trainer import Control, Trainer
+from tests.distributed.replicas import Case, crew
+from tests.distributed.test_resume import resumed, saved
 
 
 def losses(folder: Path, device: str, *overrides: str) -> list[float]:
@@ -71,6 +73,19 @@ def test_the_same_run_gives_the_same_losses_on_the_gpu(tmp_path: Path) -> None:
     first = losses(tmp_path / "a", "cuda", "model.dropout=0.2", "reduction=exact", "slots=2")
     second = losses(tmp_path / "b", "cuda", "model.dropout=0.2", "reduction=exact", "slots=2")
     assert first == second
+
+
+@pytest.mark.parametrize(("before", "after"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_from_its_checkpoint_on_the_other_device(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    run = ["model.norm=batch", "steps=20", "epochs=null", "checkpoint.every=5"]
+    cases = [Case.of(run, tmp_path / str(i), 1, device) for i, device in enumerate((before, after))]
+    with crew(1) as pool:
+        (whole,), (target,) = saved(pool, cases[0], 1, 10)
+        last = resumed(pool, cases[1], target, 1).finish()
+    assert last.step == whole.step == 20
+    assert last.losses == pytest.approx(whole.losses[10:], rel=2e-2)
 
 
 def test_a_state_has_the_same_hash_wherever_it_lies() -> None:
