@@ -17,28 +17,42 @@ class Buffers:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         owned = dict(model.named_buffers())
         self._buffers = [owned[name] for name in names]
-        self.size = sum(b.numel() for b in self._buffers)
-        self._start: list[Tensor] = []
+        sizes = [b.numel() for b in self._buffers]
+        self.size = sum(sizes)
+        if not self.size:
+            return
+        # One call for all of them: a deep network has dozens, and each call of its own costs.
+        self._start = [b.clone() for b in self._buffers]
+        device = self._buffers[0].device
+        self._row = torch.empty(self.size, dtype=torch.float64, device=device)
+        """All of them side by side, [size]."""
+        pieces = zip(self._row.split(sizes), self._buffers, strict=True)
+        self._pieces = [piece.view(b.shape) for piece, b in pieces]
+        self._counts = torch.cat([
+            torch.full((b.numel(),), not b.is_floating_point(), device=device) for b in self._buffers
+        ])  # fmt: skip
+        """Which entries of a row are whole numbers."""
 
     def begin(self) -> None:
-        self._start = [b.clone() for b in self._buffers]
+        """A step begins with the values of now."""
+        if self.size:
+            torch._foreach_copy_(self._start, self._buffers)
 
     def restart(self) -> None:
         """Back to the values of the step's start."""
-        for buffer, start in zip(self._buffers, self._start, strict=True):
-            buffer.copy_(start)
+        if self.size:
+            torch._foreach_copy_(self._buffers, self._start)
 
     def pack(self) -> Tensor:
-        return torch.cat([b.reshape(-1).to(torch.float64) for b in self._buffers])
+        """The values of now, [size]; valid until the next call."""
+        torch._foreach_copy_(self._pieces, self._buffers)
+        return self._row
 
     def unpack(self, rows: Tensor) -> None:
         """Take the mean of [slots, size]."""
         total = rows[0].clone()
         for row in rows[1:]:
             total += row
-        mean, offset = total / rows.shape[0], 0
-        for buffer in self._buffers:
-            piece = slice(offset, offset + buffer.numel())
-            source = mean if buffer.is_floating_point() else rows[0]
-            buffer.copy_(source[piece].view_as(buffer))
-            offset += buffer.numel()
+        total /= rows.shape[0]
+        self._row.copy_(torch.where(self._counts, rows[0], total))
+        torch._foreach_copy_(self._buffers, self._pieces)

@@ -89,8 +89,7 @@ def train_step(
     last committed step. Raises HalfUpdated where it is not.
     """
     side = Side(given.num_slots, buffers, group, given.votes, given.own)
-    if buffers.size:
-        buffers.begin()
+    buffers.begin()
     reducer.begin()
     try:
         enter("forward")
@@ -98,7 +97,7 @@ def train_step(
             last_slot = index == len(given.slots) - 1
             if random:
                 torch.manual_seed(stream_seed(given.seed, given.step, slot))
-            if buffers.size and index:
+            if index:
                 buffers.restart()
             for start, stop in given.micro_batches(lo, hi):
                 last = last_slot and stop == hi
