@@ -1,9 +1,10 @@
 """A rank's share of a checkpoint, written behind the training's back.
 
     save()   lays the files out in a buffer that is used again for each save, and returns
-    copier   a thread copies the tensors into it while the next step computes its gradients;
-             `copied()`, called before whatever changes them, waits for the rest
-    writer   threads hash and write the buffer, to disk (taking their time while nobody waits) or S3
+    copier   a thread copies the tensors into it, file after file, while the next step computes
+             its gradients; `copied()`, called before whatever changes them, waits for the rest
+    writer   threads hash and write each file as soon as it is copied, to disk (taking their
+             time while nobody waits) or S3
 
 Copying, hashing and writing are calls into C that release the interpreter's lock, so no
 process of its own is needed for them; what isn't paced is niced, to leave the cores to the step.
@@ -45,7 +46,12 @@ _PIECE = 4 << 20
 _FILE_BYTES = 64 << 20
 _MOST_FILES = 4
 """Of a group, a rank writes about one file for so many bytes, and at most so many files."""
+_AT_ONCE = 3
+"""Files under way to S3, each with its own parts: a server that puts one together has another's parts to take meanwhile."""
 _LONGEST_REST_S = 1.0
+
+_File = tuple[str, int, Layout]
+"""Its name, where it begins in the buffer, and its layout."""
 
 
 class Saver:
@@ -54,20 +60,21 @@ class Saver:
     def __init__(self, root: Place, done: Callable[[PartWritten], None]) -> None:
         self.root = root
         self._done = done
-        self._copier = ThreadPoolExecutor(1, "copier", initializer=_step_back)
-        # A save, and its files' hashes and uploads in turn. On disk they pace themselves until somebody waits, and then
+        self._copier = ThreadPoolExecutor(1, "copier")  # an update may be waiting for it
+        # A save, and its files' hashes in turn. On disk they pace themselves until somebody waits, and then
         # nothing is to hold them back: a thread can't take back having stepped back.
         paced = isinstance(root, Path)
         self._writer = ThreadPoolExecutor(8, "writer", initializer=None if paced else _step_back)
+        self._uploader = ThreadPoolExecutor(_AT_ONCE, "uploader", initializer=_step_back)
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._copy: Future[None] | None = None
+        self._copies: list[Future[Any]] = []
+        """One a file, in their order."""
         self._write: Future[None] | None = None
         self._hurry = threading.Event()
         """Somebody waits for the write."""
         self._torn = False
         """A tensor was changed while it was copied, by something that didn't ask: copy at once from now on."""
         self._stalled_s = 0.0
-        self._event: Any = None
         self._began = 0.0
         self._duty = _DUTY
         self._worked_s = 0.0
@@ -75,13 +82,12 @@ class Saver:
 
     def save(
         self, tensors: Mapping[str, Tensor], *, step: int, rank: int, world_size: int, generation: int,
-        scalars: Mapping[str, float], later: bool = False, now: Collection[str] = (),
-        patience_s: float | None = None,
+        scalars: Mapping[str, float], now: Collection[str] = (), patience_s: float | None = None,
     ) -> None:  # fmt: skip
         """Take this rank's share of the tensors ("model/…", "optimizer/…", "ema/…") and write it.
 
-        later: return before it is copied; the caller then calls `copied()` before it changes
-        any tensor but those named in `now`, which are copied at once.
+        Returns before it is copied: call `copied()` before any tensor is changed but those named
+        in `now`, which are copied at once.
         patience_s: how long to wait for the last save, whose buffer is still in use; when it
         is not done by then, this one is given up and says so.
         """
@@ -99,29 +105,31 @@ class Saver:
             return
         views = self._views(files, mine)
         versions = {n: t._version for n, t in mine.items()}
-        at_once = set(mine) if self._torn or not later else {n for n in mine if n in now}
+        at_once = set(mine) if self._torn else {n for n in mine if n in now}
         _copy(views, mine, at_once)
-        rest = [n for n in mine if n not in at_once]
         ready = _mark(mine)
         self._hurry.clear()
         size = sum(found.size for _, _, found in files)
         interval_s = begin - self._began if self._began else math.inf
         self._duty = _duty(self._worked_s or size / _SPEED, interval_s)
         self._began = begin
-        self._copy = self._copier.submit(self._copy_rest, views, mine, rest, versions, ready)
+        self._copies = [
+            self._copier.submit(self._copy_file, views, mine, names, versions, ready)
+            for names in ([n for n in _names_in(file) if n not in at_once] for file in files)
+        ]
         self._stalled_s = time.perf_counter() - begin
-        self._write = self._writer.submit(self._finish, files, self._copy, part, begin)
+        self._write = self._writer.submit(self._finish, files, self._copies, part, begin)
 
     def copied(self) -> None:
         """Wait until the tensors of the last save may be changed."""
-        if self._copy is None:
+        if not self._copies:
             return
         begin = time.perf_counter()
-        with contextlib.suppress(Exception):  # what went wrong, the part tells
-            self._copy.result()
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-        self._copy = None
+        for copy in self._copies:
+            with contextlib.suppress(Exception):  # what went wrong, the part tells
+                if (arrived := copy.result()) is not None:
+                    torch.cuda.current_stream().wait_event(arrived)
+        self._copies = []
         self._stalled_s += time.perf_counter() - begin
 
     def wait(self) -> None:
@@ -149,7 +157,7 @@ class Saver:
         half = self._duty / 2
         return [_Pace(half, self._hurry), *(_Pace(half / files, self._hurry) for _ in range(files))]
 
-    def _views(self, files: "list[tuple[str, int, Layout]]", mine: Mapping[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
+    def _views(self, files: list[_File], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         """A tensor over its place in the buffer for each name; the headers are written."""
         size = files[-1][1] + files[-1][2].size if files else 0
         if self._buffer.numel() < size:
@@ -159,22 +167,22 @@ class Saver:
             first = -room.data_ptr() % BLOCK  # so that the disk can read from it directly
             self._buffer = room[first : first + size]
         views = {}
-        for name, at, found in files:
-            group = name.partition("-")[0] + "/"
+        for file in files:
+            _, at, found = file
             header = torch.frombuffer(bytearray(found.header), dtype=torch.uint8)
             self._buffer[at : at + len(found.header)] = header
-            for inner, (start, stop) in found.spans.items():
-                tensor = mine[group + inner]
+            for name, (start, stop) in zip(_names_in(file), found.spans.values(), strict=True):
                 if stop > start:
                     flat = self._buffer[at + start : at + stop]
-                    views[group + inner] = flat.view(tensor.dtype).view(tensor.shape)
+                    views[name] = flat.view(mine[name].dtype).view(mine[name].shape)
         return views
 
-    def _copy_rest(
+    def _copy_file(
         self, views: Mapping[str, Tensor], mine: Mapping[str, Tensor], names: list[str],
         versions: Mapping[str, int], ready: Any,
-    ) -> None:  # fmt: skip
-        self._event = None
+    ) -> Any:  # fmt: skip
+        """Copy the tensors of one file; on a GPU, the moment at which they will have arrived."""
+        arrived = None
         if ready is None:
             _copy(views, mine, names)
         else:
@@ -182,35 +190,34 @@ class Saver:
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
                 _copy(views, mine, names, non_blocking=True)
-                self._event = stream.record_event()
+                arrived = stream.record_event()
         changed = [n for n in names if mine[n]._version != versions[n]]
         if changed:
             self._torn = True
             raise _Torn(f"{changed[0]} was changed while it was copied; the next save copies at once")  # fmt: skip
+        return arrived
 
-    def _finish(self, files: "list[tuple[str, int, Layout]]", copying: Future[None], part: PartWritten, begin: float) -> None:  # fmt: skip
+    def _finish(self, files: list[_File], copies: list[Future[Any]], part: PartWritten, begin: float) -> None:  # fmt: skip
         written: tuple[FileWritten, ...] = ()
         problem = None
+        uploads: list[Future[None]] = []
         try:
-            copying.result()
-            if self._event is not None:
-                self._event.synchronize()
             memory = self._buffer.numpy().data
             store = store_at(step_dir(self.root, part.step))
             contents = [(name, memory[at : at + found.size]) for name, at, found in files]
             paces = self._paces(len(files), sum(len(content) for _, content in contents))
-            digests = [
-                self._writer.submit(_digests, content, paces[1 + i] if paces else None)
-                for i, (_, content) in enumerate(contents)
-            ]
-            if isinstance(self.root, Path):  # a disk gains nothing by two files at once
-                for name, content in contents:
+            digests = []
+            for i, ((name, content), copy) in enumerate(zip(contents, copies, strict=True)):
+                if (arrived := copy.result()) is not None:
+                    arrived.synchronize()
+                pace = paces[1 + i] if paces else None
+                digests.append(self._writer.submit(_digests, content, pace))
+                if isinstance(self.root, Path):  # a disk gains nothing by two files at once
                     store.upload(content, name, paces[0] if paces else None)
-            else:
-                uploads = [self._writer.submit(store.upload, c, name) for name, c in contents]
-                wait(uploads)  # the buffer must not be used again while one is still under way
-                for upload in uploads:
-                    upload.result()
+                else:
+                    uploads.append(self._uploader.submit(store.upload, content, name))
+            for upload in uploads:
+                upload.result()
             written = tuple(
                 FileWritten(name, len(content), *digest.result())
                 for (name, content), digest in zip(contents, digests, strict=True)
@@ -218,8 +225,15 @@ class Saver:
             self._worked_s = sum(pace.worked_s for pace in paces or ())
         except Exception as error:  # whatever it is, the controller waits to hear of it
             problem = str(error) if isinstance(error, StoreError | _Torn) else f"{type(error).__name__}: {error}"  # fmt: skip
+        wait(uploads)  # the buffer must not be used again while one is still under way
         stalled, took = self._stalled_s, time.perf_counter() - begin
         self._done(replace(part, files=written, error=problem, stalled_s=stalled, took_s=took))
+
+
+def _names_in(file: _File) -> list[str]:
+    """The tensors of a file, by their names in the state, in the order of its layout."""
+    group = file[0].partition("-")[0]
+    return [f"{group}/{inner}" for inner in file[2].spans]
 
 
 def _digests(content: memoryview, pace: Callable[[int], None] | None) -> list[str]:
@@ -259,8 +273,8 @@ class _Torn(RuntimeError):
 
 def _lay_out(
     tensors: Mapping[str, Tensor], mine: Mapping[str, Tensor], rank: int, world_size: int, step: int
-) -> list[tuple[str, int, Layout]]:
-    """(file, where it begins in the buffer, layout) of each of this rank's files: model, optimizer and ema apart.
+) -> list[_File]:
+    """This rank's files: model, optimizer and ema apart.
 
     A large share becomes several files: a hash runs over one file on one core, and a
     restore with more ranks has more to deal out.
@@ -298,4 +312,5 @@ def _mark(mine: Mapping[str, Tensor]) -> Any:
 def _step_back() -> None:
     """Leave the cores to the training thread; Linux has priorities per thread."""
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        me = threading.get_native_id()  # Ray's workers have stepped back already, by 15 of 19
+        os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + _NICE))

@@ -43,7 +43,7 @@ class Saves:
         self._saver.save(
             self._state.tensors(), step=self._state.step, rank=group.rank,
             world_size=group.world_size, generation=generation, scalars={**self._state.scalars(), **scores},
-            later=True, now=self._changed_by_forward, patience_s=None if wait else _PATIENCE_S,
+            now=self._changed_by_forward, patience_s=None if wait else _PATIENCE_S,
         )  # fmt: skip
 
     def _saved(self, part: PartWritten) -> None:

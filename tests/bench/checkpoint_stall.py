@@ -122,9 +122,7 @@ def _descent(loop: Loop) -> Save:
         nonlocal begun
         begun += 1
         begin = time.perf_counter()
-        saver.save(
-            loop.state(), step=step, rank=0, world_size=1, generation=1, scalars={}, later=True
-        )
+        saver.save(loop.state(), step=step, rank=0, world_size=1, generation=1, scalars={})
         loop.waited_s = -(time.perf_counter() - begin)  # the part's figure has this in it too
 
     def saving() -> bool:

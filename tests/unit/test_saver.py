@@ -90,9 +90,7 @@ def test_the_copy_behind_the_next_step_is_of_the_step_before(tmp_path: Path, fus
         optimizer.step()
         state = state_of(model, optimizer)
         expected[step] = {n: t.detach().clone() for n, t in state.items()}
-        saver.save(
-            state, step=step, rank=0, world_size=1, generation=1, scalars={}, later=True, now=now
-        )
+        saver.save(state, step=step, rank=0, world_size=1, generation=1, scalars={}, now=now)
     saver.wait()
     assert [p.error for p in parts] == [None] * 8
     for part in parts:
@@ -107,12 +105,12 @@ def test_a_tensor_that_changes_without_asking_spoils_no_checkpoint(tmp_path: Pat
     saver = Saver(tmp_path, parts.append)
     held = threading.Event()
     saver._copier.submit(held.wait)  # the copy can't begin yet
-    saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={}, later=True)
+    saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
     tensors["model/1"].add_(1)
     held.set()
     saver.wait()
     assert parts[0].error is not None and "model/1 was changed while it was copied" in parts[0].error  # fmt: skip
-    saver.save(tensors, step=2, rank=0, world_size=1, generation=1, scalars={}, later=True)
+    saver.save(tensors, step=2, rank=0, world_size=1, generation=1, scalars={})
     tensors["model/1"].add_(1)  # from now on copies are made at once
     saver.wait()
     assert parts[1].error is None
