@@ -112,17 +112,13 @@ class Run:
         else:
             cluster = self._connecting.result()
             prepared = self._prepare(cluster.cores, cluster.gpus)
-        share = 0.0 if prepared.plan.device == "cpu" else 1.0
-        per_gpu = (
-            share if self.config.resources.gpus == "auto" else float(self.config.resources.gpus)
-        )
         ray_cluster.check_fits(
             workers=prepared.plan.max_workers + self.config.spares, cpus=self.config.resources.cpus,
-            gpus=per_gpu, wanted=f"workers={prepared.plan.max_workers}"
+            gpus=prepared.plan.gpus, wanted=f"workers={prepared.plan.max_workers}"
             + (f" and spares={self.config.spares}" if self.config.spares else ""),
         )  # fmt: skip
         chaos.check(self.config.chaos, prepared.plan.max_workers)
-        return self._train(prepared, cluster, per_gpu)
+        return self._train(prepared, cluster)
 
     def close(self) -> None:
         """Leave the cluster."""
@@ -143,7 +139,7 @@ class Run:
         if starting and self.config.ray.address is None:
             ray_cluster.end_with_children(exit_code)
 
-    def _train(self, prepared: "Prepared", cluster: Any, gpus: float) -> Summary:
+    def _train(self, prepared: "Prepared", cluster: Any) -> Summary:
         from service.cluster.commits import Commits
         from service.cluster.controller import Controller
         from service.cluster.worker_group import WorkerGroup
@@ -160,7 +156,7 @@ class Run:
             }).to_dict(),
             run_dir=str(self.run_dir), import_paths=import_paths(), device=plan.device, loopback=cluster.loopback,
         )  # fmt: skip
-        group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=gpus)
+        group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=plan.gpus)
         first = self.resumed.step if self.resumed else 0
         source = self.resumed.checkpoint if self.resumed else None
         run_id = self.resumed.run_id if self.resumed else None

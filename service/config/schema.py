@@ -47,7 +47,8 @@ class WorkerRange(Section):
 class Resources(Section):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores of one worker; also its number of threads (at least one)."""
-    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """GPUs of one worker, which drives one or shares it."""
 
 
 class DataCache(Section):

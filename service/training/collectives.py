@@ -81,11 +81,13 @@ class Group:
     """The members of one generation and the collectives between them."""
 
     def __init__(
-        self, rank: int, world_size: int, device: torch.device, abort: threading.Event
-    ) -> None:
+        self, rank: int, world_size: int, device: torch.device, abort: threading.Event,
+        backend: str = "gloo",
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self._nccl = backend == "nccl"
         self._abort = abort
         self._processes: dist.ProcessGroup | None = None
         self._closed = threading.Event()
@@ -98,12 +100,12 @@ class Group:
             raise PeerLost("the connections of this generation were closed")
 
     def settle(self) -> None:
-        """On a GPU, wait for the collectives launched so far. Raises PeerLost where one was cut short.
+        """With NCCL, wait for the collectives launched so far. Raises PeerLost where one was cut short.
 
         An aborted collective of NCCL ends on the device like one that succeeded, with
         whatever its buffers hold by then: nothing that came of it counts before this returns.
         """
-        if self.world_size > 1 and self.device.type == "cuda":
+        if self.world_size > 1 and self._nccl:
             torch.cuda.current_stream(self.device).synchronize()
             self._check()
 
@@ -114,7 +116,7 @@ class Group:
         ended = False
         while True:
             try:
-                work.wait(_SLICE) if self.device.type == "cpu" else work.wait()
+                work.wait() if self._nccl else work.wait(_SLICE)
                 return
             except RuntimeError as error:
                 if "timed out" in str(error).lower() and not ended:
@@ -189,7 +191,7 @@ class Group:
         if processes is None:
             return
         self._abandoned = True
-        if self.device.type == "cuda":
+        if self._nccl:
             with contextlib.suppress(RuntimeError, AttributeError):
                 processes._get_backend(self.device).abort()
             return
@@ -234,14 +236,16 @@ def _translated() -> Iterator[None]:
 
 def join(
     *, generation: int, rank: int, world_size: int, host: str, port: int, device: torch.device,
-    abort: threading.Event,
+    backend: str, abort: threading.Event,
 ) -> Group:  # fmt: skip
     """Become rank `rank` of a new generation; returns when all its members are there.
+
+    backend: "nccl", or "gloo", which takes tensors on a GPU too, by way of the host's memory.
 
     The members first meet in the store under a prefix of this generation, in a loop that
     can be aborted, and only then connect to each other, which can't.
     """
-    group = Group(rank, world_size, device, abort)
+    group = Group(rank, world_size, device, abort, backend)
     if world_size == 1:
         return group
     with _translated():
@@ -256,18 +260,18 @@ def join(
         _meet(group, store, "here")
         if dist.is_initialized():
             dist.destroy_process_group()
-        _connect(store, rank, world_size, device)
+        _connect(store, rank, world_size, backend)
         processes = dist.distributed_c10d._get_default_group()
         _hold(processes)
         # Nobody computes, and so nobody can die of it, before all are connected.
         _meet(group, store, "connected")
-        if device.type == "cpu":
+        if backend == "gloo":
             dist.distributed_c10d._set_pg_timeout(_WEDGED)
         group.watch(processes)
     return group
 
 
-def _connect(store: PrefixStore, rank: int, world_size: int, device: torch.device) -> None:
+def _connect(store: PrefixStore, rank: int, world_size: int, backend: str) -> None:
     """torch's process group, with what its start leaves behind in this process put right."""
     # torch meets under the number that the group has in its process, and counts an attempt that
     # failed as well: a member of a generation that could not be connected would for ever after
@@ -280,9 +284,8 @@ def _connect(store: PrefixStore, rank: int, world_size: int, device: torch.devic
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store, rank=rank, world_size=world_size,
-            timeout=_WEDGED if device.type == "cuda" else datetime.timedelta(seconds=patience_s),
+            backend, store=store, rank=rank, world_size=world_size,
+            timeout=_WEDGED if backend == "nccl" else datetime.timedelta(seconds=patience_s),
         )  # fmt: skip
     finally:
         sys.excepthook = hook

@@ -38,11 +38,18 @@ class Plan:
     """Loss terms in a global batch, if none is ignored."""
     threads: int
     device: str
+    gpus: float
+    """What a worker takes; less than one is a share."""
     num_parameters: int
     changing_buffers: tuple[str, ...] = ()
     unused_parameters: bool = False
     random: bool = False
     """Whether the model draws random numbers in training (dropout …)."""
+
+    @property
+    def backend(self) -> str:
+        """What torch calls the library that talks between the workers; NCCL takes one rank a GPU."""
+        return "gloo" if self.gpus <= 0.5 else "nccl"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -145,14 +152,24 @@ def build_schedule(config: RunConfig, total_steps: int) -> Any:
 
 def pick_device(config: RunConfig, gpus: float) -> str:
     """`cuda` or `cpu`; `gpus` is what the cluster has. Raises ConfigError for what isn't there."""
+    asked = config.resources.gpus
     if config.device == "cuda" and gpus < 1:
         raise ConfigError("device=cuda: the cluster has no GPU; use device=cpu or auto")
-    device = "cuda" if config.device != "cpu" and gpus >= 1 else "cpu"
-    if config.resources.gpus not in ("auto", 0) and device == "cpu":
+    if config.device == "cuda" and asked == 0:
         raise ConfigError(
-            f"resources.gpus={config.resources.gpus}: the cluster has no GPU to give; use auto or 0"
+            "resources.gpus=0: with device=cuda each worker needs one, or a share such as 0.5; use auto"
         )
+    device = "cuda" if config.device != "cpu" and gpus >= 1 and asked != 0 else "cpu"
+    if asked not in ("auto", 0) and device == "cpu":
+        why = "device=cpu takes none" if gpus >= 1 else "the cluster has no GPU to give"
+        raise ConfigError(f"resources.gpus={asked:g}: {why}; use auto or 0")
     return device
+
+
+def _gpus_of_a_worker(config: RunConfig, device: str) -> float:
+    if device == "cpu":
+        return 0.0
+    return 1.0 if config.resources.gpus == "auto" else float(config.resources.gpus)
 
 
 def has_bf16(device: str) -> bool:
@@ -165,13 +182,13 @@ def has_bf16(device: str) -> bool:
 
 
 def worker_range(config: RunConfig, *, cores: float, gpus: float, device: str) -> tuple[int, int]:
-    """(min, max) workers; `auto` is one per GPU, or on CPU one per core up to 4."""
+    """(min, max) workers; `auto` is as many as the GPUs have room for, or on CPU one per core up to 4."""
     if isinstance(config.workers, WorkerRange):
         return config.workers.min, config.workers.max
     if config.workers != "auto":
         return 1, int(config.workers)
     if device == "cuda":
-        return 1, max(1, int(gpus))
+        return 1, max(1, int(gpus / _gpus_of_a_worker(config, device) + 1e-9))
     return 1, max(1, min(4, int(cores / config.resources.cpus)))
 
 
@@ -240,6 +257,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         num_evaluation=len(evaluate) if evaluate is not None else 0,
         steps_per_epoch=max(1, math.ceil(len(train) / batch)), slots=slots, min_workers=low, max_workers=high,
         micro_size=micro, nominal=seen.terms * batch, threads=max(1, int(config.resources.cpus)), device=device,
+        gpus=_gpus_of_a_worker(config, device),
         num_parameters=sum(p.numel() for p in model.parameters()), changing_buffers=seen.changing_buffers,
         unused_parameters=seen.unused_parameters, random=seen.random,
     )  # fmt: skip

@@ -105,7 +105,7 @@ class Trainer:
         group = collectives.join(
             generation=membership.generation, rank=membership.rank, world_size=membership.world_size,
             host=membership.store_host, port=membership.store_port, device=self.device,
-            abort=self.control.abort,
+            backend=self.plan.backend, abort=self.control.abort,
         )  # fmt: skip
         self.control.target.group = group
         self.control.target.generation = membership.generation

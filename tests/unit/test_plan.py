@@ -98,7 +98,7 @@ REFUSALS = {
     ("model.num_outputs=5",): "data.train: sample 3 has label 5, but the model has 5 outputs (0 to 4); set model.num_outputs=6",
     ("model.num_outputs=9",): "has label 9, but the model has 9 outputs (0 to 8); set model.num_outputs=10",
     ("device=cuda",): "device=cuda: the cluster has no GPU",
-    ("resources.gpus=1",): "resources.gpus=1.0: the cluster has no GPU to give",
+    ("resources.gpus=1",): "resources.gpus=1: the cluster has no GPU to give",
     ("data=csv",): "data.path is not set: give data.path=FILE.csv",
     ("data=csv", "data.path=bad.csv", "data.target=y"): "bad.csv, row 3, column 'b': value 'oops' is not a finite number",
     ("data=arrays", "data.path=none.npz"): "none.npz doesn't exist",
@@ -156,6 +156,23 @@ def test_bf16_is_refused_exactly_where_the_device_lacks_it():
 def test_the_device_is_what_the_cluster_has():
     for device, gpus, picked in (("auto", 0, "cpu"), ("auto", 1, "cuda"), ("cpu", 1, "cpu"), ("cuda", 2, "cuda")):  # fmt: skip
         assert pick_device(compose([f"device={device}"]).config, gpus) == picked
+    assert pick_device(compose(["resources.gpus=0"]).config, 4) == "cpu"
+    for overrides, why in {
+        ("device=cuda", "resources.gpus=0"): "with device=cuda each worker needs one",
+        ("device=cpu", "resources.gpus=0.5"): "resources.gpus=0.5: device=cpu takes none",
+    }.items():
+        with pytest.raises(DescentError, match=why):
+            pick_device(compose(list(overrides)).config, 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "backend"), [("auto", 2, "nccl"), ("1", 2, "nccl"), ("0.75", 2, "nccl"),
+                                      ("0.5", 4, "gloo"), ("0.1", 20, "gloo")]
+)  # fmt: skip
+def test_workers_that_share_a_gpu_talk_over_gloo(asked: str, workers: int, backend: str) -> None:
+    plan = planned("device=cuda", f"resources.gpus={asked}", "slots=20", gpus=2).plan
+    assert (plan.max_workers, plan.backend) == (workers, backend)
+    assert planned("device=cpu", gpus=2).plan.backend == "gloo"
 
 
 def test_workers_are_one_per_gpu_or_per_core_up_to_four():
