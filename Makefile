@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 NAME   ?=
 
-.PHONY: train test test-s3 check bench soak ui lock clean help
+.PHONY: train test test-gpu test-s3 check bench soak ui lock clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -35,6 +35,9 @@ test: $(STAMP)   ## all tests, two files at a time; ARGS="-k name" selects, ARGS
 
 test-s3: $(STAMP)  ## the store on rclone's and Ceph's S3, which it installs (pip; apt as root) or leaves out
 	@$(BIN)/python -m tests.storage $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests of what moves to a GPU, on the one here or on a stand-in that computes on the CPU
+	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy (strict), import-linter
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run by hand there: python -m pytest tests/gpu (not part of make test)."""
+"""A run on a GPU: what it computes, its bits, its checkpoints (make test-gpu)."""
 
 import threading
 from pathlib import Path
@@ -50,8 +50,8 @@ def test_the_gpu_computes_what_the_cpu_computes(tmp_path: Path, model: str) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        ["precision=bf16"],
-        ["precision=bf16", "compile=true"],
+        pytest.param(["precision=bf16"], marks=pytest.mark.real_gpu),
+        pytest.param(["precision=bf16", "compile=true"], marks=pytest.mark.real_gpu),
         ["optimizer=muon"],
         ["optimizer=nadam"],
     ],
@@ -62,7 +62,7 @@ def test_each_way_of_computing_learns(tmp_path: Path, options: list[str]) -> Non
         "cuda",
         "model=gpt_tiny",
         "data=stdlib",
-        "data.max_bytes=200000",
+        "data.max_bytes=50000",
         "batch.size=16",
         *options,
     )
@@ -115,6 +115,7 @@ def test_powersgd_on_the_gpu_is_that_of_the_cpu() -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.real_gpu
 def test_the_stopwatch_measures_the_device_and_not_the_host() -> None:
     a, watch = torch.randn(8192, 8192, device="cuda"), Stopwatch(torch.device("cuda"), True)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A fault among ranks that share a GPU: abort, and a new generation, by NCCL and by gloo. Run by hand: python -m pytest tests/gpu."""
+"""A fault among ranks that share a GPU: abort, and a new generation, by NCCL and by gloo."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.conductor import RUN, assert_survives
+from tests.distributed.conductor import RUN, Conductor, assert_survives
 from tests.distributed.replicas import Case, Crew, Injected, crew, cut, fail
+from tests.distributed.test_equal_for_any_world import MODELS
 
 _SHARED_CARD = (2, 30)
 """From here on NCCL takes several ranks on one card, where NCCL_MULTI_RANK_GPU_ENABLE=1 asks for it."""
@@ -27,7 +28,7 @@ def pool() -> Iterator[Crew]:
     fail(1).at(7, "forward"), fail(1).at(7, "reduce", delay_s=0.001), fail(0).at(7, "update"),
     cut(1).at(7, "reduce"),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("backend", _SHARES)
+@pytest.mark.parametrize("backend", [pytest.param("nccl", marks=pytest.mark.real_gpu), "gloo"])
 def test_a_kill_costs_no_step_and_no_bit(
     pool: Crew, tmp_path: Path, backend: str, fault: Injected
 ) -> None:
@@ -37,3 +38,33 @@ def test_a_kill_costs_no_step_and_no_bit(
     assert case.plan.backend == backend
     undisturbed = pool.train(case, 1)[0]
     assert_survives(pool, case, undisturbed, 2, fault)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_every_model_has_the_same_bits_for_one_worker_and_for_two_of_which_one_dies(
+    pool: Crew, tmp_path: Path, model: list[str]
+) -> None:
+    run = [*model, "batch.size=24", "steps=8", "epochs=null", "evaluate.every=3", "reduction=exact"]
+    case = Case.of([*run, f"resources.gpus={_SHARES['gloo']}"], tmp_path, device="cuda")
+    undisturbed = pool.train(case, 1)[0]
+    conductor = assert_survives(pool, case, undisturbed, 2, fail(1).at(4, "reduce"))
+    assert conductor.lost == 1
+
+
+@pytest.mark.parametrize("fault", [fail(1).at(7, "forward"), cut(0).at(7, "reduce")], ids=str)
+def test_with_torchs_own_reducer_no_step_is_lost_either(
+    pool: Crew, tmp_path: Path, fault: Injected
+) -> None:
+    run = [*RUN, "reduction=fast", f"resources.gpus={_SHARES['gloo']}"]
+    case = Case.of(run, tmp_path, device="cuda")
+    undisturbed = pool.train(case, 1)[0]
+    conductor = Conductor(pool, case)
+    conductor.start(2, fault)
+    last = conductor.finish()
+    assert last.step == 20 and sorted(conductor.metrics) == sorted(
+        (step, "eval/loss" in m) for step, m in undisturbed.metrics
+    )
+    for key, metrics in conductor.metrics.items():
+        expected = next(m for s, m in undisturbed.metrics if (s, "eval/loss" in m) == key)
+        for name in metrics.keys() & {"train/loss", "eval/loss"}:
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-2)
