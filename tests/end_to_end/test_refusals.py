@@ -108,10 +108,16 @@ def left_behind(mark: str) -> list[str]:
 def test_a_process_that_stays_would_be_seen():
     mark = f"mark-{uuid.uuid4().hex}"
     with subprocess.Popen(
-        ["sleep", "60"], env={**os.environ, "DESCENT_TEST_MARK": mark}
-    ) as staying:
-        assert left_behind(mark) == ["sleep 60 "]
+        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        env={**os.environ, "DESCENT_TEST_MARK": mark},
+    ) as staying:  # fmt: skip
+        assert staying.stdin is not None and staying.stdout is not None
+        # Its answer shows that it runs: for a moment after Popen Linux knows no environment of it.
+        staying.stdin.write(b"here\n")
+        assert staying.stdout.readline() == b"here\n"
+        found = left_behind(mark)
         staying.kill()
+    assert found == ["cat "]
     assert left_behind(mark) == []
 
 
