@@ -1,5 +1,6 @@
 """All gradients in one flat buffer, cut into buckets that are handed over as the backward fills them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 BUCKET_BYTES = 8 << 20
+_ALIGNED_BYTES = 64
+"""Each gradient begins at a multiple of this, however many pieces a bucket has: a kernel may read
+by vectors, and so add up a norm in another order, where its input's address allows it."""
 
 
 class FlatBuckets:
@@ -38,13 +42,14 @@ class FlatBuckets:
     def _layout(
         self, parameters: list[nn.Parameter], pieces: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        limit = BUCKET_BYTES // dtype.itemsize
+        limit, aligned = BUCKET_BYTES // dtype.itemsize, _ALIGNED_BYTES // dtype.itemsize
         start = end = count = 0
         for index, p in enumerate(parameters):
             self.places.append((p, end, len(self.bounds)))
             end, count = end + p.numel(), count + 1
+            end += -end % aligned
             if end - start >= limit or index == len(parameters) - 1:
-                end += -(end - start) % pieces
+                end += -(end - start) % math.lcm(pieces, aligned)
                 self.bounds.append((start, end))
                 self._sizes.append(count)
                 start, count = end, 0
