@@ -92,7 +92,10 @@ class Reports:
             return
         self._halved_in = self._generation.number
         self.micro_size = max(1, self.micro_size // 2)
-        self._listener.note(f"out of memory: going on with batch.micro_size={self.micro_size}")
+        self._listener.note(
+            f"out of memory: going on with batch.micro_size={self.micro_size}, which rounds differently; "
+            "a run that is to have these bits again sets it from the start"
+        )
 
     def _hear_notice(self, notice: Notice) -> None:
         if not self._ledger.is_new(notice):
