@@ -1,22 +1,38 @@
-"""`reduction=exact` on a GPU: only kernels that add in one order, whatever runs beside them."""
+"""`reduction=exact`: only kernels that add in one order, whatever runs beside them."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from service.errors import TrainingError
 
 
 def only_deterministic(device: torch.device) -> None:
-    """Let torch take deterministic kernels alone from now on, in the whole process; a CPU's are that anyway."""
-    if device.type != "cuda":
-        return
-    # cuBLAS reads it when it makes its first handle; without it torch refuses its kernels.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    """Let torch take deterministic kernels alone from now on, in the whole process.
+
+    On a CPU too: with several threads the gradient of `x[index]` is added up by whoever comes first.
+    """
     torch.use_deterministic_algorithms(True)
     # Memory that nobody has written yet needs no defined content, and filling it costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        # cuBLAS reads it when it makes its first handle; without it torch refuses its kernels.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+
+
+def compiled(model: nn.Module, exact: bool) -> Callable[..., Any]:
+    """`model` through torch.compile.
+
+    exact: a kernel for each size of a micro-batch. Left to itself torch makes one for all sizes
+    when it meets the second, which adds in another order than the one for the first size alone;
+    which comes second depends on the slots that a worker has.
+    """
+    forward: Callable[..., Any] = torch.compile(model, dynamic=False if exact else None)
+    return forward
 
 
 def refuse_undeterministic(error: BaseException) -> None:

@@ -22,7 +22,7 @@ from service.training.buffers import Buffers
 from service.training.collectives import Group
 from service.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
 from service.training.dealing import Dealer
-from service.training.determinism import only_deterministic, refuse_undeterministic
+from service.training.determinism import compiled, only_deterministic, refuse_undeterministic
 from service.training.evaluation import Evaluator
 from service.training.feed import Feed
 from service.training.metrics import StepMetrics
@@ -66,7 +66,8 @@ class Trainer:
         model = first_model(config, train, device)
         self.objective = objective_on(config, device)
         self.state = first_state(config, plan, model, device)
-        self._forward: Any = torch.compile(model) if config.compile else model
+        exact = config.reduction == "exact"
+        self._forward: Any = compiled(model, exact) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 from tests.distributed.replicas import Case, Crew
 
@@ -84,6 +85,40 @@ def test_fast_reduction_gives_the_same_losses_within_rounding(
     assert exact.losses == pytest.approx(alone.losses, rel=1e-4)
     for other in rest:  # replicas of one generation never differ by a bit
         assert (other.metrics, other.sha256) == (first.metrics, first.sha256)
+
+
+class Looked(nn.Module):
+    """A table that is looked up by `[index]`: whose gradient threads add up as they come, unless told not to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(17, 16).weight, nn.Linear(64 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table[(16 * x).long()].tanh().flatten(1))  # type: ignore[no-any-return]
+
+
+LOOKED = [
+    "model=custom", f"model._target_={__name__}.Looked", "trusted_modules=[tests]", "batch.size=160",
+    "resources.cpus=2",
+]  # fmt: skip
+SEVERAL_BUCKETS = ["model.depth=3", "model.width=1501", "batch.size=30", "clip.norm=0.5"]
+
+
+@pytest.mark.parametrize("run", [LOOKED, SEVERAL_BUCKETS], ids=["two_threads", "several_buckets"])
+def test_threads_and_buckets_do_not_tell(pool: Crew, tmp_path: Path, run: list[str]) -> None:
+    case = Case.of([*run, "steps=3", "epochs=null", "reduction=exact"], tmp_path)
+    alone, *others = [told for world in (1, 2, 3, 4) for told in pool.train(case, world)]
+    for other in others:
+        assert (other.metrics, other.sha256) == (alone.metrics, alone.sha256)
+
+
+def test_a_compiled_model_has_the_same_bits_whichever_size_of_slot_comes_first(
+    pool: Crew, tmp_path: Path
+) -> None:
+    run = ["compile=true", "model.norm=batch", "model.dropout=0.2", "batch.size=1400"]
+    case = Case.of([*run, "steps=3", "epochs=null", "reduction=exact"], tmp_path, 3)
+    assert len({told.sha256 for w in (1, 3) for told in pool.train(case, w)}) == 1
 
 
 def test_more_slots_than_samples_in_a_micro_batch_and_one_sample_a_slot(
