@@ -14,6 +14,7 @@ from service.training.feed import Feed
 from service.training.objective import Objective
 from service.training.plan import Plan
 from service.training.plateau import Plateau
+from service.training.sampling import stream_seed
 from service.training.state import TrainState
 
 
@@ -49,7 +50,7 @@ class Evaluator:
         assert self._feed is not None
         metrics = evaluate(
             self._state, self._objective, self._feed, group, num_samples=self._num_samples,
-            size=self._config.evaluate.batch_size, autocast=self._autocast,
+            size=self._config.evaluate.batch_size, seed=self._config.seed, autocast=self._autocast,
         )  # fmt: skip
         if isinstance(self._state.schedule, Plateau) and self._state.step > 0:
             self._state.schedule.observe(metrics["eval/loss"])
@@ -75,12 +76,13 @@ class Evaluator:
 
 def evaluate(
     state: TrainState, objective: Objective, feed: Feed, group: Group, *, num_samples: int, size: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    seed: int, autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:  # fmt: skip
     """{"eval/loss", and "eval/accuracy" where there are classes}, the same on every rank.
 
     The set is cut into chunks of `size` that don't depend on the number of ranks; each
-    chunk's sums have one owner, so the result's bits are the same for any world size.
+    chunk's sums have one owner, so the result's bits are the same for any world size. A model that
+    draws random numbers here too finds a chunk's own stream, the same in every evaluation.
     """
     starts = range(0, num_samples, size)
     sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=group.device)
@@ -89,6 +91,7 @@ def evaluate(
         for chunk in range(group.rank, len(starts), group.world_size):
             stop = min(starts[chunk] + size, num_samples)
             inputs, targets = feed.take(np.arange(starts[chunk], stop, dtype=np.int64))
+            torch.manual_seed(stream_seed(seed, 0, chunk))  # no training step is step 0
             output = state.model(inputs)
             sums[chunk, 0] = objective(output, targets)
             sums[chunk, 1] = objective.count(targets)

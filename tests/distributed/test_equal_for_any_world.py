@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tests.distributed.replicas import Case, Crew
 
@@ -98,15 +99,33 @@ class Looked(nn.Module):
         return self.head(self.table[(16 * x).long()].tanh().flatten(1))  # type: ignore[no-any-return]
 
 
-LOOKED = [
-    "model=custom", f"model._target_={__name__}.Looked", "trusted_modules=[tests]", "batch.size=160",
-    "resources.cpus=2",
-]  # fmt: skip
-SEVERAL_BUCKETS = ["model.depth=3", "model.width=1501", "batch.size=30", "clip.norm=0.5"]
+class Chosen(nn.Sequential):
+    """A choice is drawn in evaluation too, and the schedule goes by the evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, choose, head = self
+        return head(F.gumbel_softmax(choose(flat(x)), hard=True))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("run", [LOOKED, SEVERAL_BUCKETS], ids=["two_threads", "several_buckets"])
-def test_threads_and_buckets_do_not_tell(pool: Crew, tmp_path: Path, run: list[str]) -> None:
+def own(model: type[nn.Module], *overrides: str) -> list[str]:
+    target = f"model._target_={model.__module__}.{model.__qualname__}"
+    return ["model=custom", target, "trusted_modules=[tests]", *overrides]
+
+
+HARD_TO_REPEAT = {
+    "two_threads": own(Looked, "batch.size=160", "resources.cpus=2"),
+    "several_buckets": ["model.depth=3", "model.width=1501", "batch.size=30", "clip.norm=0.5"],
+    "draws_in_evaluation": own(
+        Chosen, "evaluate.every=1", "evaluate.batch_size=20", "schedule=plateau", "schedule.patience=0"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", HARD_TO_REPEAT.values(), ids=HARD_TO_REPEAT.keys())
+def test_nothing_else_tells_either(pool: Crew, tmp_path: Path, run: list[str]) -> None:
     case = Case.of([*run, "steps=3", "epochs=null", "reduction=exact"], tmp_path)
     alone, *others = [told for world in (1, 2, 3, 4) for told in pool.train(case, world)]
     for other in others:
