@@ -1,8 +1,6 @@
 """Any map-style PyTorch Dataset, as the data set protocol of Descent."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from inspect import getattr_static
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from service.data.base import Data, Indices, Pair, check_inside, digest_of
+from service.data.generators import own_generators, seed_generators
 from service.data.records import BadRecords
 from service.errors import DataError
 
@@ -59,11 +58,11 @@ class MapStyle(Dataset[Pair]):
         if len(dataset) == 0:
             raise DataError(f"{self.source}: no samples at all")
         self.num_outputs = _num_outputs(dataset)
-        with _own_generators() as drew:
+        with own_generators() as drew:
             self.input_shape: tuple[int, ...] = tuple(self[0][0].shape)
             for index in {len(self) // 2, len(self) - 1}:
                 self._read(index)
-            self.random = drew()
+            self.random = bool(drew())
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -87,7 +86,7 @@ class MapStyle(Dataset[Pair]):
         wanted = [int(index) for index in indices]
         if seeds is None:
             return self._collate(self._read_many(wanted), wanted)
-        with _own_generators():
+        with own_generators():
             samples = self._read_each(wanted, seeds)
         return self._collate(samples, wanted)
 
@@ -104,7 +103,7 @@ class MapStyle(Dataset[Pair]):
         kind = type(self.dataset)
         identity = f"{kind.__module__}.{kind.__qualname__} {len(self)}"
         probes = np.linspace(0, len(self) - 1, min(len(self), _PROBES)).astype(np.int64)
-        with _own_generators():
+        with own_generators():
             first, second = ([part for i in probes for part in self[int(i)]] for _ in range(2))
         same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         return digest_of(first if same else [], identity)
@@ -124,7 +123,7 @@ class MapStyle(Dataset[Pair]):
         samples, bad = [], list[tuple[int, BadRecords]]()
         for row, index in enumerate(indices):
             if seeds is not None:
-                _seed(seeds[row])
+                seed_generators(seeds[row])
             try:
                 samples.append(self._read(index))
             except BadRecords as error:
@@ -177,35 +176,6 @@ class MapStyle(Dataset[Pair]):
                 )
             parts.append(batch.float() if batch.dtype == torch.float64 else batch)
         return parts[0], parts[1]
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def _own_generators() -> Iterator[Any]:
-    """What the block draws from the global generators is undone; gives a function that says whether it drew."""
-    before = random.getstate(), torch.get_rng_state()
-    numpys: Any = np.random.get_state()
-
-    def drew() -> bool:
-        now: Any = np.random.get_state()
-        return (
-            random.getstate() != before[0]
-            or now[2] != numpys[2]
-            or not np.array_equal(now[1], numpys[1])
-            or not torch.equal(torch.get_rng_state(), before[1])
-        )
-
-    try:
-        yield drew
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(numpys)
-        torch.set_rng_state(before[1])
 
 
 def _num_outputs(dataset: Any) -> int | None:

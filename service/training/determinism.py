@@ -1,12 +1,14 @@
 """`reduction=exact`: only kernels that add in one order, whatever runs beside them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from service.data.generators import seed_generators
 from service.errors import TrainingError
 
 
@@ -22,6 +24,30 @@ def only_deterministic(device: torch.device) -> None:
         # cuBLAS reads it when it makes its first handle; without it torch refuses its kernels.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels alone, within the block."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def begin_stream(seed: int, device: torch.device, everything: bool) -> None:
+    """From here on a model draws what this seed decides.
+
+    everything: from Python's and NumPy's generators too, which few models do.
+    """
+    if device.type == "cpu" and not everything:
+        torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes 70
+        return
+    torch.manual_seed(seed)
+    if everything:
+        seed_generators(seed)
 
 
 def compiled(model: nn.Module, exact: bool) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from service.messages import Notice
 from service.training.buffers import Buffers
 from service.training.collectives import Group
+from service.training.determinism import begin_stream
 from service.training.objective import Objective
 from service.training.sampling import Indices, stream_seed
 from service.training.step import Fetch, StepInput, StepResult
@@ -39,7 +40,7 @@ class Inspector:
     objective: Objective
     buffers: Buffers
     autocast: Callable[[], AbstractContextManager[Any]]
-    random: bool
+    draws_elsewhere: bool
 
     def look(self, given: StepInput, fetch: Fetch, samples: Indices) -> list[Finding]:
         """The slots of this rank that are not finite; `samples` are the global batch's numbers."""
@@ -58,8 +59,9 @@ class Inspector:
     def _slot(
         self, given: StepInput, slot: int, bounds: tuple[int, int], fetch: Fetch, samples: Indices
     ) -> Finding:
-        if self.random:
-            torch.manual_seed(stream_seed(given.seed, given.step, slot))
+        begin_stream(
+            stream_seed(given.seed, given.step, slot), given.scale.device, self.draws_elsewhere
+        )
         self.buffers.restart()
         loss, layers, rows, from_input = 0.0, dict[str, None](), list[int](), False
         for start, stop in given.micro_batches(*bounds):

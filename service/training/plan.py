@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from service.config import RunConfig, WorkerRange, build, resolve_target
 from service.data.base import Data
@@ -17,7 +18,13 @@ from service.data.splits import split
 from service.errors import ConfigError, DataError
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
-from service.training.preflight import check_outputs, check_schedule, read, try_one
+from service.training.preflight import (
+    check_outputs,
+    check_schedule,
+    materialize,
+    read,
+    try_one,
+)
 from service.training.remote_data import connect
 
 
@@ -43,8 +50,8 @@ class Plan:
     num_parameters: int
     changing_buffers: tuple[str, ...] = ()
     unused_parameters: bool = False
-    random: bool = False
-    """Whether the model draws random numbers in training (dropout …)."""
+    draws_elsewhere: bool = False
+    """Whether the model draws from Python's or NumPy's generators, not only from torch's (dropout …)."""
 
     @property
     def backend(self) -> str:
@@ -126,6 +133,8 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         raise ConfigError(
             f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module"
         )
+    if any(is_lazy(p) for p in model.parameters()):
+        materialize(config, model, data)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
     return model
@@ -259,7 +268,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         micro_size=micro, nominal=seen.terms * batch, threads=max(1, int(config.resources.cpus)), device=device,
         gpus=_gpus_of_a_worker(config, device),
         num_parameters=sum(p.numel() for p in model.parameters()), changing_buffers=seen.changing_buffers,
-        unused_parameters=seen.unused_parameters, random=seen.random,
+        unused_parameters=seen.unused_parameters, draws_elsewhere=seen.draws_elsewhere,
     )  # fmt: skip
     source = evaluate if evaluate is not None else train
     sample = read(config, source, np.arange(min(4, len(source))), "data")[0]

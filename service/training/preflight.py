@@ -1,5 +1,6 @@
 """One forward and backward before any worker exists: what a user's model, loss and data can get wrong."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from service.config import RunConfig
 from service.config.build import in_one_line
 from service.data.base import Data
+from service.data.generators import own_generators
 from service.data.records import read_good
 from service.data.splits import numbers_in, root_of
 from service.errors import ConfigError, DataError, DescentError
+from service.training.before_forward import BeforeForward
+from service.training.determinism import deterministic, refuse_undeterministic
 from service.training.objective import Objective
 from service.training.plateau import Plateau
 
@@ -28,8 +32,8 @@ class Seen:
     """What one forward and backward showed of a model."""
 
     changing_buffers: tuple[str, ...]
-    random: bool
-    """Whether random numbers were drawn."""
+    draws_elsewhere: bool
+    """Whether random numbers were drawn that are not torch's."""
     unused_parameters: bool
     terms: float
     """Loss terms a sample."""
@@ -46,6 +50,16 @@ def read(config: RunConfig, data: Data, indices: Any, where: str) -> tuple[Tenso
         raise DataError(f"{where}: reading samples failed: {in_one_line(error)}") from error
 
 
+def materialize(config: RunConfig, model: nn.Module, data: Data) -> None:
+    """Give lazy modules (torch.nn.LazyLinear …) their shapes, by one sample in evaluation."""
+    inputs, _ = read(config, data, [0], "data.train")
+    torch.manual_seed(config.seed)
+    model.eval()
+    with torch.no_grad():
+        _forward(config, model, inputs)
+    model.train()
+
+
 def try_one(
     config: RunConfig,
     model: nn.Module,
@@ -59,37 +73,57 @@ def try_one(
     smallest: the fewest samples that a forward of this run will see.
     Raises ConfigError or DataError in the words of the config.
     """
+    exact = config.reduction == "exact"
+    with deterministic() if exact else contextlib.nullcontext():
+        return _try(config, model, objective, data, micro_size, smallest)
+
+
+def _try(
+    config: RunConfig, model: nn.Module, objective: Objective, data: Data, micro_size: int, smallest: int
+) -> Seen:  # fmt: skip
     # Two samples where there are two: batch norm can't train on a single one.
     count = min(2, len(data), max(1, micro_size))
     inputs, targets = read(config, data, np.arange(count), "data.train")
-    before = {name: b.clone() for name, b in model.named_buffers()}
-    torch.manual_seed(0)
-    drawn = torch.get_rng_state()
+    before = BeforeForward.of(model)
     model.train()
-    output = _forward(config, model, inputs)
-    random = not torch.equal(drawn, torch.get_rng_state())
+    with own_generators(seed=0) as drew:
+        output = _forward(config, model, inputs)
+        draws_elsewhere = bool(drew() - {"torch"})
     loss = _loss(config, objective, output, targets, "data.train")
     if not loss.requires_grad:
         raise ConfigError(
-            f"model._target_={config.model['_target_']}: no gradient reaches its parameters from the loss; "
+            f"{_where(config)}: no gradient reaches its parameters from the loss; "
             "is something detached, or under no_grad?"
         )
     try:
         loss.backward()
     except Exception as error:
-        raise ConfigError(
-            f"model._target_={config.model['_target_']}: the backward failed: {in_one_line(error)}"
-        ) from error
+        refuse_undeterministic(error)
+        raise ConfigError(f"{_where(config)}: the backward failed: {in_one_line(error)}") from error
     if smallest == 1:
         _forward_one(config, model, inputs)
-    with torch.no_grad():
-        changed = tuple(n for n, b in model.named_buffers() if not torch.equal(b, before[n]))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
+    written, objection = before.written(model), before.objection(model)
+    if objection is not None:
+        raise ConfigError(f"{_where(config)}: {objection}")
+    before.put_back(model)
+    _check_repeats(config, model, inputs, output.detach())
+    before.put_back(model)
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
     model.zero_grad(set_to_none=True)
     terms = float(objective.count(targets)) / count or 1.0  # only a scale: these may all be ignored
-    return Seen(changed, random, unused, terms)
+    return Seen(written, draws_elsewhere, unused, terms)
+
+
+def _check_repeats(config: RunConfig, model: nn.Module, inputs: Tensor, first: Tensor) -> None:
+    """Whether the output is a function of inputs, parameters, buffers and the generators' seed."""
+    with own_generators(seed=0):
+        again = _forward(config, model, inputs).detach()
+    if config.reduction == "exact" and not torch.equal(first.nan_to_num(), again.nan_to_num()):
+        raise ConfigError(
+            f"{_where(config)}: gives another output when the same samples come again, with the same weights, "
+            "buffers and seeds: it keeps something else, which no checkpoint holds and no other worker has; make "
+            "it a buffer (register_buffer), or use reduction=fast, which doesn't promise equal bits"
+        )
 
 
 def _forward_one(config: RunConfig, model: nn.Module, inputs: Tensor) -> None:
@@ -161,13 +195,18 @@ def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:
         )
 
 
+def _where(config: RunConfig) -> str:
+    return f"model._target_={config.model['_target_']}"
+
+
 def _forward(config: RunConfig, model: nn.Module, inputs: Tensor) -> Tensor:
-    where = f"model._target_={config.model['_target_']}"
+    where = _where(config)
     try:
         output = model(inputs)
     except DescentError:
         raise
     except Exception as error:
+        refuse_undeterministic(error)
         raise ConfigError(
             f"{where}: can't take this data: inputs of shape {list(inputs.shape[1:])}, {inputs.dtype}: "
             f"{in_one_line(error)}"

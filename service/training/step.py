@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from service.errors import TrainingError
 from service.training.buffers import Buffers
 from service.training.collectives import Group, PeerLost
+from service.training.determinism import begin_stream
 from service.training.objective import Objective
 from service.training.reduction import Reducer
 from service.training.sampling import stream_seed
@@ -75,7 +76,7 @@ class StepResult(NamedTuple):
 def train_step(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective,
     reducer: Reducer, group: Group, buffers: Buffers, fetch: Fetch, given: StepInput, *,
-    autocast: Callable[[], AbstractContextManager[Any]], random: bool, clip_norm: float | None,
+    autocast: Callable[[], AbstractContextManager[Any]], draws_elsewhere: bool, clip_norm: float | None,
     clip_value: float | None, watch: Stopwatch, compare: Callable[[], None],
     enter: Callable[[str], None] = lambda _: None,
 ) -> StepResult:  # fmt: skip
@@ -86,7 +87,8 @@ def train_step(
     backward begins), update.
 
     Raises PeerLost when a collective can't be finished; the model is then still at the
-    last committed step. Raises HalfUpdated where it is not.
+    last committed step. Raises HalfUpdated where it is not. Raises TrainingError for a
+    buffer that has begun to change.
     """
     side = Side(given.num_slots, buffers, group, given.votes, given.own)
     buffers.begin()
@@ -95,8 +97,7 @@ def train_step(
         enter("forward")
         for index, (slot, (lo, hi)) in enumerate(given.slots):
             last_slot = index == len(given.slots) - 1
-            if random:
-                torch.manual_seed(stream_seed(given.seed, given.step, slot))
+            begin_stream(stream_seed(given.seed, given.step, slot), group.device, draws_elsewhere)
             if index:
                 buffers.restart()
             for start, stop in given.micro_batches(lo, hi):
@@ -125,6 +126,7 @@ def train_step(
             if not last_slot:
                 side.end_slot(slot)
             reducer.end_slot(slot, last_slot)
+        buffers.check(given.step)
         if reducer.own_backward:
             watch.stop(sum(hi - lo for _, (lo, hi) in given.slots))
         sums = side.receive()

@@ -205,7 +205,7 @@ class Trainer:
         return train_step(
             self._parameters, self.state.optimizer, self._in_training, now.reducer, now.group, self.buffers,
             lambda first, stop: self.feed.fetch(given.step, first, stop), given,
-            autocast=self._autocast, random=self.plan.random, clip_norm=self.config.clip.norm,
+            autocast=self._autocast, draws_elsewhere=self.plan.draws_elsewhere, clip_norm=self.config.clip.norm,
             clip_value=self.config.clip.value, watch=now.watch,
             compare=lambda: self.sentinel.compare(now.group), enter=self.control.enter,
         )  # fmt: skip
@@ -221,7 +221,11 @@ class Trainer:
         if not second.committed:
             self.control.enter("inspect")
             inspector = nonfinite.Inspector(
-                self.state.model, self.objective, self.buffers, self._autocast, self.plan.random
+                self.state.model,
+                self.objective,
+                self.buffers,
+                self._autocast,
+                self.plan.draws_elsewhere,
             )
             samples = self.order.samples_of(given.step)
             fetch = lambda first, stop: self.feed.take(samples[first:stop])  # noqa: E731

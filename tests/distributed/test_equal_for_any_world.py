@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
-from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tests import hard_to_repeat as hard
 from tests.distributed.replicas import Case, Crew
+from tests.hard_to_repeat import overrides
 
 STEPS = 6
 MODELS = {
@@ -88,45 +88,21 @@ def test_fast_reduction_gives_the_same_losses_within_rounding(
         assert (other.metrics, other.sha256) == (first.metrics, first.sha256)
 
 
-class Looked(nn.Module):
-    """A table that is looked up by `[index]`: whose gradient threads add up as they come, unless told not to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(17, 16).weight, nn.Linear(64 * 16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.table[(16 * x).long()].tanh().flatten(1))  # type: ignore[no-any-return]
-
-
-class Chosen(nn.Sequential):
-    """A choice is drawn in evaluation too, and the schedule goes by the evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat, choose, head = self
-        return head(F.gumbel_softmax(choose(flat(x)), hard=True))  # type: ignore[no-any-return]
-
-
-def own(model: type[nn.Module], *overrides: str) -> list[str]:
-    target = f"model._target_={model.__module__}.{model.__qualname__}"
-    return ["model=custom", target, "trusted_modules=[tests]", *overrides]
-
-
+PLATEAU = ["evaluate.every=1", "evaluate.batch_size=20", "schedule=plateau", "schedule.patience=0"]
 HARD_TO_REPEAT = {
-    "two_threads": own(Looked, "batch.size=160", "resources.cpus=2"),
     "several_buckets": ["model.depth=3", "model.width=1501", "batch.size=30", "clip.norm=0.5"],
-    "draws_in_evaluation": own(
-        Chosen, "evaluate.every=1", "evaluate.batch_size=20", "schedule=plateau", "schedule.patience=0"
-    ),
-}  # fmt: skip
+    "two_threads": [*overrides(hard.LookedUp), "batch.size=160", "resources.cpus=2"],
+    "draws_in_evaluation": [*overrides(hard.AlwaysDrawing), *PLATEAU],
+    "draws_elsewhere": [*overrides(hard.DrawingElsewhere), *PLATEAU],
+    "draws_late": overrides(hard.DrawingLate),
+    "replaces_a_buffer": [*overrides(hard.Centred), "evaluate.every=1"],
+    "lazy": overrides(hard.Lazy),
+}
 
 
 @pytest.mark.parametrize("run", HARD_TO_REPEAT.values(), ids=HARD_TO_REPEAT.keys())
 def test_nothing_else_tells_either(pool: Crew, tmp_path: Path, run: list[str]) -> None:
-    case = Case.of([*run, "steps=3", "epochs=null", "reduction=exact"], tmp_path)
+    case = Case.of([*run, "steps=5", "epochs=null", "reduction=exact"], tmp_path)
     alone, *others = [told for world in (1, 2, 3, 4) for told in pool.train(case, world)]
     for other in others:
         assert (other.metrics, other.sha256) == (alone.metrics, alone.sha256)

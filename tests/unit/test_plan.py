@@ -197,10 +197,9 @@ def test_the_numbers_of_a_run_follow_from_config_and_data():
 def test_looking_at_the_model_leaves_it_as_the_seed_made_it():
     """The preflight's forward must not move batch norm's averages or leave gradients."""
     prepared = planned("model=resnet", "workers=2")
-    assert prepared.plan.changing_buffers and not prepared.plan.random
+    assert prepared.plan.changing_buffers and not prepared.plan.draws_elsewhere
     again = planned("model=resnet", "workers=2").model.state_dict()
     for name, tensor in prepared.model.state_dict().items():
         assert torch.equal(tensor, again[name])
         assert "running_mean" not in name or not tensor.any()
     assert all(p.grad is None for p in prepared.model.parameters())
-    assert planned("model.dropout=0.5").plan.random

@@ -1,0 +1,48 @@
+"""The three global generators that Python code draws from: Python's, NumPy's, torch's."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_generators(seed: int) -> None:
+    """Start all three anew; torch's on the CPU only."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def own_generators(seed: int | None = None) -> Iterator[Callable[[], set[str]]]:
+    """What the block draws is undone; gives a function that says from which of the three it drew.
+
+    seed: what the block begins with; None: with what it finds.
+    """
+    before = _states()
+    if seed is not None:
+        seed_generators(seed)
+    begun = before if seed is None else _states()
+
+    def drew() -> set[str]:
+        return {name for name, state in _states().items() if state != begun[name]}
+
+    try:
+        yield drew
+    finally:
+        random.setstate(before["python"])
+        kind, keys, *rest = before["numpy"]
+        np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(torch.frombuffer(bytearray(before["torch"]), dtype=torch.uint8))
+
+
+def _states() -> dict[str, Any]:
+    numpys: Any = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpys[0], numpys[1].tobytes(), *numpys[2:]),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }

@@ -1,0 +1,133 @@
+"""Models as people write them, whose bits depend on more than weights and samples unless somebody sees to it."""
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Plain(nn.Module):
+    """A linear classifier of 8 × 8 digits, for the others to spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+class LookedUp(Plain):
+    """By `[index]`: threads add its gradient up as they come, unless told not to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(17, 16).weight, nn.Linear(64 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.table[(16 * x).long()].tanh())
+
+
+class AlwaysDrawing(Plain):
+    """In evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gumbel_softmax(super().forward(x), hard=True)
+
+
+class DrawingElsewhere(Plain):
+    """From Python's and NumPy's generators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 + random.random() + np.random.rand())
+
+
+class DrawingLate(Plain):
+    """From the third forward on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.forwards += 1
+            x = F.dropout(x, 0.3) if self.forwards > 2 else x
+        return super().forward(x)
+
+
+class Centred(Plain):
+    """Its buffer is another tensor after each forward."""
+
+    persistent = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 8, 8), persistent=self.persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+
+class Lazy(Plain):
+    """Has no shapes before its first forward, and a cache only after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", torch.full((8, 8), 0.5), persistent=False)
+        return super().forward(x * self.cache)
+
+
+class Forgetful(Centred):
+    """Its buffer is not in its state_dict."""
+
+    persistent = False
+
+
+class LateBuffer(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", x.detach().mean(0))
+        return super().forward(x)
+
+
+class Counting(Plain):
+    """In an attribute that is no buffer."""
+
+    forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        return super().forward(x) * self.forwards
+
+
+class SetByTheFirstBatch(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(8, 8))
+        self.register_buffer("is_set", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_set:
+            self.shift.data.copy_(x.detach().mean((0, 1)))
+            self.is_set.fill_(True)
+        return super().forward(x - self.shift)
+
+
+class WithoutDeterministicKernel(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        pooled, at = F.max_pool2d(x, 2, return_indices=True)
+        return super().forward(F.max_unpool2d(pooled, at, 2))
+
+
+def overrides(model: type[nn.Module]) -> list[str]:
+    """What lets a run train this model."""
+    return ["model=custom", f"model._target_={__name__}.{model.__qualname__}", "trusted_modules=[tests]"]  # fmt: skip

@@ -1,0 +1,82 @@
+"""A model that another worker, or a later run, could not compute again is refused before the run; or it is made to."""
+
+import pytest
+import torch
+from torch import nn
+
+from service.config import compose
+from service.errors import DescentError, TrainingError
+from service.training.buffers import Buffers
+from service.training.plan import Prepared, prepare
+from tests import hard_to_repeat as hard
+from tests.hard_to_repeat import overrides
+
+
+def prepared(model: type[nn.Module], *more: str) -> Prepared:
+    return prepare(compose([*overrides(model), *more]).config, cores=1.0, gpus=0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (hard.Forgetful, "changes the buffer 'mean', which is not persistent: .*persistent=True"),
+        (hard.LateBuffer, "first forward registers the buffer 'mean'; do that in __init__"),
+        (hard.Counting, "gives another output when the same samples come again.*register_buffer"),
+        (hard.SetByTheFirstBatch, "writes the parameter 'shift'.*set it in __init__"),
+        (hard.WithoutDeterministicKernel, "max_unpool.* does not have a deterministic .*reduction=fast"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_repeated_is_refused_with_the_cure(
+    model: type[nn.Module], why: str
+) -> None:
+    with pytest.raises(DescentError, match=why):
+        prepared(model)
+
+
+def test_what_only_the_bits_depend_on_goes_with_a_reduction_that_does_not_promise_them() -> None:
+    for model in (hard.Counting, hard.WithoutDeterministicKernel):
+        prepared(model, "reduction=fast")
+
+
+@pytest.mark.parametrize(
+    ("model", "buffers", "elsewhere"),
+    [
+        (hard.Centred, ("mean",), False), (hard.Lazy, (), False), (hard.DrawingLate, ("forwards",), False),
+        (hard.DrawingElsewhere, (), True), (hard.AlwaysDrawing, (), False), (hard.LookedUp, (), False),
+    ],
+)  # fmt: skip
+def test_the_rest_is_found_out(
+    model: type[nn.Module], buffers: tuple[str, ...], elsewhere: bool
+) -> None:
+    found = prepared(model)
+    assert (found.plan.changing_buffers, found.plan.draws_elsewhere) == (buffers, elsewhere)
+    state = found.model.state_dict()
+    assert not any(state[name].any() for name in buffers)  # the look at it has left no trace
+
+
+def test_a_buffer_that_begins_to_change_later_ends_the_run_by_its_name() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), hard.DrawingLate())
+    buffers = Buffers(model, ["0.running_mean", "0.running_var", "0.num_batches_tracked"])
+    buffers.begin()
+    model[0](torch.randn(4, 3))
+    buffers.check(7)
+    model[1](torch.randn(2, 1, 8, 8))
+    with pytest.raises(TrainingError, match=r"buffer '1\.forwards' changes from step 7 on"):
+        buffers.check(7)
+    buffers.begin()
+    buffers.check(8)
+
+
+def test_a_replaced_buffer_goes_back_and_is_averaged_like_one_written_in_place() -> None:
+    model = hard.Centred()
+    buffers = Buffers(model, ["mean"])
+    assert isinstance(model.mean, torch.Tensor)
+    buffers.begin()
+    rows = []
+    for value in (1.0, 3.0):
+        model.mean = torch.full((1, 8, 8), value)
+        rows.append(buffers.pack().clone())
+        buffers.restart()
+        assert not model.mean.any()
+    buffers.unpack(torch.stack(rows))
+    assert torch.equal(model.mean, torch.full((1, 8, 8), 2.0))
