@@ -128,6 +128,14 @@ class WithoutDeterministicKernel(Plain):
         return super().forward(F.max_unpool2d(pooled, at, 2))
 
 
+class InOneDtype(Plain):
+    """Can't be computed in mixed precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.zeros(len(x), 1, dtype=torch.int64)
+        return torch.zeros(len(x), 10).scatter_add(1, at.expand(-1, 10), super().forward(x))
+
+
 def overrides(model: type[nn.Module]) -> list[str]:
     """What lets a run train this model."""
     return ["model=custom", f"model._target_={__name__}.{model.__qualname__}", "trusted_modules=[tests]"]  # fmt: skip

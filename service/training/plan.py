@@ -257,10 +257,12 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     build_optimizer_for(config, model, torch.device("cpu"))
     check_schedule(config, build_schedule(config, total), evaluate is not None)
     smallest = min((size % micro) or micro for size in {batch // slots, largest})
-    seen = try_one(config, model, objective, train, micro, smallest)
-    for name, data in (("data.train", train), ("data.evaluate", evaluate)):
-        if data is not None:
-            check_outputs(config, model, objective, data, name)
+    mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        seen = try_one(config, model, objective, train, micro, smallest)
+        for name, data in (("data.train", train), ("data.evaluate", evaluate)):
+            if data is not None:
+                check_outputs(config, model, objective, data, name)
     plan = Plan(
         total_steps=total, batch_size=batch, num_samples=len(train),
         num_evaluation=len(evaluate) if evaluate is not None else 0,
