@@ -42,10 +42,9 @@ def begin_stream(seed: int, device: torch.device, everything: bool) -> None:
 
     everything: from Python's and NumPy's generators too, which few models do.
     """
-    if device.type == "cpu" and not everything:
-        torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes 70
-        return
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes 70
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     if everything:
         seed_generators(seed)
 
