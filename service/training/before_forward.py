@@ -1,5 +1,6 @@
 """What a forward in training must leave alone, so that another worker, or a later run, can do it again."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class BeforeForward:
             if name in self.buffers:
                 buffer.copy_(self.buffers[name][2])
 
-    def objection(self, model: nn.Module) -> str | None:
+    def objection(self, model: nn.Module, written: Collection[str]) -> str | None:
         """What the forward has written that no checkpoint holds, or that depends on who computed it."""
         kept = model.state_dict(keep_vars=True)
         for name, parameter in model.named_parameters():
@@ -51,7 +52,7 @@ class BeforeForward:
                     f"its forward writes the parameter {name!r}, from whatever samples it sees, which are "
                     "others on each worker; set it in __init__, or make it a buffer"
                 )
-        for name in self.written(model):
+        for name in written:
             if name not in kept:
                 return (
                     f"its forward changes the buffer {name!r}, which is not persistent: no checkpoint holds it "

@@ -27,26 +27,27 @@ def only_deterministic(device: torch.device) -> None:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic kernels alone, within the block."""
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels alone, within the block; or, if not `wanted`, whatever goes outside of it."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(wanted or before)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-def begin_stream(seed: int, device: torch.device, everything: bool) -> None:
+def begin_stream(seed: int, device: torch.device, draws_elsewhere: bool) -> None:
     """From here on a model draws what this seed decides.
 
-    everything: from Python's and NumPy's generators too, which few models do.
+    draws_elsewhere: from Python's and NumPy's generators too, which few models do.
     """
-    torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes 70
+    if draws_elsewhere:
+        seed_generators(seed)
+    else:
+        torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes 70
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-    if everything:
-        seed_generators(seed)
 
 
 def compiled(model: nn.Module, exact: bool) -> Callable[..., Any]:

@@ -51,8 +51,8 @@ class Evaluator:
         assert self._feed is not None
         metrics = evaluate(
             self._state, self._objective, self._feed, group, num_samples=self._num_samples,
-            size=self._config.evaluate.batch_size, seed=self._config.seed, everything=self._plan.draws_elsewhere,
-            autocast=self._autocast,
+            size=self._config.evaluate.batch_size, seed=self._config.seed,
+            draws_elsewhere=self._plan.draws_elsewhere, autocast=self._autocast,
         )  # fmt: skip
         if isinstance(self._state.schedule, Plateau) and self._state.step > 0:
             self._state.schedule.observe(metrics["eval/loss"])
@@ -78,7 +78,7 @@ class Evaluator:
 
 def evaluate(
     state: TrainState, objective: Objective, feed: Feed, group: Group, *, num_samples: int, size: int,
-    seed: int, everything: bool, autocast: Callable[[], AbstractContextManager[Any]],
+    seed: int, draws_elsewhere: bool, autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:  # fmt: skip
     """{"eval/loss", and "eval/accuracy" where there are classes}, the same on every rank.
 
@@ -94,7 +94,7 @@ def evaluate(
             stop = min(starts[chunk] + size, num_samples)
             inputs, targets = feed.take(np.arange(starts[chunk], stop, dtype=np.int64))
             # No training step is step 0.
-            begin_stream(stream_seed(seed, 0, chunk), group.device, everything)
+            begin_stream(stream_seed(seed, 0, chunk), group.device, draws_elsewhere)
             output = state.model(inputs)
             sums[chunk, 0] = objective(output, targets)
             sums[chunk, 1] = objective.count(targets)

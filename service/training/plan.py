@@ -16,6 +16,7 @@ from service.data.cache import use_cache
 from service.data.map_style import adapt
 from service.data.splits import split
 from service.errors import ConfigError, DataError
+from service.training.determinism import deterministic
 from service.training.objective import Objective
 from service.training.optimizers import build_optimizer
 from service.training.preflight import (
@@ -258,7 +259,10 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     check_schedule(config, build_schedule(config, total), evaluate is not None)
     smallest = min((size % micro) or micro for size in {batch // slots, largest})
     mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+        deterministic(config.reduction == "exact"),
+    ):
         seen = try_one(config, model, objective, train, micro, smallest)
         for name, data in (("data.train", train), ("data.evaluate", evaluate)):
             if data is not None:

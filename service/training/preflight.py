@@ -1,6 +1,5 @@
 """One forward and backward before any worker exists: what a user's model, loss and data can get wrong."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from service.data.records import read_good
 from service.data.splits import numbers_in, root_of
 from service.errors import ConfigError, DataError, DescentError
 from service.training.before_forward import BeforeForward
-from service.training.determinism import deterministic, refuse_undeterministic
+from service.training.determinism import refuse_undeterministic
 from service.training.objective import Objective
 from service.training.plateau import Plateau
 
@@ -73,14 +72,6 @@ def try_one(
     smallest: the fewest samples that a forward of this run will see.
     Raises ConfigError or DataError in the words of the config.
     """
-    exact = config.reduction == "exact"
-    with deterministic() if exact else contextlib.nullcontext():
-        return _try(config, model, objective, data, micro_size, smallest)
-
-
-def _try(
-    config: RunConfig, model: nn.Module, objective: Objective, data: Data, micro_size: int, smallest: int
-) -> Seen:  # fmt: skip
     # Two samples where there are two: batch norm can't train on a single one.
     count = min(2, len(data), max(1, micro_size))
     inputs, targets = read(config, data, np.arange(count), "data.train")
@@ -102,7 +93,8 @@ def _try(
         raise ConfigError(f"{_where(config)}: the backward failed: {in_one_line(error)}") from error
     if smallest == 1:
         _forward_one(config, model, inputs)
-    written, objection = before.written(model), before.objection(model)
+    written = before.written(model)
+    objection = before.objection(model, written)
     if objection is not None:
         raise ConfigError(f"{_where(config)}: {objection}")
     before.put_back(model)

@@ -59,14 +59,14 @@ class Trainer:
         self, config: RunConfig, plan: Plan, run_dir: Path, device: torch.device, control: Control
     ) -> None:
         torch.set_num_threads(plan.threads)
-        if config.reduction == "exact":
+        exact = config.reduction == "exact"
+        if exact:
             only_deterministic(device)
         self.config, self.plan, self.device, self.control = config, plan, device, control
         train, held_out = build_data(config)
         model = first_model(config, train, device)
         self.objective = objective_on(config, device)
         self.state = first_state(config, plan, model, device)
-        exact = config.reduction == "exact"
         self._forward: Any = compiled(model, exact) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
