@@ -21,16 +21,14 @@ def install(*packages: str) -> bool:
     install = ("apt-get", *_ONCE, "install", "-y", "--no-install-recommends", *packages)
     with (Path(tempfile.gettempdir()) / "descent-tests-apt.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return went_well(*install) or (
-            went_well("apt-get", *_ONCE, "update") and went_well(*install)
-        )
+        return went_well(*install) or (went_well("apt-get", *_ONCE, "update") and went_well(*install))
 
 
 def went_well(*command: str) -> bool:
     """Whether a command did; one that hangs for want of a network does not."""
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
-        done = subprocess.run(command, capture_output=True, env=quiet, timeout=_PATIENCE_S, check=False)  # fmt: skip
+        done = subprocess.run(command, capture_output=True, env=quiet, timeout=_PATIENCE_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0

@@ -138,4 +138,4 @@ class InOneDtype(Plain):
 
 def overrides(model: type[nn.Module]) -> list[str]:
     """What lets a run train this model."""
-    return ["model=custom", f"model._target_={__name__}.{model.__qualname__}", "trusted_modules=[tests]"]  # fmt: skip
+    return ["model=custom", f"model._target_={__name__}.{model.__qualname__}", "trusted_modules=[tests]"]

@@ -91,8 +91,7 @@ def main() -> None:
         for loop in loops.values():
             loop.run(_BLOCK_S)
     found = {
-        v: {"ms": 1e3 * loop.wall_s / loop.steps, "cpu_ms": 1e3 * loop.cpu_s / loop.steps}
-        for v, loop in loops.items()
+        v: {"ms": 1e3 * loop.wall_s / loop.steps, "cpu_ms": 1e3 * loop.cpu_s / loop.steps} for v, loop in loops.items()
     }
     first = next(iter(loops.values()))
     parameters = sum(p.numel() for p in first.model.parameters())

@@ -1,7 +1,7 @@
 """How long a save of 300 MB holds the training up, and what it takes from the steps that it runs beside.
 
 One loop, an MLP of 25 million parameters with AdamW on one thread, in three processes that take
-turns: Descent's `Saver` as the trainer uses it (copied behind the next step's gradients, written
+turns: Descent's `ShareWriter` as the trainer uses it (copied behind the next step's gradients, written
 by threads), blocking `torch.save`, and `torch.distributed.checkpoint.async_save`. The stall is the
 time in the call, and for Descent also the time that the next update waits for the copy.
 `checkpoint_throughput` compares the steps during Descent's saves with those without one.
@@ -36,14 +36,14 @@ def run() -> list[Result]:
     results = []
     for kind in ("torch_save", "async_save"):
         name = f"checkpoint_stall_{kind}"
-        pairs = [(o["stall_ms"], t["stall_ms"]) for o, t in zip(told["descent"], told[kind], strict=True)]  # fmt: skip
+        pairs = [(o["stall_ms"], t["stall_ms"]) for o, t in zip(told["descent"], told[kind], strict=True)]
         results.append(result_of(name, pairs, TARGETS[name], "lower", unit="ms of stall"))
     pairs = [(o["during_per_s"], o["without_per_s"]) for o in told["descent"]]
     beside = {
         kind: rounded(statistics.median(t["during_per_s"] / t["without_per_s"] for t in told[kind]))
         for kind in ("async_save",)
     }
-    throughput = result_of("checkpoint_throughput", pairs, _THROUGHPUT, "higher", unit="steps/s", **beside)  # fmt: skip
+    throughput = result_of("checkpoint_throughput", pairs, _THROUGHPUT, "higher", unit="steps/s", **beside)
     return [*results, throughput, worst("checkpoint_stall", results)]
 
 
@@ -58,7 +58,7 @@ class Loop:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 4096), nn.GELU(), nn.Linear(4096, 1024)
-        )  # fmt: skip
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.x = torch.randn(32, 1024)
         self.waited_s = 0.0
@@ -82,7 +82,7 @@ class Loop:
 def main(kind: str) -> dict[str, float]:
     """Stall per save, and steps a second during saves and without."""
     loop = Loop()
-    save, saving = {"descent": _descent, "torch_save": _torch_save, "async_save": _async_save}[kind](loop)  # fmt: skip
+    save, saving = {"descent": _descent, "torch_save": _torch_save, "async_save": _async_save}[kind](loop)
     for _ in range(3):
         loop.step()
     save(0)  # buffers, imports, the disk's first blocks
@@ -110,11 +110,11 @@ Save = tuple[Callable[[int], None], Callable[[], bool]]
 
 
 def _descent(loop: Loop) -> Save:
-    from service.artifacts.saver import Saver
-    from service.messages import PartWritten
+    from descent.checkpoint.writer import ShareWriter
+    from descent.messages import ShareWritten
 
-    parts: list[PartWritten] = []
-    saver = Saver(Path("checkpoints").resolve(), parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(Path("checkpoints").resolve(), parts.append)
     loop.optimizer.register_step_pre_hook(lambda *_: saver.copied())
     begun = 0
 

@@ -23,9 +23,14 @@ _MAX_RESTARTS = 8
 
 
 def _train(
-    subject_name: str, folder: Path, rank: int, world: int, wrap: Callable[[Any], Any],
-    load: Callable[[], Any], save: Callable[[dict[str, Any]], None],
-) -> None:  # fmt: skip
+    subject_name: str,
+    folder: Path,
+    rank: int,
+    world: int,
+    wrap: Callable[[Any], Any],
+    load: Callable[[], Any],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
     """Steps without end; rank 0 notes them, and every rank where it can be found."""
     import torch
     from torch import nn
@@ -59,9 +64,7 @@ def _train(
             if rank == 0:
                 steps.write(f"{step} {time.time():.6f}\n")
             if step % SAVE_EVERY == 0:
-                save(
-                    {"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                )
+                save({"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
 
 
 def with_torchrun(subject: str, folder: Path) -> None:
@@ -81,9 +84,7 @@ def with_torchrun(subject: str, folder: Path) -> None:
     def load() -> Any:
         return torch.load(path, weights_only=True) if path.exists() else None
 
-    _train(
-        subject, folder, dist.get_rank(), dist.get_world_size(), DistributedDataParallel, load, save
-    )
+    _train(subject, folder, dist.get_rank(), dist.get_world_size(), DistributedDataParallel, load, save)
 
 
 def _ray_worker(config: dict[str, Any]) -> None:
@@ -109,9 +110,14 @@ def _ray_worker(config: dict[str, Any]) -> None:
             return torch.load(Path(folder) / "state.pt", weights_only=True)
 
     _train(
-        config["subject"], Path(config["folder"]), context.get_world_rank(), context.get_world_size(),
-        ray.train.torch.prepare_model, load, save,
-    )  # fmt: skip
+        config["subject"],
+        Path(config["folder"]),
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.prepare_model,
+        load,
+        save,
+    )
 
 
 def with_ray_train(subject: str, folder: Path, workers: int) -> None:
@@ -124,9 +130,7 @@ def with_ray_train(subject: str, folder: Path, workers: int) -> None:
     TorchTrainer(
         _ray_worker,
         train_loop_config={"subject": subject, "folder": str(folder)},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=False, resources_per_worker={"CPU": 2 / workers}
-        ),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=False, resources_per_worker={"CPU": 2 / workers}),
         run_config=RunConfig(
             storage_path=str(folder / "ray_results"),
             failure_config=FailureConfig(max_failures=_MAX_RESTARTS),

@@ -30,16 +30,14 @@ def run() -> list[Result]:
 
 
 def _measure(world: int, name: str) -> Result:
-    from service.training.collectives import Store
+    from descent.training.collectives import Store
 
     store = Store("127.0.0.1")
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         given, out = _composed(world, name), context.Queue()
         processes = [
-            context.Process(
-                target=_replica, args=(rank, world, store.port, given, folder, out), daemon=True
-            )
+            context.Process(target=_replica, args=(rank, world, store.port, given, folder, out), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -55,47 +53,58 @@ def _measure(world: int, name: str) -> Result:
     batch = SUBJECTS[name].batch
     pairs = [(batch / exact, batch / fast) for exact, fast in found]
     result = result_of(
-        f"exactness_{name}_{world}", pairs, 0.9, "higher",
+        f"exactness_{name}_{world}",
+        pairs,
+        0.9,
+        "higher",
         unit="samples/s; descent: exact, other: fast",
-    )  # fmt: skip
+    )
     progress(f"{name}, {world} workers: exact at {result.ratio:.3f} of fast")
     return result
 
 
 def _composed(world: int, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(config, plan) of each kind."""
-    from service.config import compose
-    from service.training.plan import prepare
+    from descent.config import compose
+    from descent.training.plan import prepare
 
     given = []
     for kind in _KINDS:
-        config = compose([
-            *SUBJECTS[name].overrides(), f"workers={world}", f"slots={world}", "resources.cpus=0.5",
-            "checkpoint.every=null", f"reduction={kind}",
-        ]).config  # fmt: skip
+        config = compose(
+            [
+                *SUBJECTS[name].overrides(),
+                f"workers={world}",
+                f"slots={world}",
+                "resources.cpus=0.5",
+                "checkpoint.every=null",
+                f"reduction={kind}",
+            ]
+        ).config
         given.append((config.to_dict(), prepare(config, cores=2.0, gpus=0.0).plan.to_dict()))
     return given
 
 
 def _replica(
-    rank: int, world: int, port: int, given: Sequence[tuple[dict[str, Any], dict[str, Any]]],
-    folder: str, out: Any,
-) -> None:  # fmt: skip
+    rank: int,
+    world: int,
+    port: int,
+    given: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    folder: str,
+    out: Any,
+) -> None:
     """One process: its trainers take turns; rank 0 hands back the seconds a step, turn by turn."""
     import torch
 
-    from service.config import recompose
-    from service.messages import Membership
-    from service.training.dealing import deal_slots
-    from service.training.plan import Plan
-    from service.training.trainer import Control, Trainer
+    from descent.config import recompose
+    from descent.messages import Membership
+    from descent.training.plan import Plan
+    from descent.training.slot_balancer import assign_slots
+    from descent.training.trainer import Control, Trainer
 
     trainers = []
     for kind, (config, plan) in zip(_KINDS, given, strict=True):
         control, derived = Control(), Plan.from_dict(plan)
-        trainer = Trainer(
-            recompose(config), derived, Path(folder) / kind, torch.device("cpu"), control
-        )
+        trainer = Trainer(recompose(config), derived, Path(folder) / kind, torch.device("cpu"), control)
         trainers.append((trainer, control, derived))
     rows, generation = [], 0
     for _ in range(_TURNS):
@@ -106,14 +115,14 @@ def _replica(
             control.pause = False
             if rank == 0:
                 threading.Timer(_SECONDS, setattr, (control, "pause", True)).start()
-            trainer.run(Membership(
-                generation, rank, world, "127.0.0.1", port, deal_slots(derived.slots, world), derived.micro_size
-            ))  # fmt: skip
+            trainer.run(
+                Membership(
+                    generation, rank, world, "127.0.0.1", port, assign_slots(derived.slots, world), derived.micro_size
+                )
+            )
             trainer.finish_saving()
             steps = [r for r in control.records if "train/loss" in r.metrics][_WARM_UP:]
-            took.append(
-                (steps[-1].time_ms - steps[0].time_ms) / 1000 / (steps[-1].step - steps[0].step)
-            )
+            took.append((steps[-1].time_ms - steps[0].time_ms) / 1000 / (steps[-1].step - steps[0].step))
         rows.append((took[0], took[1]))
     if rank == 0:
         out.put(rows[1:])  # the first turns warmed both up

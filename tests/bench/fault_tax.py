@@ -43,18 +43,16 @@ def run() -> list[Result]:
 
 def _launch(reduction: str, number: int) -> list[tuple[float, float]]:
     """(on, off) seconds a step, pair by pair."""
-    from service.training.collectives import Store
+    from descent.training.collectives import Store
 
     store = Store("127.0.0.1")
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         given, out = _composed(reduction), context.Queue()
         processes = [
-            context.Process(
-                target=_replica, args=(rank, store.port, given, number % 2, folder, out), daemon=True
-            )
+            context.Process(target=_replica, args=(rank, store.port, given, number % 2, folder, out), daemon=True)
             for rank in range(_WORLD)
-        ]  # fmt: skip
+        ]
         for process in processes:
             process.start()
         try:
@@ -75,28 +73,36 @@ def _measure(reduction: str) -> Result:
         progress(f"{reduction}: {statistics.median(on / off for on, off in rows):.4f}")
         found += rows
     result = result_of(
-        f"fault_tax_{reduction}", [(1e3 * on, 1e3 * off) for on, off in found], 1.01, "lower",
+        f"fault_tax_{reduction}",
+        [(1e3 * on, 1e3 * off) for on, off in found],
+        1.01,
+        "lower",
         unit="ms a step; descent: fault tolerance on, other: off",
-    )  # fmt: skip
+    )
     progress(f"{reduction}: {result.ratio:.4f} ({result.detail['descent']} ms a step)")
     quartiles = statistics.quantiles(result.detail["ratios"], n=4)
-    return Result(
-        result.name, result.ratio, result.target, "lower", {**result.detail, "quartiles": quartiles}
-    )
+    return Result(result.name, result.ratio, result.target, "lower", {**result.detail, "quartiles": quartiles})
 
 
 def _composed(reduction: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(config, plan) with fault tolerance on and off."""
-    from service.config import compose
-    from service.training.plan import prepare
+    from descent.config import compose
+    from descent.training.plan import prepare
 
     off = ["sentinel_every=null", "straggler.deal=false", "straggler.factor=1e9"]
     given = []
     for overrides in ([], off):
-        config = compose([
-            *SUBJECTS["10ms"].overrides(), f"workers={_WORLD}", f"slots={_WORLD}", "resources.cpus=1",
-            "checkpoint.every=null", f"reduction={reduction}", *overrides,
-        ]).config  # fmt: skip
+        config = compose(
+            [
+                *SUBJECTS["10ms"].overrides(),
+                f"workers={_WORLD}",
+                f"slots={_WORLD}",
+                "resources.cpus=1",
+                "checkpoint.every=null",
+                f"reduction={reduction}",
+                *overrides,
+            ]
+        ).config
         given.append((config.to_dict(), prepare(config, cores=2.0, gpus=0.0).plan.to_dict()))
     return given
 
@@ -104,7 +110,7 @@ def _composed(reduction: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 @contextmanager
 def _without_fault_tolerance() -> Iterator[None]:
     """The collectives as somebody would write them who never loses a worker."""
-    from service.training.collectives import Group
+    from descent.training.collectives import Group
 
     def wait(self: Group, work: Any) -> None:  # noqa: ARG001
         if work is not None:
@@ -125,25 +131,27 @@ def _without_fault_tolerance() -> Iterator[None]:
 
 
 def _replica(
-    rank: int, port: int, given: list[tuple[dict[str, Any], dict[str, Any]]], first: int, folder: str,
+    rank: int,
+    port: int,
+    given: list[tuple[dict[str, Any], dict[str, Any]]],
+    first: int,
+    folder: str,
     out: Any,
-) -> None:  # fmt: skip
+) -> None:
     """One process: its trainers take turns; rank 0 hands back the seconds a step, pair by pair."""
     import torch
 
-    from service.config import recompose
-    from service.messages import Membership
-    from service.training.dealing import deal_slots
-    from service.training.plan import Plan
-    from service.training.trainer import Control, Trainer
+    from descent.config import recompose
+    from descent.messages import Membership
+    from descent.training.plan import Plan
+    from descent.training.slot_balancer import assign_slots
+    from descent.training.trainer import Control, Trainer
 
     trainers: dict[int, tuple[Trainer, Control, Plan]] = {}
     for number in (first, 1 - first):
         config, plan = given[number]
         control, derived = Control(), Plan.from_dict(plan)
-        trainer = Trainer(
-            recompose(config), derived, Path(folder) / str(number), torch.device("cpu"), control
-        )
+        trainer = Trainer(recompose(config), derived, Path(folder) / str(number), torch.device("cpu"), control)
         trainers[number] = (trainer, control, derived)
     generation = 0
 
@@ -155,9 +163,11 @@ def _replica(
         control.pause = False
         if rank == 0:
             threading.Timer(_SECONDS, setattr, (control, "pause", True)).start()
-        trainer.run(Membership(
-            generation, rank, _WORLD, "127.0.0.1", port, deal_slots(derived.slots, _WORLD), derived.micro_size
-        ))  # fmt: skip
+        trainer.run(
+            Membership(
+                generation, rank, _WORLD, "127.0.0.1", port, assign_slots(derived.slots, _WORLD), derived.micro_size
+            )
+        )
         trainer.finish_saving()
         steps = [r for r in control.records if "train/loss" in r.metrics][_WARM_UP:]
         return (steps[-1].time_ms - steps[0].time_ms) / 1000 / (steps[-1].step - steps[0].step)

@@ -33,7 +33,7 @@ def run() -> list[Result]:
     """A result per kind and alternative, and the worst of them as `input`."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        results = [*_arrays(Path(folder)), *_tokens(Path(folder)), *_parquet(Path(folder)), *_images(Path(folder))]  # fmt: skip
+        results = [*_arrays(Path(folder)), *_tokens(Path(folder)), *_parquet(Path(folder)), *_images(Path(folder))]
     return [*results, worst("input", [r for r in results if r.target is not None])]
 
 
@@ -48,8 +48,8 @@ def _digits(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _feed(data: Any) -> Iterator[Pair]:
-    from service.training.feed import Feed
-    from service.training.sampling import SampleOrder
+    from descent.training.input.feed import Feed
+    from descent.training.input.sampling import SampleOrder
 
     order = SampleOrder.of(data, _BATCH, seed=0)
     feed = Feed(data, order, torch.device("cpu"))
@@ -70,9 +70,13 @@ def _indexing(inputs: torch.Tensor, targets: torch.Tensor) -> Iterator[Pair]:
 
 def _loader(data: Dataset[Any], processes: int = 0) -> Iterator[Pair]:
     loader = DataLoader(
-        data, _BATCH, shuffle=True, drop_last=True, num_workers=processes,
+        data,
+        _BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=processes,
         persistent_workers=processes > 0,
-    )  # fmt: skip
+    )
     while True:
         yield from loader
 
@@ -88,9 +92,12 @@ def _rate(batches: Iterator[Pair]) -> float:
 
 
 def _compare(
-    name: str, ours: Callable[[], Iterator[Pair]], theirs: Callable[[], Iterator[Pair]], target: float | None,
+    name: str,
+    ours: Callable[[], Iterator[Pair]],
+    theirs: Callable[[], Iterator[Pair]],
+    target: float | None,
     **detail: Any,
-) -> Result:  # fmt: skip
+) -> Result:
     mine, other = ours(), theirs()
     for batches in (mine, other):
         for _ in range(5):
@@ -113,7 +120,7 @@ class _Rows(Dataset[Any]):
 
 
 def _arrays(folder: Path) -> list[Result]:
-    from service.data.arrays import Arrays
+    from descent.data.arrays import Arrays
 
     pixels, labels = _digits(20_000)
     inputs = pixels.reshape(len(pixels), 1, 24, 24).astype(np.float32) / 255
@@ -128,8 +135,8 @@ def _arrays(folder: Path) -> list[Result]:
 
 
 def _tokens(folder: Path) -> list[Result]:
-    from service.data.tokenize import Bytes, tokenize
-    from service.data.tokens import Tokens
+    from descent.data.tokenize import Bytes, tokenize
+    from descent.data.tokens import Tokens
 
     source = Path(sysconfig.get_paths()["stdlib"])
     tokenize(source, folder / "tokens", Bytes(), pattern="*.py", shard_tokens=1 << 20)
@@ -138,7 +145,7 @@ def _tokens(folder: Path) -> list[Result]:
     return [
         _compare("tokens_memory", lambda: _feed(data), lambda: _indexing(inputs, targets), 0.9),
         _compare("tokens_loader", lambda: _feed(data), lambda: _loader(_Rows(inputs, targets)), 1.5),
-    ]  # fmt: skip
+    ]
 
 
 class _ParquetRows(Dataset[Any]):
@@ -161,7 +168,7 @@ class _ParquetRows(Dataset[Any]):
 def _parquet(folder: Path) -> list[Result]:
     import pandas as pd
 
-    from service.data.parquet import Parquet
+    from descent.data.parquet import Parquet
 
     pixels, labels = _digits(50_000)
     table = pd.DataFrame(pixels[:, ::3, ::3].reshape(len(pixels), -1).astype(np.float32))
@@ -199,7 +206,7 @@ class _ImageFiles(Dataset[Any]):
 def _images(folder: Path) -> list[Result]:
     from PIL import Image
 
-    from service.data.images import Images
+    from descent.data.images import Images
 
     pixels, labels = _digits(4000)
     for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):

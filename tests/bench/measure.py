@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-DESCENT = "from service.cli import main; main()"
+DESCENT = "from descent.cli.main import main; main()"
 PAIRS = 3
 _SETTLE_S = 2.0
 PATIENCE_S = 120.0
@@ -47,10 +47,15 @@ class Result:
         return self.ratio <= self.target if self.better == "lower" else self.ratio >= self.target
 
     def to_json(self) -> str:
-        return json.dumps({
-            "name": self.name, "ratio": round(self.ratio, 4), "target": self.target,
-            "better": self.better, "detail": self.detail,
-        })  # fmt: skip
+        return json.dumps(
+            {
+                "name": self.name,
+                "ratio": round(self.ratio, 4),
+                "target": self.target,
+                "better": self.better,
+                "detail": self.detail,
+            }
+        )
 
 
 def result_of(
@@ -62,11 +67,18 @@ def result_of(
 ) -> Result:
     """The median of the pairs' ratios (Descent / other): what slows both of a pair cancels out."""
     ratios = [ours / theirs for ours, theirs in pairs]
-    return Result(name, statistics.median(ratios), target, better, {
-        "descent": rounded(statistics.median(p[0] for p in pairs)),
-        "other": rounded(statistics.median(p[1] for p in pairs)),
-        "ratios": [rounded(r) for r in ratios], **detail,
-    })  # fmt: skip
+    return Result(
+        name,
+        statistics.median(ratios),
+        target,
+        better,
+        {
+            "descent": rounded(statistics.median(p[0] for p in pairs)),
+            "other": rounded(statistics.median(p[1] for p in pairs)),
+            "ratios": [rounded(r) for r in ratios],
+            **detail,
+        },
+    )
 
 
 def rounded(value: float) -> float:
@@ -91,11 +103,14 @@ def show(console: Console, results: Sequence[Result], title: str) -> None:
     for r in results:
         sign = "≤" if r.better == "lower" else "≥"
         table.add_row(
-            r.name, str(r.detail.get("descent", "")), str(r.detail.get("other", "")), f"{r.ratio:.3f}",
+            r.name,
+            str(r.detail.get("descent", "")),
+            str(r.detail.get("other", "")),
+            f"{r.ratio:.3f}",
             " ".join(f"{x:.2f}" for x in r.detail.get("ratios", ())),
             "–" if r.target is None else f"{sign} {r.target:g}",
             {True: "reached", False: "missed", None: ""}[r.reached],
-        )  # fmt: skip
+        )
     console.print(table)
 
 
@@ -107,10 +122,15 @@ def progress(line: str) -> None:
 def environment() -> dict[str, str]:
     """One thread each, this repository importable, nothing sent home, Ray's token in memory only."""
     return {
-        **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32), "MLFLOW_DISABLE_TELEMETRY": "true",
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
 
 
 @contextlib.contextmanager
@@ -121,16 +141,19 @@ def process(arguments: Sequence[str], folder: Path, **more: str) -> Iterator[sub
     """
     with (folder / "stderr.txt").open("w+", encoding="utf-8") as stderr:
         child = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, env={**environment(), **more}, text=True,
-            stdout=subprocess.PIPE, stderr=stderr, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *arguments],
+            cwd=folder,
+            env={**environment(), **more},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
         try:
             yield child
             if child.returncode:
                 stderr.seek(0)
-                raise BenchError(
-                    f"{' '.join(arguments)}: exit code {child.returncode}:\n{stderr.read()[-2000:]}"
-                )
+                raise BenchError(f"{' '.join(arguments)}: exit code {child.returncode}:\n{stderr.read()[-2000:]}")
         finally:
             _end(child)
 
@@ -289,9 +312,7 @@ class Steady:
         finally:
             _signal_session(self._run.pid, signal.SIGCONT)
         since, steps = time.monotonic(), len(self._run.steps)
-        self._run.wait_for(
-            lambda: time.monotonic() - since > _SETTLE_S / 2 and len(self._run.steps) > steps + 5
-        )
+        self._run.wait_for(lambda: time.monotonic() - since > _SETTLE_S / 2 and len(self._run.steps) > steps + 5)
 
 
 @contextlib.contextmanager

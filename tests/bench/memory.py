@@ -27,9 +27,7 @@ def _measure(name: str) -> Result:
     pairs, parameters = [], 0
     for _ in range(2):  # memory hardly varies
         with tempfile.TemporaryDirectory() as folder:
-            ours = descent(
-                [*SUBJECTS[name].overrides(), "workers=1", f"steps={_STEPS}"], Path(folder)
-            )
+            ours = descent([*SUBJECTS[name].overrides(), "workers=1", f"steps={_STEPS}"], Path(folder))
             theirs = output_of(["-m", "tests.bench.bare_loop", name], Path(folder))
             pairs.append((ours["peak_rss_mb"], theirs["peak_rss_mb"]))
             parameters = theirs["parameters"]

@@ -64,9 +64,11 @@ class Trials:
 
     def detail(self) -> dict[str, object]:
         return {
-            "seconds": [rounded(s) for s in self.seconds], "steps_lost": self.lost,
-            "kills": len(self.seconds), **({"failed": self.failed} if self.failed else {}),
-        }  # fmt: skip
+            "seconds": [rounded(s) for s in self.seconds],
+            "steps_lost": self.lost,
+            "kills": len(self.seconds),
+            **({"failed": self.failed} if self.failed else {}),
+        }
 
 
 def run() -> list[Result]:
@@ -94,29 +96,47 @@ def run() -> list[Result]:
     )
     return [
         *results,
-        Result(
-            "recovery", slowest.ratio, _TARGET_S, "lower", {"of": slowest.name, **slowest.detail}
-        ),
+        Result("recovery", slowest.ratio, _TARGET_S, "lower", {"of": slowest.name, **slowest.detail}),
     ]
 
 
-def _results(
-    name: str, ours: Trials, ray_train: Trials, torchrun: Trials, detail: dict[str, object]
-) -> list[Result]:
+def _results(name: str, ours: Trials, ray_train: Trials, torchrun: Trials, detail: dict[str, object]) -> list[Result]:
     if ours.median is None:
         raise BenchError(f"{name}: {ours.failed}")
-    results = [Result(name, ours.median, _TARGET_S, "lower", {
-        "unit": "s", "descent": rounded(ours.median), "ratios": [rounded(s) for s in ours.seconds],
-        "kills": len(ours.seconds), "steps_lost_most": max(ours.lost), **detail,
-    })]  # fmt: skip
+    results = [
+        Result(
+            name,
+            ours.median,
+            _TARGET_S,
+            "lower",
+            {
+                "unit": "s",
+                "descent": rounded(ours.median),
+                "ratios": [rounded(s) for s in ours.seconds],
+                "kills": len(ours.seconds),
+                "steps_lost_most": max(ours.lost),
+                **detail,
+            },
+        )
+    ]
     for peer, trials, target in (
         ("ray_train", ray_train, _TO_RAY),
         ("torchrun", torchrun, _TO_TORCHRUN),
     ):
         if trials.median is not None:
-            results.append(Result(f"{name}_to_{peer}", trials.median / ours.median, target, "higher", {
-                "descent": rounded(ours.median), "other": rounded(trials.median), **trials.detail(),
-            }))  # fmt: skip
+            results.append(
+                Result(
+                    f"{name}_to_{peer}",
+                    trials.median / ours.median,
+                    target,
+                    "higher",
+                    {
+                        "descent": rounded(ours.median),
+                        "other": rounded(trials.median),
+                        **trials.detail(),
+                    },
+                )
+            )
     return results
 
 
@@ -126,9 +146,12 @@ def _results(
 def _descent(world: int, reduction: str) -> Trials:
     trials = Trials()
     overrides = [
-        *SUBJECTS[_SUBJECT].overrides(), f"workers={world}", f"resources.cpus={2 / world}",
-        f"reduction={reduction}", "regroup.max_failures=1000",
-    ]  # fmt: skip
+        *SUBJECTS[_SUBJECT].overrides(),
+        f"workers={world}",
+        f"resources.cpus={2 / world}",
+        f"reduction={reduction}",
+        "regroup.max_failures=1000",
+    ]
     with tempfile.TemporaryDirectory() as folder, training(overrides, Path(folder)) as run:
         run.wait_for(run.tracked)
         for _ in range(_KILLS):
@@ -209,26 +232,22 @@ def _peer(world: int, kind: str) -> Trials:
 def _kill_some(world: int, kind: str, folder: Path, trials: Trials) -> None:
     own = ["-m", "tests.bench.elastic", _SUBJECT, str(folder)]
     arguments = (
-        [*own, str(world)] if kind == "ray_train"
-        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-              "--max-restarts=8", *own]
-    )  # fmt: skip
+        [*own, str(world)]
+        if kind == "ray_train"
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--max-restarts=8", *own]
+    )
     # Left to itself, torchrun's new workers meet in the store of the old ones, find their
     # addresses there and wait for them: with 4 workers it never came back (pytorch issue 135712,
     # whose remedy this is).
     with process(arguments, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as child:
         for _ in range(_PEER_KILLS):
             _kill_one(child, folder, world, trials)
-            progress(
-                f"{kind}, {world} workers: {trials.seconds[-1]:.2f} s, {trials.lost[-1]} steps lost"
-            )
+            progress(f"{kind}, {world} workers: {trials.seconds[-1]:.2f} s, {trials.lost[-1]} steps lost")
 
 
 def _kill_one(child: "subprocess.Popen[str]", folder: Path, world: int, trials: Trials) -> None:
     before = len(_steps(folder))
-    _wait(
-        child, lambda: len(_steps(folder)) > before + 2 * _STEADY_STEPS, PATIENCE_S, "took no step"
-    )
+    _wait(child, lambda: len(_steps(folder)) > before + 2 * _STEADY_STEPS, PATIENCE_S, "took no step")
     victim = int((folder / f"pid-{world - 1}.txt").read_text())
     if not psutil.pid_exists(victim):
         raise BenchError("the worker to be killed is not there")

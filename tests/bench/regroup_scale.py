@@ -45,9 +45,18 @@ _GROWTH: dict[str, Callable[[float], float]] = {
     "n²": lambda n: n * n,
 }
 _OVERRIDES = [
-    "data=digits", "model=mlp", "model.depth=2", "model.width=128", "batch.size=128", "evaluate.every=end",
-    "epochs=null", "steps=1000000", "checkpoint.every=null", "sentinel_every=null", "diagnostics.every=1000000",
-]  # fmt: skip
+    "data=digits",
+    "model=mlp",
+    "model.depth=2",
+    "model.width=128",
+    "batch.size=128",
+    "evaluate.every=end",
+    "epochs=null",
+    "steps=1000000",
+    "checkpoint.every=null",
+    "sentinel_every=null",
+    "diagnostics.every=1000000",
+]
 
 
 def run() -> list[Result]:
@@ -58,19 +67,30 @@ def run() -> list[Result]:
     own = {
         term: fit({n: m[term] / (_per_core(n, cores) if term != "detect" else 1.0) for n, m in measured.items()})
         for term in TERMS
-    }  # fmt: skip
+    }
     _print(measured, fitted, own)
     killed = {n: sum(m[t] for t in TERMS if t != "receive") for n, m in measured.items()}
-    return [Result("regroup_scale", killed[_WORLDS[-1]], None, "lower", {
-        "unit": f"s at {_WORLDS[-1]} processes on {cores} cores", "descent": rounded(killed[_WORLDS[-1]]),
-        "ratios": [rounded(killed[n]) for n in _WORLDS], "worlds": list(_WORLDS),
-        "terms_s": {n: {t: rounded(s) for t, s in m.items()} for n, m in measured.items()},
-        "shared": fitted, "own_core": own,
-        "total_s": {
-            name: {m: rounded(sum(f[t][f"at_{m}_s"] for t in TERMS if t != "receive")) for m in _PREDICTED}
-            for name, f in (("shared", fitted), ("own_core", own))
-        },
-    })]  # fmt: skip
+    return [
+        Result(
+            "regroup_scale",
+            killed[_WORLDS[-1]],
+            None,
+            "lower",
+            {
+                "unit": f"s at {_WORLDS[-1]} processes on {cores} cores",
+                "descent": rounded(killed[_WORLDS[-1]]),
+                "ratios": [rounded(killed[n]) for n in _WORLDS],
+                "worlds": list(_WORLDS),
+                "terms_s": {n: {t: rounded(s) for t, s in m.items()} for n, m in measured.items()},
+                "shared": fitted,
+                "own_core": own,
+                "total_s": {
+                    name: {m: rounded(sum(f[t][f"at_{m}_s"] for t in TERMS if t != "receive")) for m in _PREDICTED}
+                    for name, f in (("shared", fitted), ("own_core", own))
+                },
+            },
+        )
+    ]
 
 
 def _per_core(processes: int, cores: int) -> float:
@@ -101,27 +121,38 @@ def fit(points: dict[int, float]) -> dict[str, Any]:
     best = min(found)
     error, name, a, b = best if best[0] < constant[0] / 2 else constant
     return {
-        "grows_as": name, "a_s": rounded(a), "b_s": rounded(b), "rms_error_s": rounded(error),
+        "grows_as": name,
+        "a_s": rounded(a),
+        "b_s": rounded(b),
+        "rms_error_s": rounded(error),
         **{f"at_{m}_s": rounded(a + b * _GROWTH[name](m)) for m in _PREDICTED},
-    }  # fmt: skip
+    }
 
 
-def _print(
-    measured: dict[int, dict[str, float]], shared: dict[str, Any], own: dict[str, Any]
-) -> None:
+def _print(measured: dict[int, dict[str, float]], shared: dict[str, Any], own: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="regroup_scale: milliseconds by term", title_justify="left")
-    headings = [*map(str, _WORLDS), "grows as", *(f"{m} shared" for m in _PREDICTED), "own: as", *(f"{m} own" for m in _PREDICTED)]  # fmt: skip
+    headings = [
+        *map(str, _WORLDS),
+        "grows as",
+        *(f"{m} shared" for m in _PREDICTED),
+        "own: as",
+        *(f"{m} own" for m in _PREDICTED),
+    ]
     for heading in ("term", *headings):
         table.add_column(heading, justify="left" if heading == "term" else "right")
     for term in TERMS:
         table.add_row(
-            term, *(f"{1e3 * measured[n][term]:.1f}" for n in _WORLDS),
-            *(cell for f in (shared, own) for cell in (
-                f[term]["grows_as"], *(f"{1e3 * f[term][f'at_{m}_s']:.0f}" for m in _PREDICTED))),
-        )  # fmt: skip
+            term,
+            *(f"{1e3 * measured[n][term]:.1f}" for n in _WORLDS),
+            *(
+                cell
+                for f in (shared, own)
+                for cell in (f[term]["grows_as"], *(f"{1e3 * f[term][f'at_{m}_s']:.0f}" for m in _PREDICTED))
+            ),
+        )
     Console(width=120).print(table)
 
 
@@ -132,10 +163,10 @@ def _replica(pipe: Connection, config: dict[str, Any], plan: dict[str, Any], fol
     """One worker: takes memberships from the pipe and says when it came through what."""
     import torch
 
-    from service.config import recompose
-    from service.training import collectives
-    from service.training.plan import Plan
-    from service.training.trainer import Control, Trainer
+    from descent.config import recompose
+    from descent.training import collectives
+    from descent.training.plan import Plan
+    from descent.training.trainer import Control, Trainer
 
     times: dict[str, float] = {}
     meet = collectives._meet
@@ -160,9 +191,7 @@ def _replica(pipe: Connection, config: dict[str, Any], plan: dict[str, Any], fol
             super().enter(phase)
 
     control = Watched()
-    trainer = Trainer(
-        recompose(config), Plan.from_dict(plan), Path(folder), torch.device("cpu"), control
-    )
+    trainer = Trainer(recompose(config), Plan.from_dict(plan), Path(folder), torch.device("cpu"), control)
 
     def train(membership: Any) -> None:
         times.clear()
@@ -194,20 +223,24 @@ class _Run:
     """A run of `world` processes and the part of the controller."""
 
     def __init__(self, world: int, folder: str) -> None:
-        from service.config import compose
-        from service.training.collectives import Store
-        from service.training.plan import prepare
+        from descent.config import compose
+        from descent.training.collectives import Store
+        from descent.training.plan import prepare
 
-        composed = compose([
-            *_OVERRIDES, f"workers={world}", f"slots={world}", f"resources.cpus={1 / world}", "device=cpu",
-        ])  # fmt: skip
+        composed = compose(
+            [
+                *_OVERRIDES,
+                f"workers={world}",
+                f"slots={world}",
+                f"resources.cpus={1 / world}",
+                "device=cpu",
+            ]
+        )
         plan = prepare(composed.config, cores=1.0, gpus=0.0).plan
         self._plan, self._folder = plan, folder
         self._given = (composed.config.to_dict(), plan.to_dict(), folder)
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["tests.distributed.preload", "service.training.trainer"]
-        )
+        self._context.set_forkserver_preload(["tests.distributed.preload", "descent.training.trainer"])
         self._store = Store("127.0.0.1")
         self._generation = 0
         self.pipes: list[Connection] = []
@@ -218,9 +251,7 @@ class _Run:
         fresh = []
         for _ in range(count):
             pipe, theirs = self._context.Pipe()
-            process = self._context.Process(
-                target=_replica, args=(theirs, *self._given), daemon=True
-            )
+            process = self._context.Process(target=_replica, args=(theirs, *self._given), daemon=True)
             process.start()
             theirs.close()
             self._processes[pipe] = process
@@ -229,19 +260,30 @@ class _Run:
             _expect(pipe, "built")
         return fresh
 
-    def form(self, pipes: list[Connection], behind: tuple[int, ...]) -> tuple[float, list[dict[str, float]]]:  # fmt: skip
+    def form(self, pipes: list[Connection], behind: tuple[int, ...]) -> tuple[float, list[dict[str, float]]]:
         """The next generation; when it was told, and when each member came through what."""
-        from service.messages import Membership
-        from service.training.dealing import deal_slots
+        from descent.messages import Membership
+        from descent.training.slot_balancer import assign_slots
 
         self.pipes = pipes
         self._generation += 1
         told = time.time()
         for rank, pipe in enumerate(pipes):
-            pipe.send(("join", Membership(
-                self._generation, rank, len(pipes), self._store.host, self._store.port,
-                deal_slots(self._plan.slots, len(pipes)), self._plan.micro_size, behind,
-            )))  # fmt: skip
+            pipe.send(
+                (
+                    "join",
+                    Membership(
+                        self._generation,
+                        rank,
+                        len(pipes),
+                        self._store.host,
+                        self._store.port,
+                        assign_slots(self._plan.slots, len(pipes)),
+                        self._plan.micro_size,
+                        behind,
+                    ),
+                )
+            )
         return told, [_expect(pipe, "stepped") for pipe in pipes]
 
     def pause(self) -> None:

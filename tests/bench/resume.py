@@ -21,8 +21,8 @@ _TARGET_MS = 10.0
 
 def run() -> list[Result]:
     """Milliseconds over the 10 that are allowed, with the peak memory of the call."""
-    from service.data.shards import layout_of
-    from service.training.sampling import SampleOrder
+    from descent.data.shards import layout_of
+    from descent.training.input.sampling import SampleOrder
 
     layout = layout_of([100_000] * 1000, None)
     permuted = _permutation_ms()
@@ -42,11 +42,20 @@ def _measure(name: str, fresh: Callable[[], object], permuted_ms: float) -> Resu
         fresh().samples_of(step)  # type: ignore[attr-defined]
         peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
         tracemalloc.stop()
-    return Result(name, max(took) / _TARGET_MS, 1.0, "lower", {
-        "unit": "ms; other: a list's permutation", "descent": rounded(statistics.median(took)),
-        "other": rounded(permuted_ms), "worst_ms": rounded(max(took)),
-        "peak_mb": [rounded(p) for p in peaks], "samples": _SAMPLES,
-    })  # fmt: skip
+    return Result(
+        name,
+        max(took) / _TARGET_MS,
+        1.0,
+        "lower",
+        {
+            "unit": "ms; other: a list's permutation",
+            "descent": rounded(statistics.median(took)),
+            "other": rounded(permuted_ms),
+            "worst_ms": rounded(max(took)),
+            "peak_mb": [rounded(p) for p in peaks],
+            "samples": _SAMPLES,
+        },
+    )
 
 
 def _permutation_ms() -> float:

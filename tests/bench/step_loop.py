@@ -47,18 +47,20 @@ def _measure(size: str) -> Result:
             variants = "item,no_item,fused" if index == 0 else "item"
             with run.set_aside():
                 theirs.append(_bare_loop(size, variants))
-            progress(
-                f"{size}: {ours[-1]['ms']:.3f} against {theirs[-1]['item']['ms']:.3f} ms a step"
-            )
+            progress(f"{size}: {ours[-1]['ms']:.3f} against {theirs[-1]['item']['ms']:.3f} ms a step")
     pairs = [(o["ms"], t["item"]["ms"]) for o, t in zip(ours, theirs, strict=True)]
     cpu = [o["cpu_ms"] / t["item"]["cpu_ms"] for o, t in zip(ours, theirs, strict=True)]
     return result_of(
-        f"step_loop_{size}", pairs, TARGETS[size], "lower", unit="ms per step",
+        f"step_loop_{size}",
+        pairs,
+        TARGETS[size],
+        "lower",
+        unit="ms per step",
         cpu_ratios=[rounded(r) for r in cpu],
         to_no_item=rounded(ours[0]["ms"] / theirs[0]["no_item"]["ms"]),
         to_fused=rounded(ours[0]["ms"] / theirs[0]["fused"]["ms"]),
         cpu_to_fused=rounded(ours[0]["cpu_ms"] / theirs[0]["fused"]["cpu_ms"]),
-    )  # fmt: skip
+    )
 
 
 def _bare_loop(size: str, variants: str) -> dict[str, Any]:
@@ -66,4 +68,4 @@ def _bare_loop(size: str, variants: str) -> dict[str, Any]:
         return output_of(
             ["-m", "tests.bench.bare_loop", size, "--seconds", str(_SECONDS[size]), "--variants", variants],
             Path(folder),
-        )  # fmt: skip
+        )

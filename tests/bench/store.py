@@ -1,6 +1,6 @@
 """Saving and restoring a checkpoint of 300 MB against the raw disk and against plain boto3.
 
-On disk: `Saver` (copy, hash, write, fsync) and its manifest against `dd … conv=fsync` of as many
+On disk: `ShareWriter` (copy, hash, write, fsync) and its manifest against `dd … conv=fsync` of as many
 bytes from memory; `load` (read, hash, parse) against `dd` to /dev/null, the page cache dropped
 before each. On S3: the same save and load against boto3's `upload_file` and `download_file`, on
 the same server (moto's, in a process of its own, on loopback). Which of the two goes first changes
@@ -18,11 +18,11 @@ from unittest import mock
 
 import torch
 
-from service.artifacts import checkpoint
-from service.artifacts.place import Place, place, store_at
-from service.artifacts.retention import delete
-from service.artifacts.saver import Saver
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.retention import delete
+from descent.checkpoint.writer import ShareWriter
+from descent.messages import ShareWritten
+from descent.storage.location import Location, place, store_at
 from tests.bench.measure import BenchError, Result, result_of, worst
 
 _MB = 300
@@ -39,7 +39,7 @@ def run() -> list[Result]:
         for i in range(count)
     }
     results = []
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         source = Path(memory) / "bytes"
         source.write_bytes(os.urandom(1 << 20) * _MB)
         results += _on_disk(Path(folder), source, tensors)
@@ -53,18 +53,22 @@ def _on_disk(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> li
     saves, loads = [], []
     for pair in range(_PAIRS + 1):  # the first warms buffers and disk up
         raw.unlink(missing_ok=True)
-        target: list[Place] = []
-        saves.append(_rates(
-            lambda: target.append(_save(saver, parts, tensors)),  # noqa: B023
-            lambda: _dd(f"if={source}", f"of={raw}", "conv=fsync"),
-            swap=pair % 2 == 1,
-        ))  # fmt: skip
+        target: list[Location] = []
+        saves.append(
+            _rates(
+                lambda: target.append(_save(saver, parts, tensors)),  # noqa: B023
+                lambda: _dd(f"if={source}", f"of={raw}", "conv=fsync"),
+                swap=pair % 2 == 1,
+            )
+        )
         _drop([raw, *Path(str(target[0])).iterdir()])
-        loads.append(_rates(
-            lambda: checkpoint.load(target[0]),  # noqa: B023
-            lambda: _dd(f"if={raw}", "of=/dev/null"),
-            swap=pair % 2 == 1,
-        ))  # fmt: skip
+        loads.append(
+            _rates(
+                lambda: checkpoint.load(target[0]),  # noqa: B023
+                lambda: _dd(f"if={raw}", "of=/dev/null"),
+                swap=pair % 2 == 1,
+            )
+        )
         delete(target[0])
     goal = _TARGETS["store_disk"]
     return [
@@ -87,18 +91,24 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
 
         saves, loads = [], []
         for pair in range(_PAIRS + 1):
-            saves.append(_rates(
-                lambda: _save(saver, parts, tensors), upload, swap=pair % 2 == 1,
-                tidy=lambda: bucket.delete([entry.key for entry in bucket.list()]),
-            ))  # fmt: skip
+            saves.append(
+                _rates(
+                    lambda: _save(saver, parts, tensors),
+                    upload,
+                    swap=pair % 2 == 1,
+                    tidy=lambda: bucket.delete([entry.key for entry in bucket.list()]),
+                )
+            )
         target = _save(saver, parts, tensors)
         upload()
         for pair in range(_PAIRS + 1):
-            loads.append(_rates(
-                lambda: checkpoint.load(target),
-                lambda: client.download_file("bench", "raw", str(folder / "back")),
-                swap=pair % 2 == 1,
-            ))  # fmt: skip
+            loads.append(
+                _rates(
+                    lambda: checkpoint.load(target),
+                    lambda: client.download_file("bench", "raw", str(folder / "back")),
+                    swap=pair % 2 == 1,
+                )
+            )
     goal = _TARGETS["store_s3"]
     return [
         result_of("store_s3_save", saves[1:], goal, "higher", unit="MB/s"),
@@ -106,12 +116,12 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
     ]
 
 
-def _saver(root: Place) -> tuple[Saver, list[PartWritten]]:
-    parts: list[PartWritten] = []
-    return Saver(root, parts.append), parts
+def _saver(root: Location) -> tuple[ShareWriter, list[ShareWritten]]:
+    parts: list[ShareWritten] = []
+    return ShareWriter(root, parts.append), parts
 
 
-def _save(saver: Saver, parts: list[PartWritten], tensors: dict[str, torch.Tensor]) -> Place:
+def _save(saver: ShareWriter, parts: list[ShareWritten], tensors: dict[str, torch.Tensor]) -> Location:
     parts.clear()
     saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
     saver.wait()
@@ -121,9 +131,12 @@ def _save(saver: Saver, parts: list[PartWritten], tensors: dict[str, torch.Tenso
 
 
 def _rates(
-    ours: Callable[[], object], theirs: Callable[[], object], *, swap: bool,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    swap: bool,
     tidy: Callable[[], object] = lambda: None,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """MB a second of both; theirs goes first if `swap`, and each leaves to `tidy` what it wrote."""
     rates = {}
     for work in (theirs, ours) if swap else (ours, theirs):

@@ -33,16 +33,22 @@ class Subject:
             else ["model=mlp", f"model.depth={self.depth}", f"model.width={self.width}"]
         )
         return [
-            *model, "data=digits", "optimizer=adamw", f"optimizer.lr={LEARNING_RATE}",
-            "schedule=constant", f"batch.size={self.batch}", "evaluate.every=end",
-            "epochs=null", "steps=1000000",
-        ]  # fmt: skip
+            *model,
+            "data=digits",
+            "optimizer=adamw",
+            f"optimizer.lr={LEARNING_RATE}",
+            "schedule=constant",
+            f"batch.size={self.batch}",
+            "evaluate.every=end",
+            "epochs=null",
+            "steps=1000000",
+        ]
 
     def build(self) -> nn.Module:
         """The network as somebody would write it: [B, 1, 8, 8] to [B, 10]."""
         torch.manual_seed(0)
         if self.resnet:
-            from service.models.resnet import ResNet
+            from descent.models.resnet import ResNet
 
             return ResNet((1, 8, 8), 10, blocks=1, widths=list(self.resnet))
         sizes = [64, *[self.width] * self.depth]

@@ -40,6 +40,4 @@ def _measure(name: str) -> Result:
 
 def _torchrun(name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return output_of(
-            [*_TORCHRUN, "tests.bench.ddp", name, "--seconds", str(_SECONDS)], Path(folder)
-        )
+        return output_of([*_TORCHRUN, "tests.bench.ddp", name, "--seconds", str(_SECONDS)], Path(folder))

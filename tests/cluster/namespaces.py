@@ -50,9 +50,7 @@ class Node:
 
     def kill(self) -> None:
         """Power off: every process there."""
-        listed = subprocess.run(
-            ["ip", "netns", "pids", self.namespace], check=True, capture_output=True, text=True
-        )
+        listed = subprocess.run(["ip", "netns", "pids", self.namespace], check=True, capture_output=True, text=True)
         if listed.stdout.split():
             subprocess.run(["kill", "-KILL", *listed.stdout.split()], check=False)
 
@@ -68,7 +66,7 @@ def network(name: str, count: int) -> Iterator[list[Node]]:
         ip("link", "set", bridge, "up")
         for node in nodes:
             ip("netns", "add", node.namespace)
-            ip("link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", node.namespace)  # fmt: skip
+            ip("link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", node.namespace)
             ip("link", "set", node.link, "master", bridge, "up")
             ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", "eth0")
             ip("-n", node.namespace, "link", "set", "eth0", "up")

@@ -47,8 +47,16 @@ def dawdling(folder: Path) -> Iterator[None]:
         (folder / _DAWDLE).unlink()
 
 
-COMMON = ["model=custom", "trusted_modules=[nets]", "epochs=null", "workers=2", "reduction=exact", "batch.size=30",
-          "evaluate.every=40", "tracking.system_metrics=false"]  # fmt: skip
+COMMON = [
+    "model=custom",
+    "trusted_modules=[nets]",
+    "epochs=null",
+    "workers=2",
+    "reduction=exact",
+    "batch.size=30",
+    "evaluate.every=40",
+    "tracking.system_metrics=false",
+]
 
 
 def start(folder: Path, name: str, network: str, *overrides: str) -> subprocess.Popen[str]:
@@ -61,17 +69,18 @@ def start(folder: Path, name: str, network: str, *overrides: str) -> subprocess.
         f"name={name}",
         *overrides,
     ]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def resume(folder: Path, name: str) -> subprocess.Popen[str]:
     """Go on with a run as its user would: nothing but its name."""
     return subprocess.Popen(
-        [DESCENT, "train", "--json", f"resume={name}"], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [DESCENT, "train", "--json", f"resume={name}"],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
@@ -90,11 +99,7 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, name: str, step:
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The worker actors' processes, oldest first."""
-    found = [
-        p
-        for p in psutil.Process(process.pid).children(recursive=True)
-        if p.name().startswith("ray::Worker")
-    ]
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::Worker")]
     return sorted(found, key=lambda p: (p.create_time(), p.pid))
 
 

@@ -6,18 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from service.config.schema import CHAOS_KINDS
+from descent.config.schema import CHAOS_KINDS
 from tests.cluster.runs import DESCENT
 
 # Wide, so that a step takes some milliseconds: the faults need a run that lasts longer than they do.
-RUN = ["experiment=digits", "model.width=256", "epochs=null", "steps=500", "batch.size=64", "evaluate.every=200", "workers=3", "spares=2", "slots=4",
-       "resources.cpus=0.25", "tracking.system_metrics=false", "regroup.heartbeat_s=2", "chaos.every_s=0.5"]  # fmt: skip
+RUN = [
+    "experiment=digits",
+    "model.width=256",
+    "epochs=null",
+    "steps=500",
+    "batch.size=64",
+    "evaluate.every=200",
+    "workers=3",
+    "spares=2",
+    "slots=4",
+    "resources.cpus=0.25",
+    "tracking.system_metrics=false",
+    "regroup.heartbeat_s=2",
+    "chaos.every_s=0.5",
+]
 
 
 def chaos(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [DESCENT, "chaos", *arguments], cwd=folder, capture_output=True, text=True, timeout=280
-    )
+    return subprocess.run([DESCENT, "chaos", *arguments], cwd=folder, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +61,7 @@ def test_a_finished_run_is_done_again_under_chaos(folder: Path) -> None:
     assert refused.returncode == 2 and "changes the training itself" in refused.stderr
     done = chaos(
         folder, "--json", "wild-reference", "workers=2", "chaos.faults=3", "chaos.seed=3", "chaos.kinds.stop=0"
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = json.loads(done.stdout)
     assert verdict["passed"] and verdict["bits_equal"] is True

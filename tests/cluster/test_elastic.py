@@ -98,9 +98,7 @@ def assert_nothing_tells(
 
 
 def scale(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [DESCENT, "scale", *arguments], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([DESCENT, "scale", *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def worlds(err: str) -> list[int]:
@@ -125,9 +123,7 @@ def test_a_run_grows_and_shrinks_on_request(folder: Path, undisturbed: dict[str,
     assert over.returncode != 0 and "is not running (FINISHED)" in over.stderr
 
 
-def test_a_sigterm_to_a_worker_is_a_goodbye_that_costs_nothing(
-    folder: Path, undisturbed: dict[str, Any]
-) -> None:
+def test_a_sigterm_to_a_worker_is_a_goodbye_that_costs_nothing(folder: Path, undisturbed: dict[str, Any]) -> None:
     run = start(folder, "goodbye", "Slow", *ROOM, "workers=2", "regroup.max_failures=0")
     wait_for_step(run, folder, "goodbye", 15)
     os.kill(workers_of(run)[0].pid, signal.SIGTERM)
@@ -138,9 +134,7 @@ def test_a_sigterm_to_a_worker_is_a_goodbye_that_costs_nothing(
     assert incident["steps_lost"] == incident["samples_replayed"] == 0
 
 
-def test_a_spare_takes_a_lost_workers_place_at_once(
-    folder: Path, undisturbed: dict[str, Any]
-) -> None:
+def test_a_spare_takes_a_lost_workers_place_at_once(folder: Path, undisturbed: dict[str, Any]) -> None:
     run = start(folder, "spare", "Slow", *ROOM, "workers=2", "spares=1")
     wait_for_step(run, folder, "spare", 15)
     with dawdling(folder):
@@ -163,22 +157,37 @@ def test_an_exception_that_only_one_worker_raises_once_is_retried_elsewhere(
 def test_who_is_stuck_is_replaced_and_who_waits_for_it_keeps_the_state(
     folder: Path, undisturbed: dict[str, Any]
 ) -> None:
-    ended = end(start(
-        folder, "stuck", "Stuck", *ROOM, "workers=3", "regroup.stall_s=10", "regroup.max_failures=1",
-    ))  # fmt: skip
+    ended = end(
+        start(
+            folder,
+            "stuck",
+            "Stuck",
+            *ROOM,
+            "workers=3",
+            "regroup.stall_s=10",
+            "regroup.max_failures=1",
+        )
+    )
     assert_nothing_tells(folder, "stuck", ended, undisturbed)
     (incident,) = incidents_of(folder, "stuck")
     assert incident["kind"] == "worker lost" and "stuck in 'forward'" in incident["detail"]
     assert incident["steps_lost"] == 0 and incident["worker"] not in ended[1]["workers"]
 
 
-def test_a_lasting_straggler_is_named_with_its_host_and_replaced(
-    folder: Path, undisturbed: dict[str, Any]
-) -> None:
-    ended = end(start(
-        folder, "tired", "Tired", *ROOM, "workers=3", "spares=1", "straggler.after_s=1",
-        "straggler.replace=true", "regroup.max_failures=0",
-    ))  # fmt: skip
+def test_a_lasting_straggler_is_named_with_its_host_and_replaced(folder: Path, undisturbed: dict[str, Any]) -> None:
+    ended = end(
+        start(
+            folder,
+            "tired",
+            "Tired",
+            *ROOM,
+            "workers=3",
+            "spares=1",
+            "straggler.after_s=1",
+            "straggler.replace=true",
+            "regroup.max_failures=0",
+        )
+    )
     assert_nothing_tells(folder, "tired", ended, undisturbed)
     found = incidents_of(folder, "tired")
     slow = next(i for i in found if i["kind"] == "straggler")

@@ -80,9 +80,7 @@ def test_a_worker_that_dies_or_hangs_costs_no_step_and_no_bit(
     assert incident["recovered_in_s"] > 0
 
 
-def test_all_workers_killed_the_run_goes_on_from_its_last_checkpoint(
-    folder: Path, undisturbed: dict[str, Any]
-) -> None:
+def test_all_workers_killed_the_run_goes_on_from_its_last_checkpoint(folder: Path, undisturbed: dict[str, Any]) -> None:
     process = start(folder, "all", "Slow", f"steps={STEPS}", "checkpoint.every=10")
     wait_for_step(process, folder, "all", 35)
     saved = folder / ".descent" / "runs" / "all" / "checkpoints" / "step-00000030"

@@ -46,8 +46,10 @@ def cluster(folder: Path, environment: dict[str, str]) -> Iterator[tuple[Node, N
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         head, other = stack.enter_context(namespaces.network(f"descent-{secrets.token_hex(3)}", 2))
         address = f"{head.address}:6379"
-        for node, role in ((head, ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={temporary}"]),
-                           (other, [f"--address={address}"])):  # fmt: skip
+        for node, role in (
+            (head, ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={temporary}"]),
+            (other, [f"--address={address}"]),
+        ):
             log = folder / f"{node.namespace}.log"
             command = [
                 *node.inside,
@@ -68,14 +70,12 @@ def train(
     command = [*inside, DESCENT, "train", "--json", *OVERRIDES, f"name={name}", *overrides]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> dict[str, Any]:
-    code, summary, err = end(
-        train(folder, "undisturbed", "workers=1", inside=[], environment={**os.environ})
-    )
+    code, summary, err = end(train(folder, "undisturbed", "workers=1", inside=[], environment={**os.environ}))
     assert code == 0, err
     return summary
 
@@ -95,9 +95,14 @@ def test_a_node_whose_link_is_cut_costs_no_step_and_no_bit(
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with cluster(folder, environment) as (head, other, address):
         run = train(
-            folder, name, f"ray.address={address}", "workers=2", "regroup.heartbeat_s=2",
-            inside=head.inside, environment=environment,
-        )  # fmt: skip
+            folder,
+            name,
+            f"ray.address={address}",
+            "workers=2",
+            "regroup.heartbeat_s=2",
+            inside=head.inside,
+            environment=environment,
+        )
         wait_for_step(run, folder, name, 20)
         other.cut()
         until(lambda: bool(incidents_of(folder, name)), "the loss of a worker", 60)

@@ -88,8 +88,12 @@ class Nodes:
     def _tell_ray(self, script: str, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", script, self.address, RAY, *arguments],
-            env=self._environment, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -104,8 +108,16 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         port, dashboard = free_port(), free_port()
         temporary = Path("/tmp") / f"ray-{secrets.token_hex(4)}"  # sockets' paths must be short
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        head = [RAY, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", *SMALL]  # fmt: skip
+        head = [
+            RAY,
+            "start",
+            "--head",
+            f"--port={port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir={temporary}",
+            *SMALL,
+        ]
         stack.enter_context(process(head, folder / "head.log", {**os.environ}))
         url = f"http://127.0.0.1:{dashboard}/api/gcs_healthz"
         until(lambda: answers(url), "the Ray head")
@@ -127,9 +139,14 @@ def test_a_nodes_sigterm_is_a_pause_and_a_goodbye_and_a_new_node_is_made_use_of(
 ) -> None:
     with nodes.more() as send, ExitStack() as stack:
         run = start(
-            nodes.folder, "drained", "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=2",
+            nodes.folder,
+            "drained",
+            "Slow",
+            *LENGTH,
+            f"ray.address={nodes.address}",
+            "workers=2",
             "regroup.max_failures=0",
-        )  # fmt: skip
+        )
         wait_for_step(run, nodes.folder, "drained", 10)
         send(signal.SIGTERM)
         until(lambda: bool(incidents_of(nodes.folder, "drained")), "the goodbye")
@@ -144,15 +161,18 @@ def test_a_nodes_sigterm_is_a_pause_and_a_goodbye_and_a_new_node_is_made_use_of(
     assert ": 1 worker from" in err and len(set(summary["workers"].values())) == 2
 
 
-def test_a_node_that_ray_is_told_to_drain_is_left_in_time(
-    nodes: Nodes, undisturbed: dict[str, Any]
-) -> None:
+def test_a_node_that_ray_is_told_to_drain_is_left_in_time(nodes: Nodes, undisturbed: dict[str, Any]) -> None:
     """What Ray's autoscaler and a preemption notice do: the node lives on until the deadline."""
     with nodes.more():
         run = start(
-            nodes.folder, "asked", "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=2",
+            nodes.folder,
+            "asked",
+            "Slow",
+            *LENGTH,
+            f"ray.address={nodes.address}",
+            "workers=2",
             "regroup.max_failures=0",
-        )  # fmt: skip
+        )
         wait_for_step(run, nodes.folder, "asked", 10)
         with dawdling(nodes.folder):
             away = nodes.drain("preempted in 60 s", deadline_s=60)
@@ -172,9 +192,14 @@ def test_an_actor_that_ray_is_told_to_kill_is_replaced(
 ) -> None:
     name = "killed-by-ray" if options else "ended-by-ray"
     run = start(
-        nodes.folder, name, "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=2",
+        nodes.folder,
+        name,
+        "Slow",
+        *LENGTH,
+        f"ray.address={nodes.address}",
+        "workers=2",
         "resources.cpus=0.5",
-    )  # fmt: skip
+    )
     wait_for_step(run, nodes.folder, name, 10)
     with dawdling(nodes.folder):
         nodes.kill_actor(f"{name}/w1", *options)
@@ -196,8 +221,11 @@ def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(
     nodes: Nodes, undisturbed: dict[str, Any]
 ) -> None:
     least = [
-        *LENGTH, f"ray.address={nodes.address}", "workers={min: 2, max: 2}", "regroup.wait_s=3",
-    ]  # fmt: skip
+        *LENGTH,
+        f"ray.address={nodes.address}",
+        "workers={min: 2, max: 2}",
+        "regroup.wait_s=3",
+    ]
     with nodes.more() as send:
         run = start(nodes.folder, "few", "Slow", *least)
         wait_for_step(run, nodes.folder, "few", 20)

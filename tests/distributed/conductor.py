@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from service.artifacts import checkpoint
-from service.cluster import policy
-from service.cluster.policy import Form, View, WorkerView
-from service.messages import Notice, PartWritten, WorkerState
+from descent.checkpoint import manifest as checkpoint
+from descent.cluster.control import policy
+from descent.cluster.control.policy import Form, View, WorkerView
+from descent.messages import Notice, ShareWritten, WorkerState
 from tests.distributed.replicas import Case, Crew, Injected, Replica, Told
 
 STATES = {
@@ -15,8 +15,16 @@ STATES = {
     "finished": WorkerState.FINISHED,
     "failed": WorkerState.FAILED,
 }
-RUN = ["batch.size=30", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5", "ema.decay=0.9",
-       "steps=20", "epochs=null", "reduction=exact"]  # fmt: skip
+RUN = [
+    "batch.size=30",
+    "model.norm=batch",
+    "model.dropout=0.2",
+    "evaluate.every=5",
+    "ema.decay=0.9",
+    "steps=20",
+    "epochs=null",
+    "reduction=exact",
+]
 
 
 class Conductor:
@@ -46,15 +54,22 @@ class Conductor:
     def view(self) -> View:
         workers = {
             name: WorkerView(
-                STATES[told.state], not self.replicas[name].alive, 0, (told.step, told.evaluated),
+                STATES[told.state],
+                not self.replicas[name].alive,
+                0,
+                (told.step, told.evaluated),
                 name in self.joined,
             )
             for name, told in self.told.items()
-        }  # fmt: skip
+        }
         return View(
-            workers, self.members, self.pool.generation, 1, self.room or max(1, len(workers)),
+            workers,
+            self.members,
+            self.pool.generation,
+            1,
+            self.room or max(1, len(workers)),
             saved_step=checkpoint.read_manifest(self.saved).step if self.saved else -1,
-        )  # fmt: skip
+        )
 
     def generation(self, pausing: int | None = None) -> Form:
         """Form the next generation as the policy says, and follow it to its end."""
@@ -109,9 +124,7 @@ class Conductor:
         return last[0]
 
 
-def assert_survives(
-    pool: Crew, case: Case, undisturbed: Told, world: int, *faults: Injected
-) -> Conductor:
+def assert_survives(pool: Crew, case: Case, undisturbed: Told, world: int, *faults: Injected) -> Conductor:
     """`world` replicas go through these faults, and nothing tells afterwards."""
     conductor = Conductor(pool, case)
     conductor.start(world, *faults)
@@ -127,7 +140,7 @@ def assert_nothing_tells(conductor: Conductor, undisturbed: Told) -> None:
     assert conductor.metrics == wanted
 
 
-def parts_of(told: list[Told], step: int) -> list[PartWritten]:
+def parts_of(told: list[Told], step: int) -> list[ShareWritten]:
     parts = sorted((p for t in told for p in t.parts if p.step == step), key=lambda p: p.rank)
     assert [p.rank for p in parts] == list(range(parts[0].world_size))
     return parts

@@ -19,19 +19,17 @@ from typing import Any
 
 import psutil
 
-from service.config import RunConfig, compose, recompose
-from service.messages import Fault, Membership, Notice, PartWritten, StepRecord
-from service.training.collectives import Store
-from service.training.dealing import deal_slots
-from service.training.faults import PHASES
-from service.training.plan import Plan, prepare
+from descent.config import RunConfig, compose, recompose
+from descent.messages import Fault, Membership, Notice, ShareWritten, StepRecord
+from descent.training.collectives import Store
+from descent.training.faults import PHASES
+from descent.training.plan import Plan, prepare
+from descent.training.slot_balancer import assign_slots
 
 DEADLINE_S = 120.0
 """Longer than anything here takes on a busy machine: a hang fails, slowness doesn't."""
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["tests.distributed.preload", "service.training.trainer", "service.data.digits"]
-)
+_CONTEXT.set_forkserver_preload(["tests.distributed.preload", "descent.training.trainer", "descent.data.digits"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Told:
     sha256: str = ""
     leaving: bool = False
     records: tuple[StepRecord, ...] = ()
-    parts: tuple[PartWritten, ...] = ()
+    parts: tuple[ShareWritten, ...] = ()
     error: str = ""
     notices: tuple[Notice, ...] = ()
     diverged: tuple[int, ...] = ()
@@ -166,25 +164,27 @@ class _Side:
         self.leaving = self.control.pause = True
 
     def build(
-        self, config: dict[str, Any], plan: dict[str, Any], run_dir: str,
-        faults: tuple[Fault, ...], tamper: Callable[[Any], None] | None,
-    ) -> None:  # fmt: skip
+        self,
+        config: dict[str, Any],
+        plan: dict[str, Any],
+        run_dir: str,
+        faults: tuple[Fault, ...],
+        tamper: Callable[[Any], None] | None,
+    ) -> None:
         import torch
 
-        from service.training.trainer import Control, Trainer
+        from descent.training.trainer import Control, Trainer
 
         self.control = Control(faults=list(faults))
         device = torch.device("cuda", 0) if plan["device"] == "cuda" else torch.device("cpu")
-        self.trainer = Trainer(
-            recompose(config), Plan.from_dict(plan), Path(run_dir), device, self.control
-        )  # fmt: skip
+        self.trainer = Trainer(recompose(config), Plan.from_dict(plan), Path(run_dir), device, self.control)
         if tamper is not None:
             tamper(self.trainer)
         self.tell("built")
 
     def run(self, membership: Membership) -> None:
-        from service.training.collectives import PeerLost
-        from service.training.restoring import NotRestored
+        from descent.training.checkpointing.restoring import NotRestored
+        from descent.training.collectives import PeerLost
 
         try:
             outcome, error = self.trainer.run(membership), ""
@@ -198,10 +198,17 @@ class _Side:
     def tell(self, outcome: str, error: str = "") -> None:
         state = self.trainer.state
         told = Told(
-            outcome, state.step, state.evaluated, self.trainer.sha256(), self.leaving,
-            tuple(self.control.records), tuple(self.control.parts), error,
-            tuple(self.control.notices), self.control.diverged,
-        )  # fmt: skip
+            outcome,
+            state.step,
+            state.evaluated,
+            self.trainer.sha256(),
+            self.leaving,
+            tuple(self.control.records),
+            tuple(self.control.parts),
+            error,
+            tuple(self.control.notices),
+            self.control.diverged,
+        )
         with self.lock:
             self.pipe.send(told)
 
@@ -267,9 +274,16 @@ class Case:
     @classmethod
     def of(cls, overrides: list[str], run_dir: Path, slots: int = 4, device: str = "cpu") -> "Case":
         composed = compose(
-            [f"workers={slots}", f"slots={slots}", "resources.cpus=0.25", f"device={device}",
-             "checkpoint.every=null", "diagnostics.every=4", *overrides]
-        )  # fmt: skip
+            [
+                f"workers={slots}",
+                f"slots={slots}",
+                "resources.cpus=0.25",
+                f"device={device}",
+                "checkpoint.every=null",
+                "diagnostics.every=4",
+                *overrides,
+            ]
+        )
         prepared = prepare(composed.config, cores=1.0, gpus=float(slots if device == "cuda" else 0))
         return cls(composed.config, prepared.plan, run_dir)
 
@@ -294,44 +308,69 @@ class Crew:
         self.idle += [r for r in replicas if r.alive]
 
     def build(
-        self, case: Case, count: int, *,
-        faults: Sequence[Injected] = (), tamper: dict[int, Callable[[Any], None]] | None = None,
-    ) -> list[Replica]:  # fmt: skip
+        self,
+        case: Case,
+        count: int,
+        *,
+        faults: Sequence[Injected] = (),
+        tamper: dict[int, Callable[[Any], None]] | None = None,
+    ) -> list[Replica]:
         """`count` replicas of the case's run at step 0; faults by index.
 
         tamper: by replica, what is done to its trainer once it is built.
         """
         replicas = self.take(count)
         for index, replica in enumerate(replicas):
-            replica.send("build", {
-                "config": case.config.to_dict(), "plan": case.plan.to_dict(), "run_dir": str(case.run_dir),
-                "faults": tuple(f.fault for f in faults if f.worker == index),
-                "tamper": (tamper or {}).get(index),
-            })  # fmt: skip
+            replica.send(
+                "build",
+                {
+                    "config": case.config.to_dict(),
+                    "plan": case.plan.to_dict(),
+                    "run_dir": str(case.run_dir),
+                    "faults": tuple(f.fault for f in faults if f.worker == index),
+                    "tamper": (tamper or {}).get(index),
+                },
+            )
         for replica in replicas:
             assert replica.hear().state == "built"
         return replicas
 
     def form(
-        self, case: Case, replicas: list[Replica], behind: tuple[int, ...] = (), *,
-        micro_size: int | None = None, pausing: int | None = None, save_only: bool = False,
+        self,
+        case: Case,
+        replicas: list[Replica],
+        behind: tuple[int, ...] = (),
+        *,
+        micro_size: int | None = None,
+        pausing: int | None = None,
+        save_only: bool = False,
         restore_from: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Send the replicas, by rank, into the next generation; rank `pausing` votes for a pause."""
         self.generation += 1
         world = len(replicas)
         for rank, replica in enumerate(replicas):
             membership = Membership(
-                self.generation, rank, world, self.store.host, self.store.port,
-                deal_slots(case.plan.slots, world), micro_size or case.plan.micro_size, behind,
-                save_only=save_only, restore_from=str(restore_from) if restore_from else None,
-            )  # fmt: skip
+                self.generation,
+                rank,
+                world,
+                self.store.host,
+                self.store.port,
+                assign_slots(case.plan.slots, world),
+                micro_size or case.plan.micro_size,
+                behind,
+                save_only=save_only,
+                restore_from=str(restore_from) if restore_from else None,
+            )
             replica.send("join", (membership, rank == pausing))
 
     def train(
-        self, case: Case, world: int, micro_size: int | None = None,
+        self,
+        case: Case,
+        world: int,
+        micro_size: int | None = None,
         tamper: dict[int, Callable[[Any], None]] | None = None,
-    ) -> list[Told]:  # fmt: skip
+    ) -> list[Told]:
         """The whole run in one generation of `world` replicas; what each has to say at the end."""
         replicas = self.build(case, world, tamper=tamper)
         self.form(case, replicas, micro_size=micro_size)

@@ -8,11 +8,21 @@ SAMPLES = 120
 BATCH = 8
 """A power of two: the gradient's 1 / BATCH times the learning rate BATCH is 1 exactly."""
 OVERRIDES = [
-    "model=custom", "model._target_=tests.distributed.tally.Tally", "loss=mse", "loss._target_=torch.nn.L1Loss",
-    "data=custom", "data.train._target_=tests.distributed.tally.Numbers", "data.holdout=0.0",
-    "trusted_modules=[tests]", "optimizer=sgd", f"optimizer.lr={BATCH}", "optimizer.weight_decay=0.0",
-    "schedule=constant", f"batch.size={BATCH}", "reduction=exact",
-]  # fmt: skip
+    "model=custom",
+    "model._target_=tests.distributed.tally.Tally",
+    "loss=mse",
+    "loss._target_=torch.nn.L1Loss",
+    "data=custom",
+    "data.train._target_=tests.distributed.tally.Numbers",
+    "data.holdout=0.0",
+    "trusted_modules=[tests]",
+    "optimizer=sgd",
+    f"optimizer.lr={BATCH}",
+    "optimizer.weight_decay=0.0",
+    "schedule=constant",
+    f"batch.size={BATCH}",
+    "reduction=exact",
+]
 
 
 class Numbers(Dataset[tuple[Tensor, Tensor]]):

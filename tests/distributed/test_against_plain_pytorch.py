@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.training.plan import build_data, build_model
-from service.training.sampling import SampleOrder
+from descent.training.input.sampling import SampleOrder
+from descent.training.plan import build_data, build_model
 from tests.distributed.replicas import Case, Crew
 
 STEPS = 20
@@ -50,24 +50,39 @@ CASES: dict[str, tuple[list[str], Make, Callable[[int], float]]] = {
         cosine,
     ),
     "adamw, decay on matrices, steps": (
-        ["optimizer=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.1", "schedule=step",
-         "schedule.step_size=4", "schedule.gamma=0.5"],
+        [
+            "optimizer=adamw",
+            "optimizer.lr=0.003",
+            "optimizer.weight_decay=0.1",
+            "schedule=step",
+            "schedule.step_size=4",
+            "schedule.gamma=0.5",
+        ],
         lambda m: torch.optim.AdamW(by_dimension(m, 0.1), lr=0.003),
         halved_every_4,
     ),
     "adamw, warm-up": (
-        ["optimizer=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.0", "schedule=constant",
-         "schedule.warmup_steps=5"],
+        [
+            "optimizer=adamw",
+            "optimizer.lr=0.003",
+            "optimizer.weight_decay=0.0",
+            "schedule=constant",
+            "schedule.warmup_steps=5",
+        ],
         lambda m: torch.optim.AdamW(m.parameters(), lr=0.003, weight_decay=0.0),
         warm_up,
     ),
-}  # fmt: skip
+}
 
 
 def plain_loop(
-    case: Case, make: Make, multiplier: Callable[[int], float], clip_norm: float | None,
-    clip_value: float | None, ema_decay: float | None,
-) -> tuple[list[float], float]:  # fmt: skip
+    case: Case,
+    make: Make,
+    multiplier: Callable[[int], float],
+    clip_norm: float | None,
+    clip_value: float | None,
+    ema_decay: float | None,
+) -> tuple[list[float], float]:
     """(loss of each step, loss on the held-out set at the end)."""
     train, held_out = build_data(case.config)
     assert held_out is not None
@@ -104,22 +119,21 @@ def plain_loop(
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(
-    "extra", [{}, {"clip.norm": 0.3, "ema.decay": 0.95}, {"clip.value": 0.002}], ids=str
-)
-def test_losses_are_those_of_a_plain_loop(
-    pool: Crew, tmp_path: Path, name: str, extra: dict[str, float]
-) -> None:
+@pytest.mark.parametrize("extra", [{}, {"clip.norm": 0.3, "ema.decay": 0.95}, {"clip.value": 0.002}], ids=str)
+def test_losses_are_those_of_a_plain_loop(pool: Crew, tmp_path: Path, name: str, extra: dict[str, float]) -> None:
     overrides, make, multiplier = CASES[name]
     overrides = [
-        *overrides, f"batch.size={BATCH}", "batch.micro_size=3", f"steps={STEPS}", "epochs=null",
-        "evaluate.batch_size=50", *(f"{k}={v}" for k, v in extra.items()),
-    ]  # fmt: skip
+        *overrides,
+        f"batch.size={BATCH}",
+        "batch.micro_size=3",
+        f"steps={STEPS}",
+        "epochs=null",
+        "evaluate.batch_size=50",
+        *(f"{k}={v}" for k, v in extra.items()),
+    ]
     clip_norm, clip_value = extra.get("clip.norm"), extra.get("clip.value")
     cases = [Case.of([*overrides, f"reduction={kind}"], tmp_path) for kind in ("exact", "fast")]
-    losses, held_out = plain_loop(
-        cases[0], make, multiplier, clip_norm, clip_value, extra.get("ema.decay")
-    )
+    losses, held_out = plain_loop(cases[0], make, multiplier, clip_norm, clip_value, extra.get("ema.decay"))
     for case in cases:
         for world in (1, 3):
             told = pool.train(case, world)[0]

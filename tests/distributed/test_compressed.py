@@ -8,14 +8,29 @@ import pytest
 from tests.distributed.replicas import Case, Crew, Told, fail
 from tests.distributed.test_not_finite import OnceNotFinite
 
-RUN = ["batch.size=60", "steps=90", "epochs=null", "reduction=fast", "optimizer.lr=3e-3",
-       "evaluate.every=end", "straggler.deal=false"]  # fmt: skip
+RUN = [
+    "batch.size=60",
+    "steps=90",
+    "epochs=null",
+    "reduction=fast",
+    "optimizer.lr=3e-3",
+    "evaluate.every=end",
+    "straggler.deal=false",
+]
 MODELS = {
     "mlp": ["model.dropout=0.2"],
     "resnet": ["model=resnet", "model.widths=[16,32]", "model.blocks=1"],
-    "gpt, tied": ["model=gpt_tiny", "data=stdlib", "data.block=12", "data.max_bytes=9000", "model.layers=1",
-                  "model.heads=2", "model.width=32", "model.tied=true"],
-}  # fmt: skip
+    "gpt, tied": [
+        "model=gpt_tiny",
+        "data=stdlib",
+        "data.block=12",
+        "data.max_bytes=9000",
+        "model.layers=1",
+        "model.heads=2",
+        "model.width=32",
+        "model.tied=true",
+    ],
+}
 
 
 def equal(told: list[Told]) -> Told:
@@ -48,8 +63,9 @@ def test_powersgd_learns_about_as_much(pool: Crew, tmp_path: Path, world: int) -
 def test_any_model_and_uneven_slots(pool: Crew, tmp_path: Path, model: str, compress: str) -> None:
     case = Case.of(
         [*RUN, *MODELS[model], f"compress={compress}", "batch.size=23", "batch.micro_size=4", "steps=25"],
-        tmp_path, 5,
-    )  # fmt: skip
+        tmp_path,
+        5,
+    )
     told = equal(pool.train(case, 3))
     assert sum(told.losses[-5:]) < sum(told.losses[:5]) and all(map(math.isfinite, told.losses))
 
@@ -62,9 +78,7 @@ def test_alone_there_is_nothing_to_compress(pool: Crew, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", ["bf16", "powersgd"])
-@pytest.mark.parametrize(
-    ("phase", "delay_s"), [("reduce", 0.0), ("reduce", 0.001), ("update", 0.0)]
-)
+@pytest.mark.parametrize(("phase", "delay_s"), [("reduce", 0.0), ("reduce", 0.001), ("update", 0.0)])
 def test_killed_in_the_middle_and_no_step_is_lost(
     pool: Crew, tmp_path: Path, compress: str, phase: str, delay_s: float
 ) -> None:
@@ -85,9 +99,7 @@ def test_killed_in_the_middle_and_no_step_is_lost(
 
 
 @pytest.mark.parametrize("compress", ["bf16", "powersgd"])
-def test_a_step_that_is_not_finite_once_is_repeated(
-    pool: Crew, tmp_path: Path, compress: str
-) -> None:
+def test_a_step_that_is_not_finite_once_is_repeated(pool: Crew, tmp_path: Path, compress: str) -> None:
     case = Case.of([*RUN, "model.depth=2", f"compress={compress}", "steps=12"], tmp_path)
     undisturbed = pool.train(case, 3)[0]
     told = pool.train(case, 3, tamper={1: OnceNotFinite("gradient")})

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from service.messages import Membership
-from service.training.dealing import deal_slots
+from descent.messages import Membership
+from descent.training.slot_balancer import assign_slots
 from tests.distributed.conductor import Conductor
 from tests.distributed.replicas import Case, Crew, Replica, Told, cut
 
@@ -20,14 +20,18 @@ def test_who_could_not_connect_once_or_twice_joins_members_who_never_tried(
     for _ in range(2):
         pool.generation += 1
         # Rank 1 says that it is there, and is gone before it connects.
-        client = dist.TCPStore(
-            pool.store.host, pool.store.port, None, False, wait_for_workers=False
-        )
+        client = dist.TCPStore(pool.store.host, pool.store.port, None, False, wait_for_workers=False)
         dist.PrefixStore(f"generation/{pool.generation}", client).set("here/1", "1")
         membership = Membership(
-            pool.generation, 0, 2, pool.store.host, pool.store.port,
-            deal_slots(case.plan.slots, 2), case.plan.micro_size, (),
-        )  # fmt: skip
+            pool.generation,
+            0,
+            2,
+            pool.store.host,
+            pool.store.port,
+            assign_slots(case.plan.slots, 2),
+            case.plan.micro_size,
+            (),
+        )
         unlucky.send("join", (membership, False))
         told = unlucky.hear()
         assert (told.state, told.step) == ("broken", 0), told.error
@@ -37,20 +41,17 @@ def test_who_could_not_connect_once_or_twice_joins_members_who_never_tried(
     pool.give(replicas)
 
 
-def test_no_thread_of_a_generation_that_broke_goes_on_computing(
-    pool: Crew, case: Case, undisturbed: Told
-) -> None:
+def test_no_thread_of_a_generation_that_broke_goes_on_computing(pool: Crew, case: Case, undisturbed: Told) -> None:
     """gloo's would spin on a connection with a message that nobody waits for any more."""
     rng = random.Random(3)
     faults = [
         cut(w).at(rng.randrange(1, 20), rng.choice(["forward", "reduce"]), rng.choice([0.0, rng.random() * 0.003]))
-        for w in (0, 1, 2) for _ in range(8)
-    ]  # fmt: skip
+        for w in (0, 1, 2)
+        for _ in range(8)
+    ]
     conductor = Conductor(pool, case)
     conductor.start(3, *faults)
-    while not conductor.members or any(
-        conductor.told[w].state != "finished" for w in conductor.members
-    ):
+    while not conductor.members or any(conductor.told[w].state != "finished" for w in conductor.members):
         conductor.generation()
         before = {w: _computed_s(conductor.replicas[w]) for w in conductor.members}
         time.sleep(0.5)

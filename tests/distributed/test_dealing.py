@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from service.training.dealing import Dealer, Shares
+from descent.training.slot_balancer import Shares, SlotBalancer
 from tests.distributed.replicas import Case, Crew
 
-RUN = ["batch.size=37", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5", "epochs=null",
-       "reduction=exact"]  # fmt: skip
+RUN = ["batch.size=37", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5", "epochs=null", "reduction=exact"]
 
 
-class Restless(Dealer):
+class Restless(SlotBalancer):
     """Deals anew after every step, at random; alike on all ranks."""
 
     def learn(self, seconds: Any, now: float) -> Shares | None:
@@ -31,7 +30,7 @@ class Restless(Dealer):
 @dataclass(frozen=True)
 class DealAtRandom:
     def __call__(self, trainer: Any) -> None:
-        trainer.make_dealer = Restless
+        trainer.make_slot_balancer = Restless
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,22 @@ class SlowForward:
         trainer.state.model.register_forward_pre_hook(wait)
 
 
-@pytest.mark.parametrize("data", [[], ["data=stdlib", "model=gpt_tiny", "data.block=12", "data.max_bytes=9000",
-                                       "model.layers=1", "model.heads=2", "model.width=16", "batch.micro_size=3"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        [
+            "data=stdlib",
+            "model=gpt_tiny",
+            "data.block=12",
+            "data.max_bytes=9000",
+            "model.layers=1",
+            "model.heads=2",
+            "model.width=16",
+            "batch.micro_size=3",
+        ],
+    ],
+)
 @pytest.mark.parametrize(("slots", "world"), [(5, 2), (7, 3), (9, 4), (4, 4)])
 def test_however_the_slots_are_dealt_the_bits_are_the_same(
     pool: Crew, tmp_path: Path, slots: int, world: int, data: list[str]
@@ -65,12 +78,8 @@ def test_however_the_slots_are_dealt_the_bits_are_the_same(
 
 
 @pytest.mark.parametrize("compress", ["null", "bf16", "powersgd"])
-def test_the_fast_reduction_can_be_dealt_anew_too(
-    pool: Crew, tmp_path: Path, compress: str
-) -> None:
-    case = Case.of(
-        [*RUN, "reduction=fast", "steps=15", "optimizer.lr=1e-3", f"compress={compress}"], tmp_path, 7
-    )  # fmt: skip
+def test_the_fast_reduction_can_be_dealt_anew_too(pool: Crew, tmp_path: Path, compress: str) -> None:
+    case = Case.of([*RUN, "reduction=fast", "steps=15", "optimizer.lr=1e-3", f"compress={compress}"], tmp_path, 7)
     alone = pool.train(case, 1)[0]
     told = pool.train(case, 3, tamper={r: DealAtRandom() for r in range(3)})
     assert len({t.sha256 for t in told}) == 1
@@ -78,13 +87,12 @@ def test_the_fast_reduction_can_be_dealt_anew_too(
 
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
-def test_a_slow_rank_gets_fewer_slots_and_is_named(
-    pool: Crew, tmp_path: Path, reduction: str
-) -> None:
+def test_a_slow_rank_gets_fewer_slots_and_is_named(pool: Crew, tmp_path: Path, reduction: str) -> None:
     case = Case.of(
         [*RUN, "steps=30", f"reduction={reduction}", "straggler.after_s=0.1", "diagnostics.every=5"],
-        tmp_path, 9,
-    )  # fmt: skip
+        tmp_path,
+        9,
+    )
     alone = pool.train(case, 1)[0]
     told = pool.train(case, 3, tamper={1: SlowForward(0.03)})
     assert len({t.sha256 for t in told}) == 1

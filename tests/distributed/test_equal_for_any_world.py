@@ -14,20 +14,36 @@ STEPS = 6
 MODELS = {
     "mlp": ["model=mlp"],
     "mlp_batch_norm_dropout_residual": [
-        "model=mlp", "model.depth=3", "model.norm=batch", "model.dropout=0.2", "model.residual=true",
+        "model=mlp",
+        "model.depth=3",
+        "model.norm=batch",
+        "model.dropout=0.2",
+        "model.residual=true",
     ],
     "resnet": ["model=resnet", "model.widths=[4,8]", "model.blocks=1"],
     "gpt": [
-        "model=gpt_tiny", "data=stdlib", "data.block=12", "data.max_bytes=9000", "model.layers=1",
-        "model.heads=2", "model.width=16", "model.dropout=0.1", "model.tied=true",
+        "model=gpt_tiny",
+        "data=stdlib",
+        "data.block=12",
+        "data.max_bytes=9000",
+        "model.layers=1",
+        "model.heads=2",
+        "model.width=16",
+        "model.dropout=0.1",
+        "model.tied=true",
     ],
-}  # fmt: skip
+}
 OPTIMIZERS = ["sgd", "momentum", "adamw", "rmsprop", "adagrad", "muon"]
 FIRST_FAST = 100
 EXTRAS = [
-    ["clip.norm=0.5"], ["clip.value=0.01"], ["ema.decay=0.9"], ["schedule=one_cycle"],
-    ["schedule=plateau", "evaluate.every=2"], ["evaluate.every=3"], ["seed=7"],
-]  # fmt: skip
+    ["clip.norm=0.5"],
+    ["clip.value=0.01"],
+    ["ema.decay=0.9"],
+    ["schedule=one_cycle"],
+    ["schedule=plateau", "evaluate.every=2"],
+    ["evaluate.every=3"],
+    ["seed=7"],
+]
 
 
 def drawn(number: int) -> tuple[str, list[str], int, int]:
@@ -45,9 +61,14 @@ def drawn(number: int) -> tuple[str, list[str], int, int]:
     muon = number < FIRST_FAST and name != "resnet"
     optimizer, extra = rng.choice(OPTIMIZERS if muon else OPTIMIZERS[:-1]), rng.choice(EXTRAS)
     overrides = [
-        *MODELS[name], f"optimizer={optimizer}", f"batch.size={batch}", f"batch.micro_size={micro}",
-        f"steps={STEPS}", "epochs=null", *extra,
-    ]  # fmt: skip
+        *MODELS[name],
+        f"optimizer={optimizer}",
+        f"batch.size={batch}",
+        f"batch.micro_size={micro}",
+        f"steps={STEPS}",
+        "epochs=null",
+        *extra,
+    ]
     told = f"{name}-batch{batch}-slots{slots}-world{world}-micro{micro}-{optimizer}-{extra[0]}"
     return told, overrides, slots, world
 
@@ -56,9 +77,7 @@ EXACT = [drawn(n) for n in range(24)]
 FAST = [drawn(n) for n in range(FIRST_FAST, FIRST_FAST + 12)]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "slots", "world"), [c[1:] for c in EXACT], ids=[c[0] for c in EXACT]
-)
+@pytest.mark.parametrize(("overrides", "slots", "world"), [c[1:] for c in EXACT], ids=[c[0] for c in EXACT])
 def test_exact_reduction_gives_the_same_bits(
     pool: Crew, tmp_path: Path, overrides: list[str], slots: int, world: int
 ) -> None:
@@ -70,9 +89,7 @@ def test_exact_reduction_gives_the_same_bits(
         assert other.sha256 == alone.sha256
 
 
-@pytest.mark.parametrize(
-    ("overrides", "slots", "world"), [c[1:] for c in FAST], ids=[c[0] for c in FAST]
-)
+@pytest.mark.parametrize(("overrides", "slots", "world"), [c[1:] for c in FAST], ids=[c[0] for c in FAST])
 def test_fast_reduction_gives_the_same_losses_within_rounding(
     pool: Crew, tmp_path: Path, overrides: list[str], slots: int, world: int
 ) -> None:
@@ -93,7 +110,7 @@ HARD_TO_REPEAT = {
     "several_buckets": ["model.depth=3", "model.width=1501", "batch.size=30", "clip.norm=0.5"],
     "two_threads": [*overrides(hard.LookedUp), "batch.size=160", "resources.cpus=2"],
     "draws_in_evaluation": [*overrides(hard.AlwaysDrawing), *PLATEAU],
-    "draws_elsewhere": [*overrides(hard.DrawingElsewhere), *PLATEAU],
+    "uses_non_torch_rng": [*overrides(hard.DrawingElsewhere), *PLATEAU],
     "draws_late": overrides(hard.DrawingLate),
     "replaces_a_buffer": [*overrides(hard.Centred), "evaluate.every=1"],
     "lazy": overrides(hard.Lazy),
@@ -108,20 +125,14 @@ def test_nothing_else_tells_either(pool: Crew, tmp_path: Path, run: list[str]) -
         assert (other.metrics, other.sha256) == (alone.metrics, alone.sha256)
 
 
-def test_a_compiled_model_has_the_same_bits_whichever_size_of_slot_comes_first(
-    pool: Crew, tmp_path: Path
-) -> None:
+def test_a_compiled_model_has_the_same_bits_whichever_size_of_slot_comes_first(pool: Crew, tmp_path: Path) -> None:
     run = ["compile=true", "model.norm=batch", "model.dropout=0.2", "batch.size=1400"]
     case = Case.of([*run, "steps=3", "epochs=null", "reduction=exact"], tmp_path, 3)
     assert len({told.sha256 for w in (1, 3) for told in pool.train(case, w)}) == 1
 
 
-def test_more_slots_than_samples_in_a_micro_batch_and_one_sample_a_slot(
-    pool: Crew, tmp_path: Path
-) -> None:
-    case = Case.of(
-        ["batch.size=7", "steps=4", "epochs=null", "reduction=exact", "model.dropout=0.5"], tmp_path, 7
-    )  # fmt: skip
+def test_more_slots_than_samples_in_a_micro_batch_and_one_sample_a_slot(pool: Crew, tmp_path: Path) -> None:
+    case = Case.of(["batch.size=7", "steps=4", "epochs=null", "reduction=exact", "model.dropout=0.5"], tmp_path, 7)
     assert len({told.sha256 for w in (1, 2, 3, 4) for told in pool.train(case, w)}) == 1
 
 

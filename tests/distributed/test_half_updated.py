@@ -30,9 +30,7 @@ class FailInUpdate:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_others_go_on_and_a_newcomer_receives_their_state(
-    pool: Crew, tmp_path: Path, world: int
-) -> None:
+def test_the_others_go_on_and_a_newcomer_receives_their_state(pool: Crew, tmp_path: Path, world: int) -> None:
     case = Case.of(RUN, tmp_path)
     undisturbed = pool.train(case, 1)[0]
     replicas = pool.build(case, world, tamper={1: FailInUpdate(step=6)})

@@ -10,16 +10,26 @@ from typing import Any
 
 import pytest
 
-from service.messages import Notice
-from service.training.dealing import deal_slots
-from service.training.plan import build_data
-from service.training.sampling import SampleOrder, slot_bounds
+from descent.messages import Notice
+from descent.training.input.sampling import SampleOrder, slot_bounds
+from descent.training.plan import build_data
+from descent.training.slot_balancer import assign_slots
 from tests.distributed.replicas import Case, Crew, Told
 
 BATCH, SLOTS, STEP = 30, 4, 7
-RUN = [f"batch.size={BATCH}", "model.depth=2", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5",
-       "ema.decay=0.9", "steps=12", "epochs=null", "reduction=exact", "schedule=plateau",
-       "straggler.deal=false"]  # fmt: skip
+RUN = [
+    f"batch.size={BATCH}",
+    "model.depth=2",
+    "model.norm=batch",
+    "model.dropout=0.2",
+    "evaluate.every=5",
+    "ema.decay=0.9",
+    "steps=12",
+    "epochs=null",
+    "reduction=exact",
+    "schedule=plateau",
+    "straggler.deal=false",
+]
 
 
 @dataclass(frozen=True)
@@ -32,17 +42,13 @@ class OnceNotFinite:
         failed = []
 
         def now() -> bool:
-            strikes = (
-                trainer.control.step == STEP - 1 and trainer.state.model.training and not failed
-            )
+            strikes = trainer.control.step == STEP - 1 and trainer.state.model.training and not failed
             if strikes:
                 failed.append(True)
             return strikes
 
         if self.where == "loss":
-            trainer.state.model.register_forward_hook(
-                lambda _, __, output: output * float("nan") if now() else output
-            )
+            trainer.state.model.register_forward_hook(lambda _, __, output: output * float("nan") if now() else output)
         else:
             layer = trainer.state.model.get_submodule("layers.1.linear")
             layer.weight.register_hook(lambda g: g * float("inf") if now() else g)
@@ -66,9 +72,7 @@ class SpoilLayer:
 
     def __call__(self, trainer: Any) -> None:
         layer = trainer.state.model.get_submodule("layers.1.linear")
-        layer.weight.register_hook(
-            lambda g: g * float("inf") if trainer.control.step >= STEP - 1 else g
-        )
+        layer.weight.register_hook(lambda g: g * float("inf") if trainer.control.step >= STEP - 1 else g)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def the_notice(told: list[Told], kind: str) -> Notice:
 @pytest.mark.parametrize(
     ("where", "world", "victim"),
     [("loss", 1, 0), ("loss", 2, 1), ("loss", 3, 0), ("gradient", 1, 0), ("gradient", 3, 1), ("gradient", 4, 2)],
-)  # fmt: skip
+)
 def test_what_was_not_finite_once_is_repeated_and_nothing_tells(
     pool: Crew, tmp_path: Path, where: str, world: int, victim: int
 ) -> None:
@@ -127,14 +131,10 @@ def test_what_was_not_finite_once_is_repeated_and_nothing_tells(
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("phase", ["forward", "reduce", "update"])
-def test_a_rank_that_dies_in_either_try_costs_no_step(
-    pool: Crew, tmp_path: Path, number: int, phase: str
-) -> None:
+def test_a_rank_that_dies_in_either_try_costs_no_step(pool: Crew, tmp_path: Path, number: int, phase: str) -> None:
     case = Case.of(RUN, tmp_path)
     undisturbed = pool.train(case, 1)[0]
-    replicas = pool.build(
-        case, 3, tamper={0: OnceNotFinite("gradient"), 1: DieInTry(number, phase)}
-    )
+    replicas = pool.build(case, 3, tamper={0: OnceNotFinite("gradient"), 1: DieInTry(number, phase)})
     pool.form(case, replicas)
     ended = pool.until_ended(replicas)
     assert {i: t.state for i, t in ended.items()} == {0: "broken", 2: "broken"}
@@ -182,7 +182,7 @@ def test_a_step_with_a_bad_sample_is_skipped_by_all_and_the_sample_is_named(
         skipped = [step for step, m in told[0].metrics if m.get("train/skipped")]
         assert skipped == [STEP]
         notice = the_notice(told, "step skipped")
-        rank = next(r for r, (lo, hi) in enumerate(deal_slots(SLOTS, world)) if lo <= slot < hi)
+        rank = next(r for r, (lo, hi) in enumerate(assign_slots(SLOTS, world)) if lo <= slot < hi)
         (finding,) = notice.extra["slots"]
         assert (notice.step, notice.rank, finding["rank"], finding["slot"]) == (
             STEP,
@@ -192,22 +192,24 @@ def test_a_step_with_a_bad_sample_is_skipped_by_all_and_the_sample_is_named(
         )
         assert finding["samples"] == [number] and finding["inputs"] and finding["loss"] == "nan"
         assert finding["layers"][0] == "layers.0.linear"
-        assert (
-            f"rank {rank}, slot {slot}" in notice.detail and f"samples {number} " in notice.detail
-        )
+        assert f"rank {rank}, slot {slot}" in notice.detail and f"samples {number} " in notice.detail
     if reduction == "exact":
         assert len(hashes) == 1
 
 
-def test_a_gradient_that_is_never_finite_ends_the_run_and_names_the_layer(
-    pool: Crew, tmp_path: Path
-) -> None:
+def test_a_gradient_that_is_never_finite_ends_the_run_and_names_the_layer(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "model.norm=null", "regroup.max_bad_steps=3"], tmp_path)
     told = run(pool, case, 2, {0: SpoilLayer(), 1: SpoilLayer()})
     for one in told:
         assert one.state == "failed" and one.error.startswith("TooManyBadSteps")
-        for words in (f"step {STEP + 2}", "rank 0, slot 0", "layers.1.linear", "all 7 samples",
-                      "optimizer.lr", "clip.norm=1.0"):  # fmt: skip
+        for words in (
+            f"step {STEP + 2}",
+            "rank 0, slot 0",
+            "layers.1.linear",
+            "all 7 samples",
+            "optimizer.lr",
+            "clip.norm=1.0",
+        ):
             assert words in one.error
         assert [n.step for n in one.notices if n.kind == "step skipped"] == [
             STEP,

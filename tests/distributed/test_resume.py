@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.artifacts import checkpoint
+from descent.checkpoint import manifest as checkpoint
 from tests.distributed.conductor import RUN, Conductor, parts_of
 from tests.distributed.replicas import Case, Crew, Told, fail
 from tests.distributed.test_equal_for_any_world import MODELS
@@ -16,10 +16,7 @@ def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Told],
     """The whole run by `before` replicas, and its checkpoints of these steps."""
     whole = pool.train(case, before)
     root = case.run_dir / "checkpoints"
-    return whole, [
-        checkpoint.commit(root, parts_of(whole, step), run="r", config_sha256="0" * 64)
-        for step in steps
-    ]
+    return whole, [checkpoint.commit(root, parts_of(whole, step), run="r", config_sha256="0" * 64) for step in steps]
 
 
 def resumed(pool: Crew, case: Case, target: Path, after: int, *faults) -> Conductor:  # type: ignore[no-untyped-def]
@@ -96,9 +93,7 @@ def test_a_share_that_can_not_be_read_takes_all_back_to_the_checkpoint_before(
     assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 5]
 
 
-def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(
-    pool: Crew, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
     _, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 10)
     os.rename(target / checkpoint.MANIFEST, target / "elsewhere")

@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from service.artifacts import checkpoint
+from descent.checkpoint import manifest as checkpoint
 from tests.distributed.replicas import Case, Crew, Told
 
 STEP = 7
-RUN = ["batch.size=30", "model.norm=batch", "model.dropout=0.2", "evaluate.every=5", "ema.decay=0.9",
-       "steps=12", "epochs=null", "reduction=exact", "sentinel_every=1", "checkpoint.every=3"]  # fmt: skip
+RUN = [
+    "batch.size=30",
+    "model.norm=batch",
+    "model.dropout=0.2",
+    "evaluate.every=5",
+    "ema.decay=0.9",
+    "steps=12",
+    "epochs=null",
+    "reduction=exact",
+    "sentinel_every=1",
+    "checkpoint.every=3",
+]
 TENSORS = {
     "a parameter": "model/layers.0.linear.weight",
     "an optimizer's moment": "optimizer/layers.0.linear.weight/exp_avg_sq",
@@ -101,9 +111,7 @@ def test_off_or_not_due_it_sees_nothing(pool: Crew, tmp_path: Path) -> None:
         assert len({t.sha256 for t in told}) == 2
 
 
-def test_with_the_fast_reduction_and_a_cadence_it_is_seen_at_the_next_comparison(
-    pool: Crew, tmp_path: Path
-) -> None:
+def test_with_the_fast_reduction_and_a_cadence_it_is_seen_at_the_next_comparison(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "sentinel_every=5", "reduction=fast"], tmp_path)
     replicas = pool.build(case, 3, tamper={2: FlipBit(TENSORS["a parameter"])})
     pool.form(case, replicas)

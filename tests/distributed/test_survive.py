@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.artifacts import checkpoint
+from descent.checkpoint import manifest as checkpoint
 from tests.distributed import tally
 from tests.distributed.conductor import (
     RUN,
@@ -30,19 +30,33 @@ from tests.distributed.replicas import (
     hang,
     leave,
     slow_down,
-)  # fmt: skip
+)
 from tests.distributed.test_equal_for_any_world import MODELS
 
 each = pytest.mark.parametrize
 
 
-@each("fault", [
-    fail(1).at(1, "join"), fail(0).at(1, "receive"), fail(2).at(1, "receive"),
-    fail(0).at(20, "step"), fail(1).at(7, "forward"), fail(0).at(7, "update"), fail(1).at(7, "update"),
-    fail(0).at(0, "evaluate"), fail(1).at(5, "evaluate"), fail(2).at(10, "evaluate", delay_s=0.002),
-    fail(0).at(20, "evaluate"), fail(0).at(20, "save"), fail(2).at(20, "save", delay_s=0.001),
-    crash(1).at(7, "reduce"), crash(2).at(3, "forward"),
-], ids=str)  # fmt: skip
+@each(
+    "fault",
+    [
+        fail(1).at(1, "join"),
+        fail(0).at(1, "receive"),
+        fail(2).at(1, "receive"),
+        fail(0).at(20, "step"),
+        fail(1).at(7, "forward"),
+        fail(0).at(7, "update"),
+        fail(1).at(7, "update"),
+        fail(0).at(0, "evaluate"),
+        fail(1).at(5, "evaluate"),
+        fail(2).at(10, "evaluate", delay_s=0.002),
+        fail(0).at(20, "evaluate"),
+        fail(0).at(20, "save"),
+        fail(2).at(20, "save", delay_s=0.001),
+        crash(1).at(7, "reduce"),
+        crash(2).at(3, "forward"),
+    ],
+    ids=str,
+)
 def test_a_worker_dies(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
     assert assert_survives(pool, case, undisturbed, 3, fault).lost == 1
 
@@ -62,25 +76,44 @@ def test_a_worker_dies_between_two_buckets(pool: Crew, tmp_path: Path, delay_ms:
     case = Case.of(
         ["model.width=1500", "model.depth=3", "batch.size=8", "steps=5", "epochs=null", "reduction=exact"],
         tmp_path,
-    )  # fmt: skip
+    )
     fault = fail(worker=1).at(step=3, phase="reduce", delay_s=delay_ms / 1000)
     assert_survives(pool, case, pool.train(case, 1)[0], 3, fault)
 
 
-@each("fault", [
-    hang(0).at(1, "join"), hang(1).at(1, "receive"), hang(1).at(4, "step"), hang(2).at(7, "forward"),
-    hang(0).at(7, "reduce"), hang(1).at(7, "reduce", delay_s=0.001), hang(1).at(7, "update"),
-    hang(2).at(10, "evaluate"), hang(0).at(20, "save"),
-], ids=str)  # fmt: skip
+@each(
+    "fault",
+    [
+        hang(0).at(1, "join"),
+        hang(1).at(1, "receive"),
+        hang(1).at(4, "step"),
+        hang(2).at(7, "forward"),
+        hang(0).at(7, "reduce"),
+        hang(1).at(7, "reduce", delay_s=0.001),
+        hang(1).at(7, "update"),
+        hang(2).at(10, "evaluate"),
+        hang(0).at(20, "save"),
+    ],
+    ids=str,
+)
 def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
     assert assert_survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
-@each("fault", [
-    cut(2).at(1, "receive"), cut(1).at(4, "step"), cut(0).at(7, "forward"), cut(2).at(7, "reduce"),
-    cut(0).at(7, "reduce", delay_s=0.001), cut(1).at(7, "update"), cut(0).at(10, "evaluate"),
-    cut(1).at(20, "save"),
-], ids=str)  # fmt: skip
+@each(
+    "fault",
+    [
+        cut(2).at(1, "receive"),
+        cut(1).at(4, "step"),
+        cut(0).at(7, "forward"),
+        cut(2).at(7, "reduce"),
+        cut(0).at(7, "reduce", delay_s=0.001),
+        cut(1).at(7, "update"),
+        cut(0).at(10, "evaluate"),
+        cut(1).at(20, "save"),
+    ],
+    ids=str,
+)
 def test_a_worker_is_cut_off_from_the_others_and_stays(
     pool: Crew, case: Case, undisturbed: Told, fault: Injected
 ) -> None:
@@ -95,7 +128,7 @@ def test_a_slow_worker_is_waited_for(pool: Crew, case: Case, undisturbed: Told) 
     assert conductor.lost == 0 and len(conductor.formed) == 1
 
 
-@each("fault", [leave(0).at(1, "forward"), leave(1).at(7, "reduce"), leave(2).at(10, "evaluate")], ids=str)  # fmt: skip
+@each("fault", [leave(0).at(1, "forward"), leave(1).at(7, "reduce"), leave(2).at(10, "evaluate")], ids=str)
 def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
     conductor = assert_survives(pool, case, undisturbed, 3, fault)
     assert (conductor.lost, conductor.left, len(conductor.members)) == (0, 1, 2)
@@ -110,13 +143,17 @@ def test_an_error_in_the_users_code_is_no_fault_to_survive(pool: Crew, case: Cas
     pool.give(replicas)
 
 
-@each("faults", [
-    [fail(0).at(7, "reduce"), fail(2).at(7, "reduce")],
-    [fail(1).at(7, "forward"), fail(3).at(7, "update")],
-    [hang(0).at(7, "reduce"), fail(1).at(7, "reduce")],
-    [hang(1).at(10, "evaluate"), hang(2).at(10, "evaluate")],
-    [cut(1).at(7, "reduce"), fail(3).at(7, "reduce", delay_s=0.0005)],
-], ids=lambda f: "-and-".join(map(str, f)))  # fmt: skip
+@each(
+    "faults",
+    [
+        [fail(0).at(7, "reduce"), fail(2).at(7, "reduce")],
+        [fail(1).at(7, "forward"), fail(3).at(7, "update")],
+        [hang(0).at(7, "reduce"), fail(1).at(7, "reduce")],
+        [hang(1).at(10, "evaluate"), hang(2).at(10, "evaluate")],
+        [cut(1).at(7, "reduce"), fail(3).at(7, "reduce", delay_s=0.0005)],
+    ],
+    ids=lambda f: "-and-".join(map(str, f)),
+)
 def test_two_at_once(pool: Crew, case: Case, undisturbed: Told, faults: list[Injected]) -> None:
     deaths = sum(f.fault.kind in ("kill", "stop") for f in faults)
     assert assert_survives(pool, case, undisturbed, 4, *faults).lost == deaths
@@ -124,18 +161,29 @@ def test_two_at_once(pool: Crew, case: Case, undisturbed: Told, faults: list[Inj
 
 def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturbed: Told) -> None:
     conductor = assert_survives(
-        pool, case, undisturbed, 4,
-        fail(worker=0).at(step=4, phase="update"), hang(worker=2).at(step=8, phase="reduce"),
+        pool,
+        case,
+        undisturbed,
+        4,
+        fail(worker=0).at(step=4, phase="update"),
+        hang(worker=2).at(step=8, phase="reduce"),
         crash(worker=1).at(step=12, phase="forward"),
-    )  # fmt: skip
+    )
     assert conductor.lost == 3
     assert [len(f.workers) for f in conductor.formed] == [4, 3, 2, 1]
 
 
-@each("during", [
-    fail(2).at(7, "join"), hang(2).at(7, "join"), fail(0).at(7, "receive"), hang(3).at(7, "receive"),
-    cut(0).at(7, "receive"),
-], ids=str)  # fmt: skip
+@each(
+    "during",
+    [
+        fail(2).at(7, "join"),
+        hang(2).at(7, "join"),
+        fail(0).at(7, "receive"),
+        hang(3).at(7, "receive"),
+        cut(0).at(7, "receive"),
+    ],
+    ids=str,
+)
 def test_a_second_fault_during_the_regroup_after_the_first(
     pool: Crew, case: Case, undisturbed: Told, during: Injected
 ) -> None:
@@ -144,9 +192,7 @@ def test_a_second_fault_during_the_regroup_after_the_first(
     assert_survives(pool, case, undisturbed, 4, *faults, during)
 
 
-def test_the_source_dies_while_a_newcomer_receives(
-    pool: Crew, case: Case, undisturbed: Told
-) -> None:
+def test_the_source_dies_while_a_newcomer_receives(pool: Crew, case: Case, undisturbed: Told) -> None:
     conductor = Conductor(pool, case)
     conductor.start(2)
     conductor.generation(pausing=0)
@@ -180,7 +226,7 @@ def test_every_model_goes_through_a_kill_growth_and_shrinkage_unchanged(
     """Batch statistics, dropout's random streams and tied weights are part of what is handed on."""
     case = Case.of(
         [*model, "batch.size=24", "steps=16", "epochs=null", "evaluate.every=5", "reduction=exact"], tmp_path, 4
-    )  # fmt: skip
+    )
     undisturbed = pool.train(case, 1)[0]
     conductor = Conductor(pool, case)
     conductor.start(2, fail(worker=1).at(step=4, phase="reduce"))
@@ -197,13 +243,11 @@ def test_every_model_goes_through_a_kill_growth_and_shrinkage_unchanged(
 
 
 @each("model", MODELS.values(), ids=MODELS.keys())
-def test_every_model_is_handed_to_a_spare_unchanged(
-    pool: Crew, tmp_path: Path, model: list[str]
-) -> None:
+def test_every_model_is_handed_to_a_spare_unchanged(pool: Crew, tmp_path: Path, model: list[str]) -> None:
     """Built and idle, the spare takes a dead member's place in the very next generation."""
     case = Case.of(
         [*model, "batch.size=24", "steps=8", "epochs=null", "evaluate.every=5", "reduction=exact"], tmp_path, 4
-    )  # fmt: skip
+    )
     undisturbed = pool.train(case, 1)[0]
     conductor = Conductor(pool, case, room=2)
     conductor.start(3, fail(worker=0).at(step=4, phase="reduce"))
@@ -221,9 +265,7 @@ def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Told, see
     for worker in rng.sample(range(world), rng.randrange(1, world)):
         kind = rng.choice([fail, fail, crash, hang, cut])
         phase = rng.choice(["step", "forward", "reduce", "update"])
-        faults.append(
-            kind(worker).at(rng.randrange(1, 17), phase, rng.choice([0.0, rng.random() * 0.006]))
-        )
+        faults.append(kind(worker).at(rng.randrange(1, 17), phase, rng.choice([0.0, rng.random() * 0.006])))
     lost = assert_survives(pool, case, undisturbed, world, *faults).lost
     assert lost == sum(f.fault.kind != "partition" for f in faults)
 
@@ -233,10 +275,13 @@ def test_each_sample_of_an_epoch_is_spent_once(pool: Crew, tmp_path: Path) -> No
     case = Case.of([*tally.OVERRIDES, f"steps={steps}", "epochs=null"], tmp_path)
     conductor = Conductor(pool, case)
     conductor.start(
-        4, fail(worker=0).at(step=9, phase="reduce"), cut(worker=2).at(step=17, phase="reduce"),
-        hang(worker=3).at(step=23, phase="update"), cut(worker=1).at(step=31, phase="forward"),
+        4,
+        fail(worker=0).at(step=9, phase="reduce"),
+        cut(worker=2).at(step=17, phase="reduce"),
+        hang(worker=3).at(step=23, phase="update"),
+        cut(worker=1).at(step=31, phase="forward"),
         leave(worker=2).at(step=38, phase="reduce"),
-    )  # fmt: skip
+    )
     conductor.finish()
     assert (conductor.lost, conductor.left, len(conductor.members)) == (2, 1, 1)
     parts = parts_of([conductor.told[w] for w in conductor.members], steps)
@@ -245,8 +290,18 @@ def test_each_sample_of_an_epoch_is_spent_once(pool: Crew, tmp_path: Path) -> No
     assert tensors["model/spent"].tolist() == [3.0] * tally.SAMPLES  # three epochs
 
 
-@each("fault", [fail(1).at(1), fail(0).at(2), fail(1).at(8, "forward", delay_s=0.001), fail(1).at(14, "reduce"),
-                cut(0).at(9, "reduce"), hang(1).at(6, "update")], ids=str)  # fmt: skip
+@each(
+    "fault",
+    [
+        fail(1).at(1),
+        fail(0).at(2),
+        fail(1).at(8, "forward", delay_s=0.001),
+        fail(1).at(14, "reduce"),
+        cut(0).at(9, "reduce"),
+        hang(1).at(6, "update"),
+    ],
+    ids=str,
+)
 @each("world", [2, 4])
 def test_with_the_fast_reduction_no_step_is_lost_either(
     pool: Crew, tmp_path: Path, fault: Injected, world: int
@@ -256,7 +311,5 @@ def test_with_the_fast_reduction_no_step_is_lost_either(
     conductor = Conductor(pool, case)
     conductor.start(world, fault)
     assert conductor.finish().step == undisturbed.step
-    losses = [
-        m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated
-    ]
+    losses = [m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated]
     assert losses == pytest.approx(undisturbed.losses, rel=1e-4)

@@ -57,9 +57,7 @@ def look(url: str, texts: list[str], screenshot: Path, timeout_s: float = 60) ->
         try:
             assert browser.stderr is not None
             endpoint = next(
-                match[1]
-                for line in browser.stderr
-                if (match := re.search(r"DevTools listening on (ws://\S+)", line))
+                match[1] for line in browser.stderr if (match := re.search(r"DevTools listening on (ws://\S+)", line))
             )
             return asyncio.run(_look(endpoint, url, texts, screenshot, timeout_s))
         finally:
@@ -67,9 +65,7 @@ def look(url: str, texts: list[str], screenshot: Path, timeout_s: float = 60) ->
             browser.wait()
 
 
-async def _look(
-    endpoint: str, url: str, texts: list[str], screenshot: Path, timeout_s: float
-) -> str:
+async def _look(endpoint: str, url: str, texts: list[str], screenshot: Path, timeout_s: float) -> str:
     async with (
         aiohttp.ClientSession() as session,
         session.ws_connect(endpoint, max_msg_size=0) as socket,
@@ -91,9 +87,9 @@ async def _look(
         page = (await call("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
 
         async def evaluate(expression: str) -> Any:
-            return (
-                await call("Runtime.evaluate", page, expression=expression, returnByValue=True)
-            )["result"].get("value")
+            return (await call("Runtime.evaluate", page, expression=expression, returnByValue=True))["result"].get(
+                "value"
+            )
 
         deadline = time.monotonic() + timeout_s
         while True:

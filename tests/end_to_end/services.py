@@ -69,9 +69,7 @@ def postgres_programs() -> Path:
         found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
         if found:
             return Path(found[-1]).parent
-        assert debian.install("postgresql"), (
-            "PostgreSQL's server is not installed: apt-get install postgresql"
-        )
+        assert debian.install("postgresql"), "PostgreSQL's server is not installed: apt-get install postgresql"
     raise AssertionError("PostgreSQL was installed but its programs are not there")
 
 
@@ -90,8 +88,11 @@ def postgres(folder: Path) -> Iterator[str]:
         user = {"user": "postgres"}
     subprocess.run(
         [programs / "initdb", "-D", data, "-U", "mlflow", "-A", "scram-sha-256", f"--pwfile={secret}"],
-        check=True, capture_output=True, cwd=data, **user,
-    )  # type: ignore[call-overload]  # fmt: skip
+        check=True,
+        capture_output=True,
+        cwd=data,
+        **user,
+    )  # type: ignore[call-overload]
     command = [
         str(programs / "postgres"),
         "-D",
@@ -118,9 +119,21 @@ def mlflow_on(backend: str, folder: Path) -> Iterator[str]:
     """MLflow's server, which keeps the artifacts itself; yields its address."""
     port = free_port()
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        backend,
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
     with process(
         command,
         folder / "mlflow.log",
@@ -136,15 +149,21 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """A Ray head and a second node, one CPU each, as `ray start` makes them; yields the Jobs API's address."""
     port, dashboard = free_port(), free_port()
     temporary = Path("/tmp") / f"ray-{secrets.token_hex(4)}"  # sockets' paths must be short
-    head = [RAY, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--temp-dir={temporary}", *SMALL]  # fmt: skip
+    head = [
+        RAY,
+        "start",
+        "--head",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--temp-dir={temporary}",
+        *SMALL,
+    ]
     try:
         with process(head, folder / "head.log", environment):
             until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz"), "the Ray head")
             address = f"{own_address()}:{port}"
-            with process(
-                [RAY, "start", f"--address={address}", *SMALL], folder / "node.log", environment
-            ):
+            with process([RAY, "start", f"--address={address}", *SMALL], folder / "node.log", environment):
                 yield f"http://127.0.0.1:{dashboard}"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

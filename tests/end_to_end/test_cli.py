@@ -11,8 +11,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.config import RunConfig, groups
+from descent.cli.main import app
+from descent.config import RunConfig, groups
 
 DESCENT = Path(sys.executable).with_name("descent")
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}
@@ -26,9 +26,7 @@ def descent(tmp_path, monkeypatch):
 
     def call(*words: str) -> tuple[int, str, str]:
         result = CliRunner(env=WIDE).invoke(app, list(words))
-        assert result.exception is None or isinstance(result.exception, SystemExit), (
-            result.exception
-        )
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result.exit_code, result.stdout, result.stderr
 
     return call
@@ -47,9 +45,7 @@ def test_config_prints_what_a_run_would_use(descent):
 def test_config_refuses_in_one_line_with_exit_code_2(descent):
     code, out, err = descent("config", "optimzer=sgd")
     assert (code, out) == (2, "")
-    assert err == (
-        "error: override 'optimzer=sgd': there is no key or group 'optimzer'; did you mean 'optimizer'?\n"
-    )
+    assert err == ("error: override 'optimzer=sgd': there is no key or group 'optimzer'; did you mean 'optimizer'?\n")
     code, _, err = descent("config", "--config-dir", "none", "--groups")
     assert code == 2 and err == "error: --config-dir=none: there is no such folder\n"
 
@@ -84,7 +80,7 @@ def test_help_teaches(descent):
     code, out, _ = descent("train", "--help")
     assert code == 0 and "Exit codes: 0 finished" in out
     # what the help says can be typed
-    examples = [x.split("(")[0].split()[2:] for x in out.splitlines() if x.strip(" │").startswith("descent train")]  # fmt: skip
+    examples = [x.split("(")[0].split()[2:] for x in out.splitlines() if x.strip(" │").startswith("descent train")]
     assert len(examples) > 3
     for words in examples:
         words = [w for w in words if not w.startswith("resume=")]
@@ -115,9 +111,12 @@ ask descent train zzz = 3 --config-dir /none optim
 def test_bash_completes_groups_keys_and_values(tmp_path):
     """Through the script that `--install-completion` installs; bash cuts words at '=' and ':'."""
     done = subprocess.run(
-        ["bash", "--norc", "-c", SHELL], capture_output=True, text=True, cwd=tmp_path,
+        ["bash", "--norc", "-c", SHELL],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "BIN": str(DESCENT.parent)},
-    )  # fmt: skip
+    )
     assert done.stderr == ""
     lines = [line.rstrip("|").split("|") for line in done.stdout.splitlines()]
     assert lines[0] == ["train"]
@@ -131,7 +130,10 @@ def test_bash_completes_groups_keys_and_values(tmp_path):
 
 def test_other_shells_complete_too(tmp_path):
     done = subprocess.run(
-        [DESCENT], capture_output=True, text=True, cwd=tmp_path,
+        [DESCENT],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "_DESCENT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "descent train model=res"},
-    )  # fmt: skip
+    )
     assert "model=resnet" in done.stdout and done.stderr == ""

@@ -9,16 +9,19 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import service
+import descent
 
-ROOT = Path(service.__file__).resolve().parents[1]
+ROOT = Path(descent.__file__).resolve().parents[2]
 
 
 def descent(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from service.cli import main; main()", *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+        [sys.executable, "-c", "from descent.cli.main import main; main()", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -27,15 +30,29 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def test_text_becomes_shards_and_trains_with_the_wait_for_data_told(tmp_path):
-    made = descent(tmp_path, "data", "tokenize", str(ROOT / "service"), "toks", "--pattern", "**/*.py",
-                   "--shard-tokens", "50000")  # fmt: skip
+    made = descent(
+        tmp_path, "data", "tokenize", str(ROOT / "service"), "toks", "--pattern", "**/*.py", "--shard-tokens", "50000"
+    )
     assert made.returncode == 0, made.stderr
     assert "descent train data=tokens data.path=toks" in made.stdout
     done = descent(
-        tmp_path, "train", "data=tokens", "data.path=toks", "data.window=2000", "data.block=32", "model=gpt_tiny",
-        "model.width=16", "model.layers=1", "epochs=null", "steps=20", "batch.size=16", "workers=2",
-        "resources.cpus=0.5", "diagnostics.every=5", "--json",
-    )  # fmt: skip
+        tmp_path,
+        "train",
+        "data=tokens",
+        "data.path=toks",
+        "data.window=2000",
+        "data.block=32",
+        "model=gpt_tiny",
+        "model.width=16",
+        "model.layers=1",
+        "epochs=null",
+        "steps=20",
+        "batch.size=16",
+        "workers=2",
+        "resources.cpus=0.5",
+        "diagnostics.every=5",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     waits = [row["perf/data_wait"] for row in metrics(tmp_path) if "perf/data_wait" in row]
     assert waits and all(0.0 <= wait <= 1.0 for wait in waits)
@@ -49,8 +66,19 @@ def test_a_truncated_image_ends_a_run_by_name_or_is_replaced_and_counted(tmp_pat
         Image.fromarray((image.reshape(8, 8) * 15).astype(np.uint8)).save(place / f"{i:03d}.png")
     bad = sorted((tmp_path / "images").rglob("*.png"))[100]
     bad.write_bytes(bad.read_bytes()[:50])
-    options = ["train", "data=images", "data.path=images", "data.channels=1", "data.processes=1", "data.holdout=0",
-               "epochs=3", "batch.size=50", "workers=2", "resources.cpus=0.5", "--json"]  # fmt: skip
+    options = [
+        "train",
+        "data=images",
+        "data.path=images",
+        "data.channels=1",
+        "data.processes=1",
+        "data.holdout=0",
+        "epochs=3",
+        "batch.size=50",
+        "workers=2",
+        "resources.cpus=0.5",
+        "--json",
+    ]
     failed = descent(tmp_path, *options)
     assert failed.returncode != 0
     assert f"{bad.name} (sample 100): " in failed.stderr and "data.on_error=skip" in failed.stderr

@@ -5,24 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from service.artifacts.report import plots
-from service.artifacts.tracking import Tracker
+from descent.tracking import Tracker
+from descent.tracking.plots import plots
 from tests.end_to_end.browser import look
 from tests.end_to_end.mlflow_server import MlflowServer
 
 
-@pytest.mark.skipif(
-    os.environ.get("DESCENT_NO_BROWSER") == "1", reason="DESCENT_NO_BROWSER=1: no browser wanted"
-)
+@pytest.mark.skipif(os.environ.get("DESCENT_NO_BROWSER") == "1", reason="DESCENT_NO_BROWSER=1: no browser wanted")
 def test_the_run_page_shows_metrics_and_plots(tmp_path):
     """Screenshots go to DESCENT_SCREENSHOTS, where that is set."""
     pictures = Path(os.environ.get("DESCENT_SCREENSHOTS", tmp_path / "screenshots"))
     pictures.mkdir(parents=True, exist_ok=True)
     server = MlflowServer(tmp_path / "server").start()
     try:
-        tracker = Tracker.open(
-            uri=server.uri, experiment="ui", run_name="seen", spool_dir=tmp_path / "spool"
-        )
+        tracker = Tracker.open(uri=server.uri, experiment="ui", run_name="seen", spool_dir=tmp_path / "spool")
         history = {
             "train/loss": [(i, 2.3 * 0.97**i) for i in range(100)],
             "eval/loss": [(i, 2.4 * 0.97**i) for i in range(0, 100, 10)],

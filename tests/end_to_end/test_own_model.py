@@ -30,8 +30,11 @@ def test_the_example_of_the_readme_trains_and_its_model_predicts(tmp_path: Path)
     assert summary["eval/accuracy"] > 0.9
     predicted = subprocess.run(
         [sys.executable, "-c", _PREDICT, summary["tracking_uri"], summary["run_id"]],
-        cwd="/", capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert predicted.returncode == 0, predicted.stderr
     assert json.loads(predicted.stdout.splitlines()[-1]) == [2, 3]
 
@@ -40,6 +43,6 @@ _PREDICT = """
 import sys, mlflow, numpy as np, json
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(f"runs:/{sys.argv[2]}/model")
-assert "my_model" not in sys.modules and "service" not in sys.modules
+assert "my_model" not in sys.modules and "descent" not in sys.modules
 print(json.dumps(list(np.asarray(model.predict(np.zeros((2, 13), np.float32))).shape)))
 """

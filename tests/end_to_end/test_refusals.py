@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.artifacts import checkpoint
-from service.cli import app
-from service.cluster import run_log
-from service.cluster.run import config_sha256
-from service.config import compose
+from descent.checkpoint import manifest as checkpoint
+from descent.cli.main import app
+from descent.cluster.record import run_log
+from descent.cluster.run.run import config_sha256
+from descent.config import compose
 
 DESCENT = Path(sys.executable).with_name("descent")
 
@@ -63,11 +63,20 @@ def run_dir(tmp_path) -> Path:
     composed = compose(["epochs=2", "batch.size=32"])
     folder = tmp_path / ".descent/runs/first"
     folder.mkdir(parents=True)
-    run_log.write_run_file(folder, {
-        "name": "first", "run_id": None, "tracking_uri": None, "overrides": list(composed.overrides),
-        "config_dirs": [], "config": composed.config.to_dict(), "slots": 2, "plan": {},
-        "config_sha256": config_sha256(composed.config),
-    })  # fmt: skip
+    run_log.write_run_file(
+        folder,
+        {
+            "name": "first",
+            "run_id": None,
+            "tracking_uri": None,
+            "overrides": list(composed.overrides),
+            "config_dirs": [],
+            "config": composed.config.to_dict(),
+            "slots": 2,
+            "plan": {},
+            "config_sha256": config_sha256(composed.config),
+        },
+    )
     return folder
 
 
@@ -81,16 +90,14 @@ def test_a_resume_of_nothing(refused, run_dir):
 @pytest.mark.usefixtures("run_dir")
 def test_a_resume_that_disagrees_names_its_keys(refused):
     line = refused("resume=first", "seed=3", "optimizer=sgd", "batch.size=64")
-    for key in ("batch.size=64 (the run has 32)", "optimizer._target_=torch.optim.SGD", "leave these out"):  # fmt: skip
+    for key in ("batch.size=64 (the run has 32)", "optimizer._target_=torch.optim.SGD", "leave these out"):
         assert key in line
     assert "seed=3 (the run has 0)" in refused("resume=first", "seed=3")
 
 
 @pytest.mark.usefixtures("run_dir")
 def test_a_name_that_is_taken(refused):
-    assert refused("name=first") == (
-        "name=first: there is such a run already; use resume=first or another name"
-    )
+    assert refused("name=first") == ("name=first: there is such a run already; use resume=first or another name")
 
 
 def left_behind(mark: str) -> list[str]:
@@ -108,9 +115,12 @@ def left_behind(mark: str) -> list[str]:
 def test_a_process_that_stays_would_be_seen():
     mark = f"mark-{uuid.uuid4().hex}"
     with subprocess.Popen(
-        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        ["cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
         env={**os.environ, "DESCENT_TEST_MARK": mark},
-    ) as staying:  # fmt: skip
+    ) as staying:
         assert staying.stdin is not None and staying.stdout is not None
         # Its answer shows that it runs: for a moment after Popen Linux knows no environment of it.
         staying.stdin.write(b"here\n")
@@ -124,8 +134,11 @@ def test_a_process_that_stays_would_be_seen():
 IN_FULL = {
     "a key": (["optimizer.lrr=0.1"], "did you mean 'optimizer.lr'?"),
     "room": (["workers=40"], "workers=40: the cluster can place"),
-    "a file": (["experiment=mine", "--config-dir", "conf"], "conf/experiment/mine.yaml: model.widht: MLP has no such argument; did you mean model.width?"),
-}  # fmt: skip
+    "a file": (
+        ["experiment=mine", "--config-dir", "conf"],
+        "conf/experiment/mine.yaml: model.widht: MLP has no such argument; did you mean model.width?",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", IN_FULL)
@@ -136,9 +149,13 @@ def test_in_full_nothing_starts_and_nothing_stays(tmp_path, case):
     own.write_text("# @package _global_\n# Mine\nmodel:\n  widht: 3\n")
     mark = f"mark-{uuid.uuid4().hex}"
     done = subprocess.run(
-        [DESCENT, "train", "--json", *words], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "DESCENT_TEST_MARK": mark}, timeout=180,
-    )  # fmt: skip
+        [DESCENT, "train", "--json", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "DESCENT_TEST_MARK": mark},
+        timeout=180,
+    )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert wanted in only_line(done.stderr)
@@ -148,12 +165,8 @@ def test_in_full_nothing_starts_and_nothing_stays(tmp_path, case):
 
 
 def test_json_of_a_refused_config_is_none(tmp_path):
-    done = subprocess.run(
-        [DESCENT, "config", "--json", "epochs=abc"], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run([DESCENT, "config", "--json", "epochs=abc"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert only_line(done.stderr) == "override 'epochs=abc': must be a number"
-    good = subprocess.run(
-        [DESCENT, "config", "--json"], capture_output=True, text=True, cwd=tmp_path
-    )
+    good = subprocess.run([DESCENT, "config", "--json"], capture_output=True, text=True, cwd=tmp_path)
     assert json.loads(good.stdout)["epochs"] == 30.0

@@ -36,9 +36,18 @@ class Slow(nn.Sequential):
         return super().forward(x)
 """
 RUN = [
-    "model=custom", "model._target_=slow.Slow", "trusted_modules=[slow]", f"steps={STEPS}", "epochs=null",
-    "workers=2", "reduction=exact", "batch.size=30", "evaluate.every=50", "ema.decay=0.9", "tracking.system_metrics=false",
-]  # fmt: skip
+    "model=custom",
+    "model._target_=slow.Slow",
+    "trusted_modules=[slow]",
+    f"steps={STEPS}",
+    "epochs=null",
+    "workers=2",
+    "reduction=exact",
+    "batch.size=30",
+    "evaluate.every=50",
+    "ema.decay=0.9",
+    "tracking.system_metrics=false",
+]
 
 
 class Training:
@@ -48,9 +57,14 @@ class Training:
         self.mark = secrets.token_hex(8)
         self.folder = folder
         self.process = subprocess.Popen(
-            [DESCENT, "train", "--json", *overrides], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "DESCENT_TEST_MARK": self.mark}, start_new_session=True,
-        )  # fmt: skip
+            [DESCENT, "train", "--json", *overrides],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "DESCENT_TEST_MARK": self.mark},
+            start_new_session=True,
+        )
 
     def interrupt(self, number: signal.Signals, name: str, step: int) -> None:
         """Send the signal to the process group, as a terminal or a service manager does, once `step` is logged."""
@@ -72,10 +86,7 @@ class Training:
         found = []
         for process in psutil.process_iter():
             try:
-                if (
-                    process.environ().get("DESCENT_TEST_MARK") == self.mark
-                    and process.status() != psutil.STATUS_ZOMBIE
-                ):
+                if process.environ().get("DESCENT_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(" ".join(process.cmdline()))
             except psutil.Error:
                 continue

@@ -30,11 +30,23 @@ def test_a_submitted_run_uses_both_nodes_and_is_kept_in_postgres(tmp_path: Path)
         _wait_for_two_nodes(jobs, environment)
         done = subprocess.run(
             [
-                DESCENT, "submit", "--address", jobs, "workers=2", "epochs=3", "name=topology",
-                f"output_dir={tmp_path / 'runs'}", f"tracking.uri={tracking}", "tracking.experiment=topology",
+                DESCENT,
+                "submit",
+                "--address",
+                jobs,
+                "workers=2",
+                "epochs=3",
+                "name=topology",
+                f"output_dir={tmp_path / 'runs'}",
+                f"tracking.uri={tracking}",
+                "tracking.experiment=topology",
             ],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
         assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "head.log").read_text()
         assert "FINISHED at step 76" in done.stdout
         run = json.loads((tmp_path / "runs" / "runs" / "topology" / "run.json").read_text())

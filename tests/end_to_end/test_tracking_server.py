@@ -11,9 +11,9 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from service.artifacts.spool import Spool
-from service.artifacts.tracking import Tracker, replay
-from service.errors import TrackingError
+from descent.errors import TrackingError
+from descent.tracking import Tracker, replay
+from descent.tracking.spool import Spool
 from tests.end_to_end.mlflow_server import MlflowServer
 
 
@@ -79,7 +79,7 @@ def test_a_server_that_stalls_and_dies_loses_and_doubles_nothing(server, tmp_pat
 WRITER = """
 import sys
 from pathlib import Path
-from service.artifacts.tracking import Tracker
+from descent.tracking import Tracker
 
 tracker = Tracker.open(
     uri=sys.argv[1], experiment="tests", run_name="crash", spool_dir=Path(sys.argv[2]),
@@ -187,7 +187,7 @@ def test_the_embedded_store_keeps_everything_without_a_word(tmp_path):
     code = f"""
         import sys
         from pathlib import Path
-        from service.artifacts.tracking import Tracker
+        from descent.tracking import Tracker
         assert "mlflow" not in sys.modules
         here = Path({str(tmp_path)!r})
         tracker = Tracker.open(

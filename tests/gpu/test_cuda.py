@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from service.config import compose
-from service.messages import Membership
-from service.training.collectives import Group
-from service.training.dealing import deal_slots
-from service.training.plan import prepare
-from service.training.reduction.compressed import Compressed
-from service.training.sentinel import hash_on_device
-from service.training.stopwatch import Stopwatch
-from service.training.trainer import Control, Trainer
+from descent.config import compose
+from descent.messages import Membership
+from descent.training.collectives import Group
+from descent.training.plan import prepare
+from descent.training.reduction.compressed import Compressed
+from descent.training.sentinel import hash_on_device
+from descent.training.slot_balancer import assign_slots
+from descent.training.stopwatch import Stopwatch
+from descent.training.trainer import Control, Trainer
 from tests.distributed.replicas import Case, crew
 from tests.distributed.test_resume import resumed, saved
 
@@ -35,7 +35,7 @@ def losses(folder: Path, device: str, *overrides: str) -> list[float]:
     plan = prepare(composed.config, cores=1.0, gpus=float(torch.cuda.device_count())).plan
     control = Control()
     trainer = Trainer(composed.config, plan, folder, torch.device(device), control)
-    trainer.run(Membership(1, 0, 1, "127.0.0.1", 0, deal_slots(plan.slots, 1), plan.micro_size))
+    trainer.run(Membership(1, 0, 1, "127.0.0.1", 0, assign_slots(plan.slots, 1), plan.micro_size))
     trainer.finish_saving()
     return [r.metrics["train/loss"] for r in control.records if "train/loss" in r.metrics]
 
@@ -76,9 +76,7 @@ def test_the_same_run_gives_the_same_losses_on_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_goes_on_from_its_checkpoint_on_the_other_device(
-    tmp_path: Path, before: str, after: str
-) -> None:
+def test_a_run_goes_on_from_its_checkpoint_on_the_other_device(tmp_path: Path, before: str, after: str) -> None:
     run = ["model.norm=batch", "steps=20", "epochs=null", "checkpoint.every=5"]
     cases = [Case.of(run, tmp_path / str(i), 1, device) for i, device in enumerate((before, after))]
     with crew(1) as pool:
@@ -108,8 +106,10 @@ def test_powersgd_on_the_gpu_is_that_of_the_cpu() -> None:
             reducer.begin()
             reducer.backward(
                 lambda m=model, d=device: m(batch.to(d)).square().sum(),
-                torch.tensor(1.0, device=device), True, lambda: None,
-            )  # fmt: skip
+                torch.tensor(1.0, device=device),
+                True,
+                lambda: None,
+            )
             reducer.finish()
         found.append(model.weight.grad.cpu())
     torch.testing.assert_close(*found)

@@ -24,14 +24,18 @@ def pool() -> Iterator[Crew]:
             yield found
 
 
-@pytest.mark.parametrize("fault", [
-    fail(1).at(7, "forward"), fail(1).at(7, "reduce", delay_s=0.001), fail(0).at(7, "update"),
-    cut(1).at(7, "reduce"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fail(1).at(7, "forward"),
+        fail(1).at(7, "reduce", delay_s=0.001),
+        fail(0).at(7, "update"),
+        cut(1).at(7, "reduce"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", [pytest.param("nccl", marks=pytest.mark.real_gpu), "gloo"])
-def test_a_kill_costs_no_step_and_no_bit(
-    pool: Crew, tmp_path: Path, backend: str, fault: Injected
-) -> None:
+def test_a_kill_costs_no_step_and_no_bit(pool: Crew, tmp_path: Path, backend: str, fault: Injected) -> None:
     if backend == "nccl" and torch.cuda.nccl.version() < _SHARED_CARD:
         pytest.skip("this NCCL takes one rank a card only")
     case = Case.of([*RUN, f"resources.gpus={_SHARES[backend]}"], tmp_path, device="cuda")
@@ -52,9 +56,7 @@ def test_every_model_has_the_same_bits_for_one_worker_and_for_two_of_which_one_d
 
 
 @pytest.mark.parametrize("fault", [fail(1).at(7, "forward"), cut(0).at(7, "reduce")], ids=str)
-def test_with_torchs_own_reducer_no_step_is_lost_either(
-    pool: Crew, tmp_path: Path, fault: Injected
-) -> None:
+def test_with_torchs_own_reducer_no_step_is_lost_either(pool: Crew, tmp_path: Path, fault: Injected) -> None:
     run = [*RUN, "reduction=fast", f"resources.gpus={_SHARES['gloo']}"]
     case = Case.of(run, tmp_path, device="cuda")
     undisturbed = pool.train(case, 1)[0]

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from service.data.base import TensorData
-from service.data.map_style import MapStyle
-from service.data.splits import hold_out
-from service.training.feed import Feed
-from service.training.sampling import SampleOrder
+from descent.data.base import TensorData
+from descent.data.map_style import MapStyle
+from descent.data.splits import hold_out
+from descent.training.input.feed import Feed
+from descent.training.input.sampling import SampleOrder
 from tests.unit.test_feed import Numbers, run
 
 CUDA = torch.device("cuda", 0)

@@ -5,17 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from service.artifacts import checkpoint
-from service.artifacts.saver import Saver
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.writer import ShareWriter
+from descent.messages import ShareWritten
 from tests.unit.test_saver import state_of
 
 
 def test_the_copy_behind_the_next_step_is_of_the_step_before(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 1)).cuda()
     optimizer = torch.optim.AdamW(model.parameters())
-    parts: list[PartWritten] = []
-    saver = Saver(tmp_path, parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(tmp_path, parts.append)
     optimizer.register_step_pre_hook(lambda *_: saver.copied())
     expected: dict[int, dict[str, Tensor]] = {}
     for step in range(1, 7):

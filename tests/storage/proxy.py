@@ -137,7 +137,7 @@ class Proxy:
             def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
                 connection = http.client.HTTPConnection(*proxy.upstream, timeout=60)
                 try:
-                    connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)  # fmt: skip
+                    connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                     for name, value in self.headers.items():
                         if name.lower() not in ("connection", "expect"):
                             connection.putheader(name, value)
@@ -149,7 +149,7 @@ class Proxy:
                     connection.close()
 
             def _answer(self, status: int, code: str) -> None:
-                content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()  # fmt: skip
+                content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
                 self.send_response_only(status)
                 self.send_header("Content-Length", str(len(content)))
                 self.send_header("Content-Type", "application/xml")

@@ -40,24 +40,32 @@ class S3Server:
     def environment(self, url: str | None = None) -> dict[str, str]:
         """What AWS's tools read, pointed at this server (or at a proxy in front of it)."""
         return {
-            "AWS_ENDPOINT_URL_S3": url or self.url, "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key, "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }  # fmt: skip
+            "AWS_ENDPOINT_URL_S3": url or self.url,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
 
     def client(self) -> Any:
         """A client of the test's own, past any proxy."""
         return boto3.client(
-            "s3", endpoint_url=self.url, aws_access_key_id=self.access_key, region_name="us-east-1",
-            aws_secret_access_key=self.secret_key, config=Config(s3={"addressing_style": "path"}),
-        )  # fmt: skip
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=self.access_key,
+            region_name="us-east-1",
+            aws_secret_access_key=self.secret_key,
+            config=Config(s3={"addressing_style": "path"}),
+        )
 
     def unfinished(self, bucket: str) -> list[str]:
         """Keys of multipart uploads that were neither completed nor aborted."""
         client = self.client()
         try:
-            return [u["Key"] for u in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]  # fmt: skip
+            return [u["Key"] for u in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
         except client.exceptions.NoSuchUpload:
             return []  # what rclone says of a bucket that has none
 
@@ -84,9 +92,7 @@ def started(command: list[str], port: int, folder: Path) -> Iterator[subprocess.
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
-            assert process.poll() is None and time.monotonic() < deadline, (
-                folder / "log.txt"
-            ).read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
             time.sleep(0.05)
         yield process
     finally:
@@ -116,13 +122,19 @@ def rclone() -> Iterator[S3Server]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "data").mkdir()
         command = [
-            program, "serve", "s3", f"{folder}/data", "--addr", f"127.0.0.1:{port}",
-            "--auth-key", f"{key},{secret}", "--config", f"{folder}/rclone.conf",
-        ]  # fmt: skip
+            program,
+            "serve",
+            "s3",
+            f"{folder}/data",
+            "--addr",
+            f"127.0.0.1:{port}",
+            "--auth-key",
+            f"{key},{secret}",
+            "--config",
+            f"{folder}/rclone.conf",
+        ]
         with started(command, port, Path(folder)):
-            yield S3Server(
-                "rclone", "127.0.0.1", port, key, secret, conditional=False, authenticates=True
-            )
+            yield S3Server("rclone", "127.0.0.1", port, key, secret, conditional=False, authenticates=True)
 
 
 @contextlib.contextmanager
@@ -142,26 +154,83 @@ def rgw() -> Iterator[S3Server]:
             return done.stdout
 
         ring = f"{folder}/keyring"
-        call("ceph-authtool", "--create-keyring", ring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")  # fmt: skip
-        call("ceph-authtool", ring, "--gen-key", "-n", "client.admin", "--cap", "mon", "allow *",
-             "--cap", "osd", "allow *", "--cap", "mgr", "allow *")  # fmt: skip
-        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon}]", f"{folder}/monmap")  # fmt: skip
-        call("ceph-mon", *conf, "--mkfs", "-i", "a", "--monmap", f"{folder}/monmap", "--keyring", ring)  # fmt: skip
+        call("ceph-authtool", "--create-keyring", ring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+        call(
+            "ceph-authtool",
+            ring,
+            "--gen-key",
+            "-n",
+            "client.admin",
+            "--cap",
+            "mon",
+            "allow *",
+            "--cap",
+            "osd",
+            "allow *",
+            "--cap",
+            "mgr",
+            "allow *",
+        )
+        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon}]", f"{folder}/monmap")
+        call("ceph-mon", *conf, "--mkfs", "-i", "a", "--monmap", f"{folder}/monmap", "--keyring", ring)
         stack.enter_context(started(["ceph-mon", *conf, "-i", "a", "-f"], mon, folder))
         osd = str(uuid.uuid4())
         call("ceph", *conf, "osd", "new", osd)
         (folder / "osd").mkdir()
-        call("ceph", *conf, "auth", "get-or-create", "osd.0", "mon", "allow profile osd", "osd", "allow *",
-             "-o", f"{folder}/osd/keyring")  # fmt: skip
+        call(
+            "ceph",
+            *conf,
+            "auth",
+            "get-or-create",
+            "osd.0",
+            "mon",
+            "allow profile osd",
+            "osd",
+            "allow *",
+            "-o",
+            f"{folder}/osd/keyring",
+        )
         call("ceph-osd", *conf, "-i", "0", "--mkfs", "--osd-uuid", osd)
         stack.enter_context(started(["ceph-osd", *conf, "-i", "0", "-f"], mon, folder))
-        call("ceph", *conf, "auth", "get-or-create", "client.rgw", "mon", "allow rw", "osd", "allow rwx",
-             "-o", f"{folder}/rgw.keyring")  # fmt: skip
-        gateway = ["radosgw", *conf, "-n", "client.rgw", "-k", f"{folder}/rgw.keyring", "-f",
-                   "--rgw-frontends", f"beast endpoint=127.0.0.1:{port}"]  # fmt: skip
+        call(
+            "ceph",
+            *conf,
+            "auth",
+            "get-or-create",
+            "client.rgw",
+            "mon",
+            "allow rw",
+            "osd",
+            "allow rwx",
+            "-o",
+            f"{folder}/rgw.keyring",
+        )
+        gateway = [
+            "radosgw",
+            *conf,
+            "-n",
+            "client.rgw",
+            "-k",
+            f"{folder}/rgw.keyring",
+            "-f",
+            "--rgw-frontends",
+            f"beast endpoint=127.0.0.1:{port}",
+        ]
         stack.enter_context(started(gateway, port, folder))
-        call("radosgw-admin", *conf, "user", "create", "--uid", "test", "--display-name", "test",
-             "--access-key", key, "--secret", secret)  # fmt: skip
+        call(
+            "radosgw-admin",
+            *conf,
+            "user",
+            "create",
+            "--uid",
+            "test",
+            "--display-name",
+            "test",
+            "--access-key",
+            key,
+            "--secret",
+            secret,
+        )
         yield S3Server("rgw", "127.0.0.1", port, key, secret, authenticates=True)
 
 

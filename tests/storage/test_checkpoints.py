@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from service.artifacts import checkpoint
-from service.artifacts.place import Place, place
-from service.artifacts.retention import Retention, prune
-from service.artifacts.saver import Saver
-from service.errors import CheckpointError, StoreError
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.retention import Retention, prune
+from descent.checkpoint.writer import ShareWriter
+from descent.errors import CheckpointError, StoreError
+from descent.messages import ShareWritten
+from descent.storage.location import Location, place
 from tests.storage.proxy import Proxy, always, first
 from tests.storage.servers import S3Server
 
@@ -21,27 +21,25 @@ TENSORS = {
 }
 
 
-def write(root: Place, step: int, world: int = 2) -> list[PartWritten]:
-    parts: list[PartWritten] = []
+def write(root: Location, step: int, world: int = 2) -> list[ShareWritten]:
+    parts: list[ShareWritten] = []
     for rank in range(world):
-        saver = Saver(root, parts.append)
-        saver.save(
-            TENSORS, step=step, rank=rank, world_size=world, generation=1, scalars={"evaluated": 1}
-        )
+        saver = ShareWriter(root, parts.append)
+        saver.save(TENSORS, step=step, rank=rank, world_size=world, generation=1, scalars={"evaluated": 1})
         saver.wait()
     return parts
 
 
-def save(root: Place, step: int) -> Place:
+def save(root: Location, step: int) -> Location:
     return checkpoint.commit(root, write(root, step), run="r", config_sha256="c")
 
 
 @pytest.fixture
-def root(bucket: str) -> Place:
+def root(bucket: str) -> Location:
     return place(f"s3://{bucket}/runs/mine/")
 
 
-def test_saved_and_restored(root: Place, server: S3Server, bucket: str) -> None:
+def test_saved_and_restored(root: Location, server: S3Server, bucket: str) -> None:
     with pytest.raises(checkpoint.NoCheckpoint):
         checkpoint.newest(root)
     save(root, 10)
@@ -58,11 +56,15 @@ def test_saved_and_restored(root: Place, server: S3Server, bucket: str) -> None:
     assert server.unfinished(bucket) == []
 
 
-@pytest.mark.parametrize("how", [
-    "flip", "manifest of another",
-    *(pytest.param(h, marks=pytest.mark.one_server) for h in ("truncate", "delete", "swap", "manifest flip")),
-])  # fmt: skip
-def test_damage_is_found_and_the_one_before_is_taken(root: Place, server: S3Server, bucket: str, how: str) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        "flip",
+        "manifest of another",
+        *(pytest.param(h, marks=pytest.mark.one_server) for h in ("truncate", "delete", "swap", "manifest flip")),
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_taken(root: Location, server: S3Server, bucket: str, how: str) -> None:
     save(root, 10)
     save(root, 20)
     client = server.client()
@@ -74,10 +76,12 @@ def test_damage_is_found_and_the_one_before_is_taken(root: Place, server: S3Serv
     else:
         other = key.replace("00000020", "00000010")
         content = {
-            "truncate": whole[:at], "flip": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
-            "swap": whole[::-1], "manifest flip": whole.replace(b'"step": 20', b'"step": 21'),
+            "truncate": whole[:at],
+            "flip": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+            "swap": whole[::-1],
+            "manifest flip": whole.replace(b'"step": 20', b'"step": 21'),
             "manifest of another": client.get_object(Bucket=bucket, Key=other)["Body"].read(),
-        }[how]  # fmt: skip
+        }[how]
         client.put_object(Bucket=bucket, Key=key, Body=content)
     target, skipped = checkpoint.newest(root)
     assert target.name == "step-00000010" and len(skipped) == 1 and "step-00000020" in skipped[0]
@@ -85,16 +89,16 @@ def test_damage_is_found_and_the_one_before_is_taken(root: Place, server: S3Serv
 
 @pytest.mark.one_server
 def test_a_server_that_does_not_answer_is_no_missing_checkpoint(
-    root: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    root: Location, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a run would start afresh, or go further back, because of a network."""
-    from service.artifacts.store import s3_client
+    from descent.storage import s3_client
 
     save(root, 10)
     monkeypatch.setattr(s3_client, "MAX_TRIES", 2)
     for fault, kind in (("busy", "unavailable"), ("expired", "credentials"), ("denied", "denied")):
         proxy.plan = always(fault)
-        for ask in (lambda: checkpoint.newest(root), lambda: checkpoint.load(root / "step-00000010")):  # fmt: skip
+        for ask in (lambda: checkpoint.newest(root), lambda: checkpoint.load(root / "step-00000010")):
             with pytest.raises(StoreError) as caught:
                 ask()
             assert caught.value.kind == kind and not isinstance(caught.value, CheckpointError)
@@ -102,10 +106,10 @@ def test_a_server_that_does_not_answer_is_no_missing_checkpoint(
         assert parts[0].error is not None and "can't upload" in parts[0].error
     proxy.plan = lambda _: None
     assert checkpoint.newest(root)[0].name == "step-00000010"
-    assert checkpoint.commit(root, write(root, 20), run="r", config_sha256="c").name == "step-00000020"  # fmt: skip
+    assert checkpoint.commit(root, write(root, 20), run="r", config_sha256="c").name == "step-00000020"
 
 
-def test_a_lost_reply_to_the_commit_is_no_failure(root: Place, proxy: Proxy) -> None:
+def test_a_lost_reply_to_the_commit_is_no_failure(root: Location, proxy: Proxy) -> None:
     proxy.plan = first("put", "lost reply")
     target = save(root, 10)
     assert checkpoint.newest(root) == (target, [])

@@ -5,17 +5,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.data import cache as cache_module
-from service.data.arrays import Arrays
-from service.data.cache import use_cache
-from service.data.csv_file import Csv
-from service.data.parquet import Parquet
-from service.data.tokens import Tokens
-from service.errors import DataError
-from service.training.feed import Feed
-from service.training.remote_data import connect
-from service.training.sampling import SampleOrder
+from descent.cli.main import app
+from descent.data import cache as cache_module
+from descent.data.arrays import Arrays
+from descent.data.cache import use_cache
+from descent.data.csv_file import Csv
+from descent.data.parquet import Parquet
+from descent.data.tokens import Tokens
+from descent.errors import DataError
+from descent.training.input.feed import Feed
+from descent.training.input.sampling import SampleOrder
+from descent.training.remote_data import connect
 from tests.storage.proxy import sometimes
 from tests.unit.test_data_tables import IRIS
 from tests.unit.test_data_tokens import write_tokens
@@ -51,7 +51,7 @@ def test_copied_to_s3_a_set_is_the_same_and_trains_the_same(local, bucket, tmp_p
     feed = Feed(far, order, torch.device("cpu"))
     for step in range(1, 21):
         feed.prepare(step, [(0, (0, 50))], 25)
-        got = [torch.cat(p) for p in zip(feed.fetch(step, 0, 25), feed.fetch(step, 25, 50), strict=True)]  # fmt: skip
+        got = [torch.cat(p) for p in zip(feed.fetch(step, 0, 25), feed.fetch(step, 25, 50), strict=True)]
         torch.testing.assert_close(got, list(near.gather(order.samples_of(step))))
     descent("copy", there, str(tmp_path / "back"))
     for file in local.iterdir():
@@ -63,9 +63,7 @@ def test_through_a_server_that_often_fails_the_set_is_the_same(local, bucket, pr
     descent("copy", str(local), there)
     proxy.plan = sometimes(0.2, ("busy", "broken", "cut reply"), 1)
     far = Tokens(there, 8, window=100)
-    torch.testing.assert_close(
-        far.gather(np.arange(200)), Tokens(str(local), 8).gather(np.arange(200))
-    )
+    torch.testing.assert_close(far.gather(np.arange(200)), Tokens(str(local), 8).gather(np.arange(200)))
 
 
 def test_a_shard_that_was_changed_on_the_server_is_named(local, bucket, server):
@@ -96,9 +94,7 @@ def test_single_files_on_s3_and_what_is_not_there(local, bucket, server, tmp_pat
 
 
 @pytest.mark.usefixtures("local")
-def test_a_csv_on_s3_is_read_through_the_cache_and_a_large_one_is_not_even_fetched(
-    bucket, server, tmp_path
-):
+def test_a_csv_on_s3_is_read_through_the_cache_and_a_large_one_is_not_even_fetched(bucket, server, tmp_path):
     content = IRIS.to_csv(index=False).encode()
     server.client().put_object(Bucket=bucket, Key="sets/iris.csv", Body=content)
     (tmp_path / "iris.csv").write_bytes(content)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from service.artifacts.store import Store, open_store, s3, s3_client
-from service.errors import StoreError
+from descent.errors import StoreError
+from descent.storage import Store, open_store, s3, s3_client
 from tests.storage.proxy import FAULTS, Proxy, Request, always, first, sometimes
 from tests.storage.servers import S3Server
 
@@ -82,9 +82,12 @@ LASTING = {
     "no permission": (always("denied"), "denied", "don't allow it"),
     "parts never pass": (always("cut request", "part"), "unavailable", "doesn't answer"),
     "never completes": (always("broken", "complete"), "unavailable", "still answers 500"),
-    "expires half way": (lambda r: "expired" if r.kind in ("part", "complete") and r.key and _late(r) else None,
-                         "credentials", "expired"),
-}  # fmt: skip
+    "expires half way": (
+        lambda r: "expired" if r.kind in ("part", "complete") and r.key and _late(r) else None,
+        "credentials",
+        "expired",
+    ),
+}
 _counted = {"parts": 0}
 
 
@@ -94,12 +97,10 @@ def _late(request: Request) -> bool:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("name", [
-    pytest.param(n, marks=pytest.mark.one_server if n == "busy for ever" else ()) for n in LASTING
-])  # fmt: skip
-def test_what_lasts_is_one_clear_error(
-    name: str, proxy: Proxy, store: Store, server: S3Server, bucket: str
-) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.one_server if n == "busy for ever" else ()) for n in LASTING]
+)
+def test_what_lasts_is_one_clear_error(name: str, proxy: Proxy, store: Store, server: S3Server, bucket: str) -> None:
     _counted["parts"] = 0
     proxy.plan, kind, words = LASTING[name]
     with pytest.raises(StoreError, match=words) as caught:
@@ -113,18 +114,23 @@ def test_what_lasts_is_one_clear_error(
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", [
-    "cut reply", *(pytest.param(f, marks=pytest.mark.one_server) for f in ("busy", "expired")),
-])  # fmt: skip
-def test_a_failed_download_leaves_what_was_there(
-    fault: str, proxy: Proxy, store: Store, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "cut reply",
+        *(pytest.param(f, marks=pytest.mark.one_server) for f in ("busy", "expired")),
+    ],
+)
+def test_a_failed_download_leaves_what_was_there(fault: str, proxy: Proxy, store: Store, tmp_path: Path) -> None:
     store.upload(memoryview(BIG), "object")
     target = tmp_path / "kept"
     target.write_bytes(b"older")
     proxy.plan = always(fault, "get")
-    for ask in (lambda: store.download("object", target), lambda: store.read("object", len(BIG)),
-                lambda: store.get("object")):  # fmt: skip
+    for ask in (
+        lambda: store.download("object", target),
+        lambda: store.read("object", len(BIG)),
+        lambda: store.get("object"),
+    ):
         with pytest.raises(StoreError, match="object: can't"):
             ask()
     assert [p.name for p in tmp_path.iterdir()] == ["kept"] and target.read_bytes() == b"older"
@@ -141,20 +147,26 @@ def test_a_lost_reply_is_no_lost_race(proxy: Proxy, store: Store) -> None:
 def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     store = open_store(f"s3://{bucket}/p")
-    for ask in (lambda: store.put("x", b""), lambda: store.get("x"), lambda: list(store.list()),
-                lambda: store.upload(BIG, "x"), lambda: store.size("x"), lambda: store.delete(["x"])):  # fmt: skip
+    for ask in (
+        lambda: store.put("x", b""),
+        lambda: store.get("x"),
+        lambda: list(store.list()),
+        lambda: store.upload(BIG, "x"),
+        lambda: store.size("x"),
+        lambda: store.delete(["x"]),
+    ):
         with pytest.raises(StoreError, match=r"127\.0\.0\.1:9 doesn't answer"):
             ask()
 
 
-@pytest.mark.parametrize("address", ["s3://", "s3://B", "s3:///x", "s3://b/../x", "s3://me:pw@bucket/x"])  # fmt: skip
+@pytest.mark.parametrize("address", ["s3://", "s3://B", "s3:///x", "s3://b/../x", "s3://me:pw@bucket/x"])
 def test_a_wrong_address_is_refused_without_its_password(address: str) -> None:
     with pytest.raises(StoreError) as caught:
         open_store(address)
     assert "pw@" not in str(caught.value)
 
 
-def test_settings_that_are_wrong_are_named(server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_settings_that_are_wrong_are_named(server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="no such bucket") as caught:
         open_store("s3://nobody-has-this/x").put("x", b"")
     assert caught.value.kind == "address"
@@ -179,9 +191,7 @@ def test_settings_that_are_wrong_are_named(server: S3Server, bucket: str, monkey
         assert caught.value.kind == "credentials"
 
 
-def test_an_interrupted_upload_leaves_no_parts(
-    proxy: Proxy, store: Store, server: S3Server, bucket: str
-) -> None:
+def test_an_interrupted_upload_leaves_no_parts(proxy: Proxy, store: Store, server: S3Server, bucket: str) -> None:
     proxy.latency_s = 0.05
     pressed = threading.Event()
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from service.artifacts import checkpoint
-from service.cli import app
+from descent.checkpoint import manifest as checkpoint
+from descent.cli.main import app
 from tests.end_to_end.services import until
 from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, Training
 from tests.storage.proxy import Proxy, always
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["moto"])
-def server(request: pytest.FixtureRequest, running: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch) -> S3Server:  # fmt: skip
+def server(request: pytest.FixtureRequest, running: dict[str, S3Server], monkeypatch: pytest.MonkeyPatch) -> S3Server:
     found = running[request.param]
     for name, value in found.environment().items():
         monkeypatch.setenv(name, value)
@@ -55,7 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_stopped_and_resumed_from_s3_with_the_same_bits(
     folder: Path, server: S3Server, bucket: str, undisturbed: dict[str, Any]
 ) -> None:
-    there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20", "checkpoint.keep_best=eval/loss"]  # fmt: skip
+    there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20", "checkpoint.keep_best=eval/loss"]
     (folder / "LINGER").write_text("65")
     first = Training(folder, [*RUN, "name=cut", *there])
     first.interrupt(signal.SIGINT, "cut", 70)
@@ -77,7 +77,7 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     (folder / "LINGER").write_text("70")
-    training = Training(folder, [*RUN, "name=away", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10"])  # fmt: skip
+    training = Training(folder, [*RUN, "name=away", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10"])
     at_step(training, "away", 25, goes_away(proxy))
     told = folder / ".descent" / "runs" / "away" / "incidents.jsonl"
     until(lambda: told.is_file() and "checkpoint failed" in told.read_text(), "the incident")
@@ -87,7 +87,7 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
     assert code == 0 and summary["step"] == STEPS, err
     incidents = [json.loads(line) for line in told.read_text().splitlines()]
     failed = [i for i in incidents if i["kind"] == "checkpoint failed"]
-    assert failed and all("503 SlowDown" in i["detail"] or "too slow" in i["detail"] for i in failed)  # fmt: skip
+    assert failed and all("503 SlowDown" in i["detail"] or "too slow" in i["detail"] for i in failed)
     assert "checkpoint failed" in err and summary["checkpoint"].endswith(f"step-{STEPS:08d}")
     assert server.unfinished(bucket) == []
 
@@ -98,7 +98,7 @@ def goes_away(proxy: Proxy) -> Callable[[], None]:
 
 def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_there(
     folder: Path, proxy: Proxy, bucket: str, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     there = [f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=20"]
     (folder / "LINGER").write_text("65")
@@ -139,7 +139,10 @@ def test_a_checkpoint_that_is_required_and_fails_ends_the_run(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     (folder / "LINGER").write_text("40")
-    training = Training(folder, [*RUN, "name=strict", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10", "checkpoint.required=true"])  # fmt: skip
+    training = Training(
+        folder,
+        [*RUN, "name=strict", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10", "checkpoint.required=true"],
+    )
     at_step(training, "strict", 25, lambda: setattr(proxy, "plan", always("expired")))
     code, summary, _ = training.end()
     assert code == 1 and summary["reason"].startswith("checkpoint.required=true: s3://")
@@ -150,10 +153,12 @@ def test_what_can_not_work_is_refused_before_it_starts(
     folder: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    for override, words in ((f"checkpoint.dir=s3://no-{server.port}/x", "no such bucket"),
-                            ("checkpoint.dir=s3://me:pw@bucket/x", "without credentials"),
-                            ("init_from=nothing.safetensors", "init_from=nothing.safetensors: no run"),
-                            (f"init_from=s3://no-{server.port}/w.pt", "no such")):  # fmt: skip
+    for override, words in (
+        (f"checkpoint.dir=s3://no-{server.port}/x", "no such bucket"),
+        ("checkpoint.dir=s3://me:pw@bucket/x", "without credentials"),
+        ("init_from=nothing.safetensors", "init_from=nothing.safetensors: no run"),
+        (f"init_from=s3://no-{server.port}/w.pt", "no such"),
+    ):
         result = CliRunner().invoke(app, ["train", override])
         assert result.exit_code == 2 and words in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1 and "pw@" not in result.stderr

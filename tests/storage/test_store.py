@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from service.artifacts.store import Store, open_store
-from service.errors import StoreError
+from descent.errors import StoreError
+from descent.storage import Store, open_store
 from tests.storage.conftest import SERVERS
 from tests.storage.servers import S3Server
 
@@ -51,8 +51,12 @@ def test_small_objects(store: Store) -> None:
 
 
 def test_what_is_missing_is_named(store: Store, tmp_path: Path) -> None:
-    for ask in (lambda: store.get("a/no"), lambda: store.get_range("a/no", 0, 1),
-                lambda: store.read("a/no", 3), lambda: store.download("a/no", tmp_path / "t")):  # fmt: skip
+    for ask in (
+        lambda: store.get("a/no"),
+        lambda: store.get_range("a/no", 0, 1),
+        lambda: store.read("a/no", 3),
+        lambda: store.download("a/no", tmp_path / "t"),
+    ):
         with pytest.raises(StoreError, match="a/no") as caught:
             ask()
         assert caught.value.kind == "missing"
@@ -62,8 +66,13 @@ def test_what_is_missing_is_named(store: Store, tmp_path: Path) -> None:
 @pytest.mark.one_server
 @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b"])
 def test_a_key_stays_inside(store: Store, key: str) -> None:
-    for ask in (lambda: store.put(key, b""), lambda: store.get(key), lambda: store.delete([key]),
-                lambda: store.size(key), lambda: store.at(key).size("x")):  # fmt: skip
+    for ask in (
+        lambda: store.put(key, b""),
+        lambda: store.get(key),
+        lambda: store.delete([key]),
+        lambda: store.size(key),
+        lambda: store.at(key).size("x"),
+    ):
         with pytest.raises(StoreError, match="is no key"):
             ask()
 
@@ -125,16 +134,17 @@ def test_of_many_who_put_if_absent_one_wins(store: Store, request: pytest.Fixtur
     assert not [k for k in keys(store) if "probe" in k]
 
 
-def test_left_overs_are_tidied_away(tmp_path: Path, s3: Store, server: S3Server, bucket: str) -> None:  # fmt: skip
+def test_left_overs_are_tidied_away(tmp_path: Path, s3: Store, server: S3Server, bucket: str) -> None:
     server.client().create_multipart_upload(Bucket=bucket, Key="some/prefix/d/half")
     server.client().create_multipart_upload(Bucket=bucket, Key="other/half")
     assert s3.tidy(older_than_s=1e10) == 0
     assert s3.tidy("d/", older_than_s=-5) == 1
     assert server.unfinished(bucket) == ["other/half"]
     server.client().abort_multipart_upload(
-        Bucket=bucket, Key="other/half",
+        Bucket=bucket,
+        Key="other/half",
         UploadId=server.client().list_multipart_uploads(Bucket=bucket)["Uploads"][0]["UploadId"],
-    )  # fmt: skip
+    )
     folder = open_store(tmp_path)
     (tmp_path / ".x.123.partial").write_bytes(b"half")
     assert keys(folder) == [] and folder.tidy(older_than_s=3600) == 0

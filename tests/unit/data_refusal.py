@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.errors import DataError
+from descent.errors import DataError
 
 
 def refusal(make, *args, **kwargs) -> str:

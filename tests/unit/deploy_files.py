@@ -10,9 +10,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCK = dict(
-    line.split("==", 1) for line in (ROOT / "requirements.lock").read_text().split() if "==" in line
-)
+LOCK = dict(line.split("==", 1) for line in (ROOT / "requirements.lock").read_text().split() if "==" in line)
 IMAGE = f"descent-service:{PROJECT['version']}"
 
 COMPOSE_TEXT = (DEPLOY / "compose.yaml").read_text()

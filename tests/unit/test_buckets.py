@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.training.reduction import buckets
-from service.training.reduction.buckets import FlatBuckets
+from descent.training.reduction import buckets
+from descent.training.reduction.buckets import FlatBuckets
 
 
 def test_a_gradient_is_aligned_alike_for_any_number_of_ranks(

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from service.config import build, resolve_target
-from service.config.build import TRUSTED
-from service.errors import ConfigError
+from descent.config import build, resolve_target
+from descent.config.build import TRUSTED
+from descent.errors import ConfigError
 
 
 def under(name: str) -> bool:
@@ -58,10 +58,10 @@ FOREIGN = [
     "torch.nn.functional.torch.load",
     "torch.nn.torch.hub.load",
     "torch.optim.lr_scheduler.types.FunctionType",
-    "service.data.csv_file.Path",
-    "service.training.preflight.np.load",
-    "service.training.collectives.os.remove",
-    "service.models.gates.torch.classes.load_library",
+    "descent.data.csv_file.Path",
+    "descent.training.preflight.np.load",
+    "descent.training.collectives.os.remove",
+    "descent.models.gates.torch.classes.load_library",
 ]
 
 
@@ -95,7 +95,7 @@ def test_what_comes_through_the_gate_is_a_class_at_home_under_a_trusted_prefix(d
         return
     assert inspect.isclass(passed)
     assert under(passed.__module__)
-    assert functools.reduce(getattr, passed.__qualname__.split("."), sys.modules[passed.__module__]) is passed  # fmt: skip
+    assert functools.reduce(getattr, passed.__qualname__.split("."), sys.modules[passed.__module__]) is passed
 
 
 def test_nothing_outside_the_prefixes_is_imported_at_all(module, tmp_path):
@@ -117,8 +117,16 @@ def test_a_target_that_is_no_path(path):
 
 
 def test_a_prefix_is_a_whole_name():
-    for path in ("torch.nnx.Linear", "torch.optimum.X", "torchnn.X", "torch.load", "service.cli.main",
-                 "service.artifacts.ui.serve", "service.cluster.run.Run", "builtins.eval"):  # fmt: skip
+    for path in (
+        "torch.nnx.Linear",
+        "torch.optimum.X",
+        "torchnn.X",
+        "torch.load",
+        "descent.cli.main.main",
+        "descent.tracking.ui.serve",
+        "descent.cluster.run.run.Run",
+        "builtins.eval",
+    ):
         assert "not under the trusted modules" in refusal({"_target_": path})
 
 
@@ -135,9 +143,7 @@ def test_a_class_that_lies_about_its_home_is_refused(monkeypatch):
 def test_only_classes_of_torch_but_any_callable_of_the_users_own(module):
     assert "is not a class" in refusal({"_target_": "torch.nn.functional.relu"})
     assert "is a module" in refusal({"_target_": "torch.nn.functional"})
-    name = module(
-        "makers", "import os, torch\ndef make(n=2): return torch.nn.Linear(n, n)\nSIZE = 3\n"
-    )
+    name = module("makers", "import os, torch\ndef make(n=2): return torch.nn.Linear(n, n)\nSIZE = 3\n")
     made = build({"_target_": f"{name}.make", "n": 3}, [name], "model")
     assert made.in_features == 3
     assert "outside the trusted modules" in refusal({"_target_": f"{name}.os.system"}, [name])
@@ -162,13 +168,16 @@ def test_what_is_built_is_what_was_said():
 
 
 WRONG_ARGUMENTS = [
-    ({"in_featrues": 3, "out_features": 2}, "model.in_featrues: Linear has no such argument; did you mean model.in_features?"),
+    (
+        {"in_featrues": 3, "out_features": 2},
+        "model.in_featrues: Linear has no such argument; did you mean model.in_features?",
+    ),
     ({"in_features": 3}, "model.out_features: Linear needs it; add +model.out_features=…"),
     ({"in_features": "a", "out_features": 2}, "model: Linear failed: TypeError"),
     ({"in_features": -3, "out_features": 2}, "model: Linear failed: RuntimeError"),
     ({"_args_": 5}, "model._args_=5: must be a list of positional arguments"),
     ({"_partial_": "yes"}, "model._partial_=yes: must be true or false"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), WRONG_ARGUMENTS)

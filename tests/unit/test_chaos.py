@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from service.cluster.chaos import Chaos, check
-from service.config import compose
-from service.config.schema import CHAOS_KINDS
-from service.config.schema import Chaos as ChaosConfig
-from service.errors import ConfigError
-from service.messages import Fault, Notice, StepRecord
+from descent.cluster.chaos.injector import Chaos, check
+from descent.config import compose
+from descent.config.schema import CHAOS_KINDS
+from descent.config.schema import Chaos as ChaosConfig
+from descent.errors import ConfigError
+from descent.messages import Fault, Notice, StepRecord
 
 EVERY = dict.fromkeys(CHAOS_KINDS, 1.0)
 MEMBERS = ("w0", "w1", "w2")
@@ -29,9 +29,7 @@ class Played:
         self.injected: list[tuple[float, str, Fault]] = []
 
     def turn(self, settled: bool = True) -> list[tuple[str, Fault]]:
-        given = self.chaos.tick(
-            self.now, self.members, self.dead, self.generation, self.step, settled
-        )
+        given = self.chaos.tick(self.now, self.members, self.dead, self.generation, self.step, settled)
         self.injected += [(self.now, *one) for one in given]
         return given
 
@@ -46,9 +44,7 @@ class Played:
             self.members = [w for w in self.members if w != worker] + [f"n{len(self.dead)}"]
             self.generation += 1
         else:
-            self.chaos.notice(
-                Notice("injected", self.step + 1, self.generation, detail=fault.kind), worker
-            )
+            self.chaos.notice(Notice("injected", self.step + 1, self.generation, detail=fault.kind), worker)
             self.generation += fault.kind == "partition"
         self.turn(settled=False)
 
@@ -118,13 +114,16 @@ def test_a_growth_in_between_is_not_taken_for_a_recovery() -> None:
     assert played.chaos.verdict(0).struck == 0
 
 
-@pytest.mark.parametrize(("overrides", "says"), [
-    (["chaos.kinds.kil=1"], "did you mean 'chaos.kinds.kill'"),
-    (["+chaos.kinds.kil=1"], "kill"),
-    (["chaos.faults=3", *(f"chaos.kinds.{kind}=0" for kind in CHAOS_KINDS)], "weight"),
-    (["chaos.faults=-1"], "chaos.faults"),
-    (["chaos.every_s=0"], "chaos.every_s"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["chaos.kinds.kil=1"], "did you mean 'chaos.kinds.kill'"),
+        (["+chaos.kinds.kil=1"], "kill"),
+        (["chaos.faults=3", *(f"chaos.kinds.{kind}=0" for kind in CHAOS_KINDS)], "weight"),
+        (["chaos.faults=-1"], "chaos.faults"),
+        (["chaos.every_s=0"], "chaos.every_s"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         compose(overrides)

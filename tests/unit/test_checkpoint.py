@@ -13,29 +13,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.artifacts import checkpoint
-from service.artifacts.retention import Retention, prune
-from service.artifacts.saver import Saver
-from service.errors import CheckpointError
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.retention import Retention, prune
+from descent.checkpoint.writer import ShareWriter
+from descent.errors import CheckpointError
+from descent.messages import ShareWritten
 
 TENSORS = {
     "model/weight": torch.arange(12.0).view(3, 4),
     "model/bias": torch.randn(5, generator=torch.Generator().manual_seed(0)),
     "model/count": torch.tensor(7),
     "optimizer/weight/exp_avg": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).bfloat16(),
-}  # fmt: skip
+}
 SCALARS = {"evaluated": 3, "bad_steps": 0, "best": 0.1}
 
 
-def write_parts(root: Path, step: int, world: int = 2, generation: int = 1) -> list[PartWritten]:
+def write_parts(root: Path, step: int, world: int = 2, generation: int = 1) -> list[ShareWritten]:
     """Each rank's share, written by its own saver."""
-    parts: list[PartWritten] = []
+    parts: list[ShareWritten] = []
     for rank in range(world):
-        saver = Saver(root, parts.append)
-        saver.save(
-            TENSORS, step=step, rank=rank, world_size=world, generation=generation, scalars=SCALARS
-        )
+        saver = ShareWriter(root, parts.append)
+        saver.save(TENSORS, step=step, rank=rank, world_size=world, generation=generation, scalars=SCALARS)
         saver.wait()
     return parts
 
@@ -45,9 +43,7 @@ def save(root: Path, step: int, world: int = 2) -> Path:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a
-    )
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
@@ -77,15 +73,21 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-FILES = ["manifest.json", "model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors",
-         "optimizer-00001-of-00002.safetensors"]  # fmt: skip
+FILES = [
+    "manifest.json",
+    "model-00000-of-00002.safetensors",
+    "model-00001-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors",
+]
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80)
+@given(
+    name=st.sampled_from(FILES),
+    how=st.sampled_from(["truncate", "flip", "delete", "empty", "swap"]),
+    at=st.integers(0, 10**6),
+    bit=st.integers(0, 7),
 )
-@given(name=st.sampled_from(FILES), how=st.sampled_from(["truncate", "flip", "delete", "empty", "swap"]),
-       at=st.integers(0, 10**6), bit=st.integers(0, 7))  # fmt: skip
 def test_any_damage_is_found_and_the_one_before_is_taken(
     pristine: Path, tmp_path: Path, name: str, how: str, at: int, bit: int
 ) -> None:
@@ -104,9 +106,7 @@ def test_any_damage_is_found_and_the_one_before_is_taken(
     elif how == "empty":
         file.write_bytes(b"")
     else:
-        file.write_bytes(
-            (root / "step-00000020" / FILES[1 if name != FILES[1] else 2]).read_bytes()
-        )
+        file.write_bytes((root / "step-00000020" / FILES[1 if name != FILES[1] else 2]).read_bytes())
     if name == "manifest.json" and how == "flip":
         with contextlib.suppress(ValueError):
             # A flipped bit of white space: the manifest says the same.
@@ -170,9 +170,7 @@ def edit(target: Path, **changes: object) -> None:
     path.write_text(json.dumps({**content, "sha256": seal}))
 
 
-@pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/hostname", "state.safetensors", "..", ""]
-)
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "state.safetensors", "..", ""])
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     target = save(tmp_path, 1)
     outside = tmp_path / "outside.safetensors"
@@ -188,12 +186,25 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
         checkpoint.load(target)
 
 
-FOREIGN = [{"format": 1}, {"format": "1"}, {"step": "1"}, {"step": -1}, {"step": True}, {"files": []},
-           {"files": {}}, {"files": None}, {"files": {FILES[1]: {}}}, {"files": {FILES[1]: 3}},
-           {"files": {FILES[1]: {"size": -1, "sha256": "0" * 64, "xxh3_128": "0" * 32}}}, {"unknown": 1}, {"scalars": 3},
-           {"scalars": {"evaluated": "x"}}, {"files": {FILES[1]: {"size": 1, "sha256": 5, "xxh3_128": "0" * 32}}},
-           {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64, "xxh3_128": "0" * 64}}},
-           {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64}}}]  # fmt: skip
+FOREIGN = [
+    {"format": 1},
+    {"format": "1"},
+    {"step": "1"},
+    {"step": -1},
+    {"step": True},
+    {"files": []},
+    {"files": {}},
+    {"files": None},
+    {"files": {FILES[1]: {}}},
+    {"files": {FILES[1]: 3}},
+    {"files": {FILES[1]: {"size": -1, "sha256": "0" * 64, "xxh3_128": "0" * 32}}},
+    {"unknown": 1},
+    {"scalars": 3},
+    {"scalars": {"evaluated": "x"}},
+    {"files": {FILES[1]: {"size": 1, "sha256": 5, "xxh3_128": "0" * 32}}},
+    {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64, "xxh3_128": "0" * 64}}},
+    {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64}}},
+]
 
 
 def test_the_thorough_look_compares_sha256_too(tmp_path: Path) -> None:
@@ -218,8 +229,12 @@ def test_a_foreign_manifest_is_refused(tmp_path: Path, changes: dict[str, object
 
 
 @settings(deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3)))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3),
+    )
+)
 def test_any_other_json_is_refused(pristine: Path, content: object) -> None:
     target = pristine.parent / "json"
     target.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from service.training.collectives import Group, PeerLost, in_short
+from descent.training.collectives import Group, PeerLost, in_short
 
 SLICE_OVER = RuntimeError("Operation timed out!")
 
@@ -35,9 +35,7 @@ def group() -> Group:
 
 
 @pytest.mark.parametrize("completed", [True, False])
-def test_what_is_done_just_after_a_slice_is_over_is_a_success(
-    group: Group, completed: bool
-) -> None:
+def test_what_is_done_just_after_a_slice_is_over_is_a_success(group: Group, completed: bool) -> None:
     work = Work(SLICE_OVER, None, completed=completed)
     group.wait(work)
     assert work.all_heard

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.config import compose, flatten, groups, recompose
-from service.config.completion import complete
-from service.config.secrets import masked
-from service.errors import ConfigError
+from descent.config import compose, flatten, groups, recompose
+from descent.config.completion import complete
+from descent.config.secrets import masked
+from descent.errors import ConfigError
 
 
 def refusal(*overrides: str, dirs: tuple[str, ...] = ()) -> str:
@@ -147,7 +147,7 @@ FILES = {
         "batch.micro_sise=4: there is no such key; did you mean 'batch.micro_size'?",
     ),
     "data/mine.yaml": (
-        "# Mine\nname: x\nhold_out: 0.2\ntrain:\n  _target_: service.data.digits.Digits\n",
+        "# Mine\nname: x\nhold_out: 0.2\ntrain:\n  _target_: descent.data.digits.Digits\n",
         "data=mine",
         "data.hold_out=0.2: nothing refers to this key; did you mean 'data.holdout'?",
     ),
@@ -165,9 +165,7 @@ def test_a_wrong_key_in_ones_own_file_is_told_by_the_files_name(tmp_path, monkey
 
 
 def test_an_argument_in_a_file_is_found_again_when_its_class_refuses_it(tmp_path, monkeypatch):
-    folder = write(
-        tmp_path, "model/wide.yaml", "# Wide\n_target_: service.models.mlp.MLP\nwidht: 9\n"
-    )
+    folder = write(tmp_path, "model/wide.yaml", "# Wide\n_target_: descent.models.mlp.MLP\nwidht: 9\n")
     monkeypatch.chdir(tmp_path)
     composed = compose(["model=wide"], [folder])
     told = composed.located(ConfigError("model.widht: MLP has no such argument"))
@@ -196,9 +194,7 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 def test_options_of_ones_own_are_listed_and_chosen(tmp_path):
-    folder = write(
-        tmp_path, "model/vision/tall.yaml", "# Tall and thin\n_target_: torch.nn.Linear\n"
-    )
+    folder = write(tmp_path, "model/vision/tall.yaml", "# Tall and thin\n_target_: torch.nn.Linear\n")
     assert groups([folder])["model"]["vision/tall"] == "Tall and thin"
     composed = compose(["model=vision/tall"], [folder])
     assert composed.config.model["_target_"] == "torch.nn.Linear"
@@ -209,8 +205,7 @@ def test_options_of_ones_own_are_listed_and_chosen(tmp_path):
 def test_custom_says_what_it_needs(group):
     key = "data.train._target_" if group == "data" else f"{group}._target_"
     assert refusal(f"{group}=custom") == (
-        f"{group}=custom needs {key}, which is not set: "
-        f"add {key}=my_module.MyClass trusted_modules=[my_module]"
+        f"{group}=custom needs {key}, which is not set: add {key}=my_module.MyClass trusted_modules=[my_module]"
     )
 
 
@@ -249,9 +244,7 @@ def test_a_config_survives_its_own_saving():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(
-        ["epochs", "batch.size", "workers", "name", "model", "optimizer.lr", "ray", "+x.y", "~seed"]
-    ),
+    st.sampled_from(["epochs", "batch.size", "workers", "name", "model", "optimizer.lr", "ray", "+x.y", "~seed"]),
     st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12),
 )
 def test_whatever_is_typed_is_taken_or_refused_in_one_line(key, value):
@@ -285,14 +278,18 @@ def test_completion_knows_groups_keys_and_values(tmp_path):
 def test_composing_and_completing_load_no_heavy_library(tmp_path):
     script = (
         "import sys\n"
-        "from service.config import compose, groups\n"
-        "from service.config.completion import complete\n"
-        "import service.cli\n"
+        "from descent.config import compose, groups\n"
+        "from descent.config.completion import complete\n"
+        "import descent.cli.main\n"
         "groups(), compose(['model=gpt']), complete('optimizer.', ())\n"
         "print(sorted({'torch', 'ray', 'mlflow', 'numpy', 'boto3', 'sklearn'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True,
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "[]"

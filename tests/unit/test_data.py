@@ -19,18 +19,18 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import TensorDataset as TorchTensorDataset
 
-from service.data.arrays import Arrays
-from service.data.base import Subset, TensorData, digest_of, split_indices
-from service.data.breast_cancer import BreastCancer
-from service.data.csv_file import Csv
-from service.data.digits import Digits
-from service.data.idx import FASHION_MNIST, IdxFolder
-from service.data.map_style import MapStyle, adapt
-from service.data.mnist5k import Mnist5k
-from service.data.profile import describe
-from service.data.splits import hold_out
-from service.data.stdlib_bytes import StdlibBytes, source_files
-from service.errors import DataError
+from descent.data.arrays import Arrays
+from descent.data.base import Subset, TensorData, digest_of, split_indices
+from descent.data.breast_cancer import BreastCancer
+from descent.data.csv_file import Csv
+from descent.data.digits import Digits
+from descent.data.idx import FASHION_MNIST, IdxFolder
+from descent.data.map_style import MapStyle, adapt
+from descent.data.mnist5k import Mnist5k
+from descent.data.profile import describe
+from descent.data.splits import hold_out
+from descent.data.stdlib_bytes import StdlibBytes, source_files
+from descent.errors import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -102,8 +102,16 @@ def built_in(name: str, folder: Path):
 
 
 BUILT_IN = [
-    "digits", "breast_cancer", "mnist5k", "stdlib", "idx", "arrays", "csv", "map_style", "subset",
-]  # fmt: skip
+    "digits",
+    "breast_cancer",
+    "mnist5k",
+    "stdlib",
+    "idx",
+    "arrays",
+    "csv",
+    "map_style",
+    "subset",
+]
 
 
 @pytest.fixture(scope="module")

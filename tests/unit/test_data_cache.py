@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from service.data import cache as cache_module
-from service.data.cache import NodeCache, use_cache
-from service.data.shards import local_file
-from service.data.storage import LocalFolder, provide
-from service.data.tokens import Tokens
-from service.errors import DataError
-from service.training.feed import Feed
-from service.training.sampling import SampleOrder
+from descent.data import cache as cache_module
+from descent.data.cache import NodeCache, use_cache
+from descent.data.shards import local_file
+from descent.data.storage import LocalFolder, provide
+from descent.data.tokens import Tokens
+from descent.errors import DataError
+from descent.training.input.feed import Feed
+from descent.training.input.sampling import SampleOrder
 from tests.unit.test_data_tokens import write_tokens
 
 
@@ -98,9 +98,7 @@ def test_a_corrupt_or_cut_transfer_is_fetched_again_and_refused_at_last(tmp_path
     assert get(cache, far, "a").read_bytes() == b"a" * 1000
     assert far.fetched == ["a"] * 3
     far.faults = [fault] * 3
-    with pytest.raises(
-        DataError, match=r"is corrupt: its sha256|700 bytes came, 1000 were"
-    ) as said:
+    with pytest.raises(DataError, match=r"is corrupt: its sha256|700 bytes came, 1000 were") as said:
         get(cache, far, "b")
     assert str(said.value).startswith(f"{far.uri}/b: ")
     assert not list((tmp_path / "cache" / "coming").glob(f"*{sha256('b')}*")), "nothing half done"
@@ -145,7 +143,7 @@ def test_the_workers_of_a_node_share_one_fetch(tmp_path):
     workers = [
         context.Process(target=_fetch_all, args=(str(tmp_path / "cache"), str(tmp_path / "far"), start, out))
         for _ in range(4)
-    ]  # fmt: skip
+    ]
     for worker in workers:
         worker.start()
     start.set()
@@ -203,9 +201,7 @@ def test_an_epoch_from_elsewhere_is_the_local_one_and_shards_come_ahead(far_toke
         feed.prepare(step, [(0, (0, 16)), (1, (16, 30))], 8)
         parts = [feed.fetch(step, *piece) for piece in ((0, 8), (8, 16), (16, 24), (24, 30))]
         indices = order.samples_of(step)
-        torch.testing.assert_close(
-            [torch.cat(part) for part in zip(*parts, strict=True)], list(local.gather(indices))
-        )
+        torch.testing.assert_close([torch.cat(part) for part in zip(*parts, strict=True)], list(local.gather(indices)))
         seen += indices.tolist()
     assert sorted(seen) == sorted([*range(len(data))] * 2)
     # each shard at most about once an epoch: a window's shards stay until the window is through
@@ -238,9 +234,7 @@ def test_one_file_from_elsewhere_is_fetched_again_when_it_changed(tmp_path):
 
 def test_two_threads_want_the_same_shard(tmp_path, far):
     cache, found = NodeCache(tmp_path / "cache", 10_000), []
-    threads = [
-        threading.Thread(target=lambda: found.append(get(cache, far, "a"))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(get(cache, far, "a"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

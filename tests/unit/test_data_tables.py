@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits, load_iris
 
-from service.data.hugging_face import HuggingFace
-from service.data.manage import make_index
-from service.data.parquet import Parquet
-from service.data.records import BadRecords, read_good
-from service.data.shards import read_index
-from service.data.storage import open_storage
-from service.errors import DataError
-from service.training.feed import Feed
-from service.training.sampling import SampleOrder
+from descent.data.hugging_face import HuggingFace
+from descent.data.manage import make_index
+from descent.data.parquet import Parquet
+from descent.data.records import BadRecords, read_good
+from descent.data.shards import read_index
+from descent.data.storage import open_storage
+from descent.errors import DataError
+from descent.training.input.feed import Feed
+from descent.training.input.sampling import SampleOrder
 from tests.unit.test_data_refusals import refusal
 
 IRIS = load_iris(as_frame=True).frame
@@ -89,9 +89,7 @@ def test_by_row_groups_an_epoch_has_each_row_once_and_decodes_each_group_once(ir
 
 
 def test_columns_text_classes_values_and_lists(tmp_path):
-    table = IRIS.assign(
-        species=[("setosa", "versicolor", "virginica")[i] for i in IRIS.target], wide=IRIS.target + 5.5
-    )  # fmt: skip
+    table = IRIS.assign(species=[("setosa", "versicolor", "virginica")[i] for i in IRIS.target], wide=IRIS.target + 5.5)
     file = str(tmp_path / "t.parquet")
     table.to_parquet(file)
     two = Parquet(file, "species", features=["petal width (cm)", "sepal width (cm)"])
@@ -134,29 +132,21 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path, iris):
     assert "data.target is not set" in refusal(Parquet, str(iris))
     assert "none.parquet doesn't exist" in refusal(Parquet, str(tmp_path / "none.parquet"), "x")
     assert "no column 'x'; there are sepal length (cm)" in refusal(Parquet, str(iris), "x")
-    assert "holds 'target', which is data.target" in refusal(
-        Parquet, str(iris), "target", features=["target"]
-    )
-    assert "data.shape=[2, 3]: takes 6 values, a row has 4" in refusal(
-        Parquet, str(iris), "target", shape=[2, 3]
-    )
-    assert "class 2 is not below num_outputs=2" in refusal(
-        Parquet, str(iris), "target", num_outputs=2
-    )
+    assert "holds 'target', which is data.target" in refusal(Parquet, str(iris), "target", features=["target"])
+    assert "data.shape=[2, 3]: takes 6 values, a row has 4" in refusal(Parquet, str(iris), "target", shape=[2, 3])
+    assert "class 2 is not below num_outputs=2" in refusal(Parquet, str(iris), "target", num_outputs=2)
     (tmp_path / "no").mkdir()
     assert "no *.parquet file there" in refusal(Parquet, str(tmp_path / "no"), "x")
     (tmp_path / "no" / "x.parquet").write_bytes(iris.read_bytes()[:-9])
     assert "is not a Parquet file" in refusal(Parquet, str(tmp_path / "no"), "x")
-    mixed = pd.DataFrame({"a": [[1.0], [1.0, 2.0]], "t": [0, 1], "when": pd.Timestamp("2020-01-01")})  # fmt: skip
+    mixed = pd.DataFrame({"a": [[1.0], [1.0, 2.0]], "t": [0, 1], "when": pd.Timestamp("2020-01-01")})
     mixed.to_parquet(tmp_path / "mixed.parquet")
     where = str(tmp_path / "mixed.parquet")
     assert "column 'a': has lists of different lengths" in refusal(Parquet, where, "t", ["a"])
     assert "column 'when': is of type timestamp" in refusal(Parquet, where, "t", ["when"])
     assert "'when': is of type timestamp" in refusal(Parquet, where, "when", ["t"])
     pd.DataFrame({"a": [1.0, 2.0], "t": [0, -1]}).to_parquet(tmp_path / "minus.parquet")
-    assert "row 1 (from 0): -1 is not a class" in refusal(
-        Parquet, str(tmp_path / "minus.parquet"), "t"
-    )
+    assert "row 1 (from 0): -1 is not a class" in refusal(Parquet, str(tmp_path / "minus.parquet"), "t")
 
 
 def test_a_second_file_with_other_columns_is_refused(tmp_path):
@@ -171,14 +161,20 @@ def test_a_second_file_with_other_columns_is_refused(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     pixels, labels = load_digits(return_X_y=True)
-    features = datasets.Features({
-        "image": datasets.Array2D((8, 8), "uint8"), "label": datasets.ClassLabel(10),
-        "grade": datasets.Value("float32"), "name": datasets.Value("string"),
-    })  # fmt: skip
+    features = datasets.Features(
+        {
+            "image": datasets.Array2D((8, 8), "uint8"),
+            "label": datasets.ClassLabel(10),
+            "grade": datasets.Value("float32"),
+            "name": datasets.Value("string"),
+        }
+    )
     rows = {
-        "image": pixels[:300].reshape(-1, 8, 8).astype(np.uint8), "label": labels[:300],
-        "grade": pixels[:300].mean(1), "name": ["x"] * 300,
-    }  # fmt: skip
+        "image": pixels[:300].reshape(-1, 8, 8).astype(np.uint8),
+        "label": labels[:300],
+        "grade": pixels[:300].mean(1),
+        "name": ["x"] * 300,
+    }
     whole = datasets.Dataset.from_dict(rows, features=features)
     whole.save_to_disk(tmp_path / "one")
     whole.train_test_split(0.2, seed=0).save_to_disk(tmp_path / "two")
@@ -205,9 +201,7 @@ def test_a_saved_dict_needs_its_part_and_names_what_there_is(saved):
     assert len(HuggingFace(str(folder / "two"), part="test")) == 60
     assert "has the parts train, test; name one" in refusal(HuggingFace, str(folder / "two"))
     assert "has no parts; set it to null" in refusal(HuggingFace, str(folder / "one"), part="train")
-    assert "no column 'x'; there are image, label" in refusal(
-        HuggingFace, str(folder / "one"), target="x"
-    )
+    assert "no column 'x'; there are image, label" in refusal(HuggingFace, str(folder / "one"), target="x")
     assert "a column gives" in refusal(HuggingFace, str(folder / "one"), input="name")
     assert "can't be loaded" in refusal(HuggingFace, str(folder))
     assert "doesn't exist" in refusal(HuggingFace, str(folder / "none"))

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.data.shards import INDEX, ShardIndex, shard_of, write_index
-from service.data.splits import hold_out
-from service.data.text import Text, text_files
-from service.data.tokenize import Bytes, tokenize, tokenizer_of
-from service.data.tokens import DTYPES, Tokens
-from service.errors import DataError
+from descent.data.shards import INDEX, ShardIndex, shard_of, write_index
+from descent.data.splits import hold_out
+from descent.data.text import Text, text_files
+from descent.data.tokenize import Bytes, tokenize, tokenizer_of
+from descent.data.tokens import DTYPES, Tokens
+from descent.errors import DataError
 from tests.unit.test_data_refusals import refusal
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -45,7 +45,7 @@ def joined(folder: Path, pattern: str) -> bytes:
     block=st.integers(1, 30),
     kind=st.sampled_from([("uint8", 256), ("uint16", 30_000), ("uint16", 65_536), ("uint32", 2**31)]),
     seed=st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_windows_of_every_shard_and_their_next_tokens(tmp_path_factory, lengths, block, kind, seed):
     dtype, vocabulary = kind
     rng = np.random.default_rng(seed)
@@ -74,8 +74,14 @@ def test_tokenized_bytes_are_the_files_whatever_the_shards(tmp_path):
     for number, shard_tokens in enumerate((1 << 20, 7000, 100)):
         out = tmp_path / str(number)
         told = []
-        index = tokenize(LIBRARY / "json", out, Bytes(), pattern="**/*.py", shard_tokens=shard_tokens,
-                         progress=lambda done, total, told=told: told.append((done, total)))  # fmt: skip
+        index = tokenize(
+            LIBRARY / "json",
+            out,
+            Bytes(),
+            pattern="**/*.py",
+            shard_tokens=shard_tokens,
+            progress=lambda done, total, told=told: told.append((done, total)),
+        )
         written = b"".join((out / shard.file).read_bytes() for shard in index.shards)
         assert written == joined(LIBRARY / "json", "**/*.py")
         assert all(shard.samples == shard_tokens for shard in index.shards[:-1])
@@ -98,16 +104,12 @@ def test_a_hugging_face_tokenizer_gives_its_ids_and_separates_files(tmp_path):
     index = tokenize(LIBRARY / "json", tmp_path / "out", tokenizer, pattern="*.py")
     end = trained.token_to_id("<|endoftext|>")
     expected = [
-        token
-        for file in files
-        for token in [*trained.encode(file.read_text(), add_special_tokens=False).ids, end]
+        token for file in files for token in [*trained.encode(file.read_text(), add_special_tokens=False).ids, end]
     ]
     written = np.fromfile(tmp_path / "out" / index.shards[0].file, dtype="<u2")
     assert written.tolist() == expected
     assert index.about["vocabulary"] == trained.get_vocab_size()
-    assert "knows no such token" in refusal(
-        tokenizer_of, str(tmp_path / "tokenizer.json"), "<other>"
-    )
+    assert "knows no such token" in refusal(tokenizer_of, str(tmp_path / "tokenizer.json"), "<other>")
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
@@ -121,9 +123,7 @@ def test_a_set_is_not_written_over_and_empty_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("hello\n")
     tokenize(tmp_path, tmp_path / "out", Bytes())
     assert "holds a data set already" in refusal(tokenize, tmp_path, tmp_path / "out", Bytes())
-    assert "no file matches '*.md'" in refusal(
-        tokenize, tmp_path, tmp_path / "b", Bytes(), pattern="*.md"
-    )
+    assert "no file matches '*.md'" in refusal(tokenize, tmp_path, tmp_path / "b", Bytes(), pattern="*.md")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "empty.txt").write_text("")
     done = tokenize(tmp_path / "c", tmp_path / "d", Bytes())  # its separator is a token
@@ -134,7 +134,10 @@ def test_a_set_is_not_written_over_and_empty_text_is_refused(tmp_path):
     ("change", "words"),
     [
         (lambda told: told.update(format="x"), "is not an index of shards"),
-        (lambda told: told.update(kind="images"), "kind is 'images', data of kind 'tokens' are needed: use data=images"),
+        (
+            lambda told: told.update(kind="images"),
+            "kind is 'images', data of kind 'tokens' are needed: use data=images",
+        ),
         (lambda told: told.update(shards=[]), "a list 'shards'"),
         (lambda told: told["shards"][0].pop("sha256"), "shard 0: needs exactly file, bytes, sha256, samples"),
         (lambda told: told["shards"][0].update(samples=-1), "shard 0: bytes and samples must be whole numbers"),
@@ -146,7 +149,7 @@ def test_a_set_is_not_written_over_and_empty_text_is_refused(tmp_path):
         (lambda told: told["shards"][0].update(samples=7), "bytes for 7 tokens of uint8"),
         (lambda told: told["shards"][0].update(bytes=7, samples=7), "the index says 7: write it again"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_an_index_is_named(tmp_path, change, words):
     write_tokens(tmp_path, [np.arange(50) % 256], "uint8", 256)
     told = json.loads((tmp_path / INDEX).read_text())
@@ -192,9 +195,7 @@ def test_text_that_is_not_there(tmp_path):
     assert f"{tmp_path / 'empty.txt'} is empty" in refusal(Text, str(tmp_path / "empty.txt"))
     assert "no file matches '*.md'" in refusal(Text, str(tmp_path), 8, "*.md")
     (tmp_path / "short.txt").write_text("short")
-    assert "5 bytes don't fill one window of block=8" in refusal(
-        Text, str(tmp_path / "short.txt"), 8
-    )
+    assert "5 bytes don't fill one window of block=8" in refusal(Text, str(tmp_path / "short.txt"), 8)
 
 
 # --- the held-out part of a sharded set keeps its shards ---

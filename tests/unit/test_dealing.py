@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.training.dealing import Dealer, deal_by_speed, deal_slots, slowest_time
+from descent.training.slot_balancer import SlotBalancer, assign_slots, deal_by_speed, slowest_time
 
 speeds = st.lists(st.floats(1e-6, 10.0), min_size=1, max_size=4)
 
@@ -29,14 +29,14 @@ def test_no_dealing_is_faster(seconds: list[float], extra: int) -> None:
 def test_equal_speeds_are_dealt_evenly(slots: int, world: int) -> None:
     world = min(slots, world)
     sizes = [hi - lo for lo, hi in deal_by_speed(slots, [0.5] * world)]
-    assert sorted(sizes) == sorted(hi - lo for lo, hi in deal_slots(slots, world))
+    assert sorted(sizes) == sorted(hi - lo for lo, hi in assign_slots(slots, world))
 
 
-def dealer(slots: int, world: int, deal: bool = True, after_s: float = 30.0) -> Dealer:
-    return Dealer(deal_slots(slots, world), slots, deal, 1.5, after_s)
+def dealer(slots: int, world: int, deal: bool = True, after_s: float = 30.0) -> SlotBalancer:
+    return SlotBalancer(assign_slots(slots, world), slots, deal, 1.5, after_s)
 
 
-def watch(dealer: Dealer, steps: int, seconds: list[float], start: float = 0.0) -> list[object]:
+def watch(dealer: SlotBalancer, steps: int, seconds: list[float], start: float = 0.0) -> list[object]:
     """What is learned step by step; a step takes a second."""
     return [dealer.learn(seconds, start + s) for s in range(steps)]
 
@@ -47,7 +47,7 @@ def test_a_rank_at_half_speed_soon_has_half_the_slots() -> None:
     assert learned == [((0, 5), (5, 7), (7, 12))] and d.shares == learned[0]
     # and gets them back
     learned = [x for x in watch(d, 20, [1.0, 1.0, 1.0]) if x is not None]
-    assert learned == [deal_slots(12, 3)]
+    assert learned == [assign_slots(12, 3)]
 
 
 def test_off_or_nothing_to_deal() -> None:

@@ -140,7 +140,7 @@ def test_every_descent_command_exists() -> None:
     commands = _descent_commands()
     assert {c[1] for c in commands} == {"train", "submit"}
     for _, verb, *args in commands:
-        entry = "from service.cli import main; main()"
+        entry = "from descent.cli.main import main; main()"
         plain = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
         result = run(sys.executable, "-c", entry, verb, "--help", env=plain)
         assert result.returncode == 0, result.stderr
@@ -153,7 +153,7 @@ def _overrides() -> list[list[str]]:
 
 
 def test_every_override_composes() -> None:
-    from service.config import compose
+    from descent.config import compose
 
     for overrides in _overrides():
         config = compose(overrides).config

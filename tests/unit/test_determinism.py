@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from service.errors import TrainingError
-from service.training.determinism import only_deterministic, refuse_undeterministic
+from descent.errors import TrainingError
+from descent.training.determinism import only_deterministic, refuse_undeterministic
 
 
 @pytest.fixture
@@ -24,9 +24,7 @@ def test_an_operation_without_a_deterministic_kernel_is_named_with_the_cure() ->
     only_deterministic(torch.device("cpu"))
     with pytest.raises(RuntimeError) as torchs:
         torch.zeros(3).put_(torch.tensor([1, 1]), torch.ones(2))
-    with pytest.raises(
-        TrainingError, match=r"reduction=exact: put_ does not have .*use reduction=fast"
-    ):
+    with pytest.raises(TrainingError, match=r"reduction=exact: put_ does not have .*use reduction=fast"):
         refuse_undeterministic(torchs.value)
 
 

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from service.cluster.display import Display
-from service.messages import StepRecord
+from descent.cluster.run.display import Display
+from descent.messages import StepRecord
 
 
 def record(step: int, **metrics: float) -> StepRecord:
@@ -39,7 +39,7 @@ def test_a_log_does_not_repeat_itself_while_no_step_is_taken_and_keeps_the_speed
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("service.cluster.display.time.monotonic", lambda: now)
+    monkeypatch.setattr("descent.cluster.run.display.time.monotonic", lambda: now)
     out = io.StringIO()
     display = Display(Console(file=out, width=200), "a run", total_steps=100, batch_size=32)
     with display:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from service.errors import ConfigError
-from service.training.ema import Ema
+from descent.errors import ConfigError
+from descent.optim.ema import Ema
 
 
 class Net(nn.Module):

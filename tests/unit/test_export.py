@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.artifacts.export import export_model, pickled_records, save_model
-from service.errors import TrainingError
+from descent.errors import TrainingError
+from descent.tracking.export import export_model, pickled_records, save_model
 
 
 class TinyLanguageModel(nn.Module):
@@ -32,9 +32,7 @@ def networks():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
     dense(torch.randn(8, 8, 8))  # moves the running statistics
-    image = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
-    )
+    image = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     return {
         "dense": (dense, torch.randn(3, 8, 8)),
         "image": (image, torch.randn(2, 1, 9, 9)),
@@ -106,7 +104,7 @@ for directory in sys.argv[1:]:
     model = mlflow.pyfunc.load_model(directory)
     shape = model.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"]
     found.append([shape, model.predict(np.load(directory + ".npy")).tolist()])
-assert "service" not in sys.modules
+assert "descent" not in sys.modules
 print(json.dumps(found))
 """
 
@@ -130,8 +128,6 @@ def test_mlflow_loads_it_in_a_fresh_process_without_this_package(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    for (shape, values), (true_shape, truth) in zip(
-        json.loads(done.stdout.splitlines()[-1]), expected, strict=True
-    ):
+    for (shape, values), (true_shape, truth) in zip(json.loads(done.stdout.splitlines()[-1]), expected, strict=True):
         assert shape == true_shape
         np.testing.assert_allclose(np.array(values), truth, rtol=1e-5, atol=1e-6)

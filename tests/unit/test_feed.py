@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from service.data.base import TensorData
-from service.data.map_style import MapStyle
-from service.data.splits import hold_out
-from service.errors import DataError
-from service.training.feed import Feed
-from service.training.sampling import SampleOrder, slot_bounds
+from descent.data.base import TensorData
+from descent.data.map_style import MapStyle
+from descent.data.splits import hold_out
+from descent.errors import DataError
+from descent.training.input.feed import Feed
+from descent.training.input.sampling import SampleOrder, slot_bounds
 
 CPU = torch.device("cpu")
 
@@ -60,9 +60,7 @@ def run(feed: Feed, order: SampleOrder, steps: range, slots: int, micro: int, pr
         if prepare:
             feed.prepare(step, bounds, micro)
         parts = [
-            feed.fetch(step, first, min(first + micro, hi))
-            for _, (lo, hi) in bounds
-            for first in range(lo, hi, micro)
+            feed.fetch(step, first, min(first + micro, hi)) for _, (lo, hi) in bounds for first in range(lo, hi, micro)
         ]
         got.append([torch.cat(part)[:].flatten().tolist() for part in zip(*parts, strict=True)])
     return got
@@ -70,17 +68,19 @@ def run(feed: Feed, order: SampleOrder, steps: range, slots: int, micro: int, pr
 
 @settings(deadline=None, max_examples=25)
 @given(
-    batch=st.integers(1, 20), slots=st.integers(1, 4), micro=st.integers(1, 9),
-    seed=st.integers(0, 99), ahead=st.booleans(), prepare=st.booleans(),
-)  # fmt: skip
+    batch=st.integers(1, 20),
+    slots=st.integers(1, 4),
+    micro=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    ahead=st.booleans(),
+    prepare=st.booleans(),
+)
 def test_a_step_gets_its_samples_in_order(batch, slots, micro, seed, ahead, prepare):
     slots = min(slots, batch)
     data = MapStyle(Numbers()) if ahead else in_memory()
     order = SampleOrder.of(data, batch, seed)
     feed = Feed(data, order, CPU)
-    for step, (x, y) in zip(
-        range(3, 8), run(feed, order, range(3, 8), slots, micro, prepare), strict=True
-    ):
+    for step, (x, y) in zip(range(3, 8), run(feed, order, range(3, 8), slots, micro, prepare), strict=True):
         assert x == order.samples_of(step).tolist()
         assert y == (-order.samples_of(step)).tolist()
 
@@ -120,9 +120,7 @@ def test_forgotten_reads_are_made_anew_for_other_slots():
 def test_a_bad_record_ends_the_run_by_name_unless_it_may_be_skipped():
     data = MapStyle(Numbers(bad=(17, 18, 30)))
     order = SampleOrder.of(data, 50, 0)
-    with pytest.raises(
-        DataError, match=r"^sample (17|18|30) of .*Numbers: ValueError: torn \(data"
-    ):
+    with pytest.raises(DataError, match=r"^sample (17|18|30) of .*Numbers: ValueError: torn \(data"):
         run(Feed(data, order, CPU), order, range(1, 2), 2, 5)
 
 

@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.config.build import build
-from service.models import gates
-from service.models.gpt import GPT
-from service.models.mlp import MLP
-from service.models.resnet import ResNet
+from descent.config.build import build
+from descent.models import gates
+from descent.models.gpt import GPT
+from descent.models.mlp import MLP
+from descent.models.resnet import ResNet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,9 +29,7 @@ def one_thread() -> Iterator[None]:
 
 def digits() -> tuple[Tensor, Tensor]:
     bunch = load_digits()
-    return torch.tensor(bunch.images[:256] / 16, dtype=torch.float32), torch.tensor(
-        bunch.target[:256]
-    )
+    return torch.tensor(bunch.images[:256] / 16, dtype=torch.float32), torch.tensor(bunch.target[:256])
 
 
 # --- the chain rule ----------------------------------------------------------------------

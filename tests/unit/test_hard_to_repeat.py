@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from service.config import compose
-from service.errors import DescentError, TrainingError
-from service.training import plan
-from service.training.buffers import Buffers
-from service.training.plan import Prepared, prepare
+from descent.config import compose
+from descent.errors import DescentError, TrainingError
+from descent.training import plan
+from descent.training.buffers import Buffers
+from descent.training.plan import Prepared, prepare
 from tests import hard_to_repeat as hard
 from tests.hard_to_repeat import overrides
 
@@ -26,10 +26,8 @@ def prepared(model: type[nn.Module], *more: str) -> Prepared:
         (hard.SetByTheFirstBatch, "writes the parameter 'shift'.*set it in __init__"),
         (hard.WithoutDeterministicKernel, "max_unpool.* does not have a deterministic .*reduction=fast"),
     ],
-)  # fmt: skip
-def test_what_can_not_be_repeated_is_refused_with_the_cure(
-    model: type[nn.Module], why: str
-) -> None:
+)
+def test_what_can_not_be_repeated_is_refused_with_the_cure(model: type[nn.Module], why: str) -> None:
     with pytest.raises(DescentError, match=why):
         prepared(model)
 
@@ -51,15 +49,17 @@ def test_a_model_is_looked_at_in_the_precision_of_the_run(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("model", "buffers", "elsewhere"),
     [
-        (hard.Centred, ("mean",), False), (hard.Lazy, (), False), (hard.DrawingLate, ("forwards",), False),
-        (hard.DrawingElsewhere, (), True), (hard.AlwaysDrawing, (), False), (hard.LookedUp, (), False),
+        (hard.Centred, ("mean",), False),
+        (hard.Lazy, (), False),
+        (hard.DrawingLate, ("forwards",), False),
+        (hard.DrawingElsewhere, (), True),
+        (hard.AlwaysDrawing, (), False),
+        (hard.LookedUp, (), False),
     ],
-)  # fmt: skip
-def test_the_rest_is_found_out(
-    model: type[nn.Module], buffers: tuple[str, ...], elsewhere: bool
-) -> None:
+)
+def test_the_rest_is_found_out(model: type[nn.Module], buffers: tuple[str, ...], elsewhere: bool) -> None:
     found = prepared(model)
-    assert (found.plan.changing_buffers, found.plan.draws_elsewhere) == (buffers, elsewhere)
+    assert (found.plan.changing_buffers, found.plan.uses_non_torch_rng) == (buffers, elsewhere)
     state = found.model.state_dict()
     assert not any(state[name].any() for name in buffers)  # the look at it has left no trace
 

@@ -76,14 +76,12 @@ def test_the_wheel_builds_from_what_the_image_copies(tmp_path: Path) -> None:
             shutil.copy(ROOT / name, source / name)
     step = next(r for n, r in _instructions() if n == "RUN" and r.startswith("pip wheel "))
     words = step.replace("/wheels", str(tmp_path / "wheels")).split()
-    result = subprocess.run(
-        [sys.executable, "-m", *words], cwd=source, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-m", *words], cwd=source, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     (wheel,) = (tmp_path / "wheels").iterdir()
     inside = set(zipfile.ZipFile(wheel).namelist())
-    assert {"service/cli.py", "service/configs/config.yaml"} <= inside
-    assert all((ROOT / n).exists() for n in inside if n.startswith("service/") and ".py" in n)
+    assert {"descent/cli/main.py", "descent/configs/config.yaml"} <= inside
+    assert all((ROOT / "service" / n).exists() for n in inside if n.startswith("descent/") and ".py" in n)
 
 
 def test_the_image_uses_its_arguments_and_the_lock() -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from service.cluster.ledger import Ledger
-from service.cluster.run_log import RunLog
-from service.messages import Incident, Notice, StepRecord, WorkerState, WorkerStatus
+from descent.cluster.record.incidents import IncidentLog
+from descent.cluster.record.run_log import RunLog
+from descent.messages import Incident, Notice, StepRecord, WorkerState, WorkerStatus
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def committed(step: int, incident: Incident, after_s: float) -> StepRecord:
 
 def test_a_fault_is_over_with_the_first_step_of_the_next_generation(log: RunLog) -> None:
     told: list[Incident] = []
-    ledger = Ledger(log, told.append, batch_size=32)
+    ledger = IncidentLog(log, told.append, batch_size=32)
     ledger.open("worker lost", 7, unheard_s=0.1, worker="w1")
     (incident,) = told
     # A record of the old generation that comes late says nothing about the new one.
@@ -36,7 +36,7 @@ def test_a_fault_is_over_with_the_first_step_of_the_next_generation(log: RunLog)
 
 
 def test_two_at_once_replay_one_step(log: RunLog) -> None:
-    ledger = Ledger(log, lambda _: None, batch_size=32)
+    ledger = IncidentLog(log, lambda _: None, batch_size=32)
     ledger.open("worker lost", 7, worker="w1")
     ledger.open("worker lost", 7, worker="w2")
     ledger.regrouped(7)
@@ -46,7 +46,7 @@ def test_two_at_once_replay_one_step(log: RunLog) -> None:
 
 
 def test_a_goodbye_replays_nothing_and_all_gone_counts_the_lost_steps(log: RunLog) -> None:
-    ledger = Ledger(log, lambda _: None, batch_size=32)
+    ledger = IncidentLog(log, lambda _: None, batch_size=32)
     ledger.open("preempted", 7, interrupts=False)
     ledger.regrouped(7)
     ledger.committed(committed(8, log.incidents[0], 0.5))
@@ -56,7 +56,7 @@ def test_a_goodbye_replays_nothing_and_all_gone_counts_the_lost_steps(log: RunLo
 
 
 def test_what_all_ranks_tell_is_kept_once(log: RunLog) -> None:
-    ledger = Ledger(log, lambda _: None, batch_size=32)
+    ledger = IncidentLog(log, lambda _: None, batch_size=32)
     notice = Notice("step repeated", 4, 2, rank=1, detail="rank 1")
     for _ in range(3):
         if ledger.is_new(notice):
@@ -71,7 +71,7 @@ def test_what_all_ranks_tell_is_kept_once(log: RunLog) -> None:
 
 
 def test_useful_time_is_the_reporters(log: RunLog) -> None:
-    ledger = Ledger(log, lambda _: None, batch_size=32)
+    ledger = IncidentLog(log, lambda _: None, batch_size=32)
 
     def hear(worker: str, useful_s: float, reporter: bool) -> None:
         ledger.hear(

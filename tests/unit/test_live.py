@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from service.cluster.live import Live, ask_to_scale, read_status
-from service.config import WorkerRange
-from service.errors import ClusterError
+from descent.cluster.control.control_file import ControlFile, ask_to_scale, read_status
+from descent.config import WorkerRange
+from descent.errors import ClusterError
 
 
 def test_a_request_is_answered_through_the_folder(tmp_path: Path) -> None:
-    live = Live(tmp_path)
+    live = ControlFile(tmp_path)
     live.show(state="RUNNING", generation=1)
     done = threading.Event()
 
@@ -38,7 +38,7 @@ def test_a_request_is_answered_through_the_folder(tmp_path: Path) -> None:
 def test_a_run_that_ended_or_whose_process_is_gone_is_not_running(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="is not running"):
         read_status(tmp_path)
-    live = Live(tmp_path)
+    live = ControlFile(tmp_path)
     live.show(state="RUNNING", generation=1)
     assert read_status(tmp_path)["pid"] == os.getpid()
     live.show(state="FINISHED", generation=1)
@@ -54,6 +54,6 @@ def test_a_run_that_ended_or_whose_process_is_gone_is_not_running(tmp_path: Path
 
 def test_what_is_no_request_is_no_request(tmp_path: Path) -> None:
     for content in ("", "{", "[]", '{"number": 1}', '{"number": 1, "low": "x", "high": 2}'):
-        live = Live(tmp_path)
+        live = ControlFile(tmp_path)
         (tmp_path / "scale.json").write_text(content)
         assert live.asked() is None

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from service.config.build import build
-from service.errors import ConfigError
-from service.models import gates
-from service.models.gpt import GPT
-from service.models.initialization import SCHEMES, gain, initialize
-from service.models.mlp import ACTIVATIONS, MLP, NORMS
-from service.models.resnet import ResNet
+from descent.config.build import build
+from descent.errors import ConfigError
+from descent.models import gates
+from descent.models.gpt import GPT
+from descent.models.initialization import SCHEMES, gain, initialize
+from descent.models.mlp import ACTIVATIONS, MLP, NORMS
+from descent.models.resnet import ResNet
 
 quick = settings(max_examples=15, deadline=None)
 
@@ -115,9 +115,7 @@ def test_resnet_starts_as_its_skips_where_the_last_scale_is_zero():
     bias=st.booleans(),
     data=st.data(),
 )
-def test_gpt_has_its_shape_and_its_size(
-    context, vocabulary, layers, heads, per_head, tied, bias, data
-):
+def test_gpt_has_its_shape_and_its_size(context, vocabulary, layers, heads, per_head, tied, bias, data):
     width = heads * per_head
     model = GPT((context,), vocabulary, layers, heads, width, tied=tied, bias=bias)
     length = data.draw(st.integers(1, context))
@@ -219,9 +217,14 @@ def test_gpt_starts_with_smaller_weights_into_the_residual_stream():
     assert loss.item() == pytest.approx(math.log(50), rel=0.05)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: MLP((8,), 3, init="orthogonal"), lambda: ResNet((8, 8), 3, 1), lambda: GPT((8,), 9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MLP((8,), 3, init="orthogonal"),
+        lambda: ResNet((8, 8), 3, 1),
+        lambda: GPT((8,), 9),
+    ],
+)
 def test_a_seed_fixes_the_initial_weights(make):
     states = []
     for seed in (5, 5, 6):

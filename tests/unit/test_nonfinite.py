@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.training import nonfinite
-from service.training.buffers import Buffers
-from service.training.collectives import Group
-from service.training.objective import Objective
-from service.training.step import StepInput, StepResult
+from descent.training import nonfinite
+from descent.training.buffers import Buffers
+from descent.training.collectives import Group
+from descent.training.objective import Objective
+from descent.training.step import StepInput, StepResult
 
 GROUP = Group(0, 1, torch.device("cpu"), threading.Event())
 SAMPLES = np.arange(100, 112)
@@ -40,9 +40,7 @@ class Network(nn.Module):
 def look(model: nn.Module, inputs: Tensor, loss: object = None) -> list[nonfinite.Finding]:
     """What is found in 12 samples in 2 slots of 3 and 9, micro-batches of 4."""
     targets = torch.zeros(len(inputs), 1)
-    given = StepInput(
-        5, 0, [(0, (0, 3)), (1, (3, 12))], 2, 4, 12.0, torch.tensor(1 / 12), (0, 0), (5.0, 0.0, 0.0)
-    )
+    given = StepInput(5, 0, [(0, (0, 3)), (1, (3, 12))], 2, 4, 12.0, torch.tensor(1 / 12), (0, 0), (5.0, 0.0, 0.0))
     inspector = nonfinite.Inspector(
         model, Objective.of(loss or nn.MSELoss()), Buffers(model, ()), contextlib.nullcontext, False
     )
@@ -116,7 +114,7 @@ def test_what_is_exchanged_has_a_bound() -> None:
     found = [
         {"slot": s, "loss": "nan", "layers": layers, "samples": [10**12] * 8, "bad": 9, "of": 9, "inputs": False}
         for s in range(1000)
-    ]  # fmt: skip
+    ]
     (told,) = nonfinite.exchange(GROUP, (0,), found)
     assert told["suspects"] == [0] and 0 < len(told["slots"]) <= 8
     assert told["more"] == 1000 - len(told["slots"])

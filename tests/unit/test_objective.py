@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from service.errors import DescentError
-from service.training.objective import Objective
+from descent.errors import DescentError
+from descent.training.objective import Objective
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -34,9 +34,17 @@ CASES: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
     "huber": (nn.HuberLoss(delta=0.3), values(9, 3), values(9, 3, seed=1)),
     "smooth l1": (nn.SmoothL1Loss(), values(9, 3), values(9, 3, seed=1)),
     "bce": (nn.BCELoss(), values(9, 3).sigmoid(), values(9, 3, seed=1).sigmoid()),
-    "bce with logits": (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0])), values(9, 3), labels(2, 9, 3).float()),
+    "bce with logits": (
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0])),
+        values(9, 3),
+        labels(2, 9, 3).float(),
+    ),
     "poisson": (nn.PoissonNLLLoss(), values(9, 3), values(9, 3, seed=1).abs()),
-    "kl, by sample": (nn.KLDivLoss(reduction="batchmean"), values(9, 3).log_softmax(1), values(9, 3, seed=1).softmax(1)),
+    "kl, by sample": (
+        nn.KLDivLoss(reduction="batchmean"),
+        values(9, 3).log_softmax(1),
+        values(9, 3, seed=1).softmax(1),
+    ),
     "soft margin": (nn.SoftMarginLoss(), values(9, 3), signs(9, 3)),
     "hinge embedding": (nn.HingeEmbeddingLoss(), values(9, 3), signs(9, 3)),
     "multi-margin": (nn.MultiMarginLoss(), values(9, 4), labels(4, 9)),
@@ -54,7 +62,7 @@ CASES: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
     "nll, class weights": (nn.NLLLoss(weight=WEIGHT), values(9, 4).log_softmax(1), labels(4, 9)),
     "pixels": (nn.CrossEntropyLoss(), values(9, 4, 5, 6), labels(4, 9, 5, 6)),
     "pixels, one ignored": (nn.CrossEntropyLoss(ignore_index=1), values(9, 4, 5, 6), labels(4, 9, 5, 6)),
-}  # fmt: skip
+}
 
 
 @given(cuts=st.lists(st.integers(0, 9), max_size=4))
@@ -104,9 +112,7 @@ def test_any_other_callable_is_a_mean_over_samples() -> None:
     assert mean == pytest.approx(float((output - target).abs().mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("output", "target"), [((8, 1), (8,)), ((8,), (8, 1)), ((8, 1, 3), (8, 3))]
-)
+@pytest.mark.parametrize(("output", "target"), [((8, 1), (8,)), ((8,), (8, 1)), ((8, 1, 3), (8, 3))])
 @pytest.mark.parametrize("kind", [nn.MSELoss, nn.L1Loss, nn.BCEWithLogitsLoss])
 def test_a_dimension_of_one_is_not_broadcast(
     kind: type[nn.Module], output: tuple[int, ...], target: tuple[int, ...]
@@ -121,10 +127,8 @@ def test_a_dimension_of_one_is_not_broadcast(
 @pytest.mark.parametrize(
     ("output", "target"),
     [((8, 8), (8,)), ((8, 3), (8, 1)), ((8, 3), (8,)), ((8, 2, 3), (8, 3, 2)), ((8, 1), (8, 3)), ((8, 6), (8, 2, 3))],
-)  # fmt: skip
-def test_what_would_broadcast_or_be_cut_anew_is_refused(
-    output: tuple[int, ...], target: tuple[int, ...]
-) -> None:
+)
+def test_what_would_broadcast_or_be_cut_anew_is_refused(output: tuple[int, ...], target: tuple[int, ...]) -> None:
     with pytest.raises(DescentError, match=r"\[8.*\].*\[8.*\]"):
         Objective.of(nn.MSELoss())(values(*output), values(*target))
 

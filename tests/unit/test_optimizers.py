@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from service.errors import CheckpointError, ConfigError
-from service.training.muon import hidden_weights
-from service.training.optimizers import (
+from descent.errors import CheckpointError, ConfigError
+from descent.optim.muon import hidden_weights
+from descent.optim.optimizers import (
     MuonWithAdamW,
     build_optimizer,
     load_named_state,
@@ -254,15 +254,11 @@ def test_biases_norms_and_scales_are_not_decayed_and_a_tied_weight_counts_once()
     by_decay = {g["weight_decay"]: {n for n, _ in g["params"]} for g in groups}
     assert by_decay == {0.5: DECAY, 0.0: NO_DECAY}
     (everything,) = parameter_groups(Net(), 0.1, 0.5, decay_norm_and_bias=True)
-    assert [n for n, _ in everything["params"]] == [
-        n for n, p in Net().named_parameters() if p.requires_grad
-    ]
+    assert [n for n, _ in everything["params"]] == [n for n, p in Net().named_parameters() if p.requires_grad]
 
 
 NAMES = sorted(DECAY | NO_DECAY)
-PATTERNS = st.sampled_from(
-    ["bias$", "weight", r"^conv\.", "norm|scale", "embed", "head", ".", r"hidden\.weight"]
-)
+PATTERNS = st.sampled_from(["bias$", "weight", r"^conv\.", "norm|scale", "embed", "head", ".", r"hidden\.weight"])
 ENTRIES = st.lists(
     st.fixed_dictionaries(
         {"match": PATTERNS},
@@ -282,8 +278,7 @@ def test_groups_are_a_partition_in_the_models_order(
 ) -> None:
     model = Net()
     names = [
-        {n for n, p in model.named_parameters(remove_duplicate=False) if re.search(e["match"], n)}
-        for e in entries
+        {n for n, p in model.named_parameters(remove_duplicate=False) if re.search(e["match"], n)} for e in entries
     ]
     # An entry is of use if it reaches a parameter (head.weight is embed.weight) before others.
     reached = [{n.replace("head.", "embed.") for n in found} & set(NAMES) for found in names]
@@ -391,9 +386,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("factory", "options", "said"), REFUSED)
-def test_refuses_in_one_line_that_names_the_key(
-    factory: Any, options: dict[str, Any], said: str
-) -> None:
+def test_refuses_in_one_line_that_names_the_key(factory: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_optimizer(Net(), factory, options, CPU)
     assert said in str(caught.value)

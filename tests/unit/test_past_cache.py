@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.artifacts.store.local import LocalStore
-from service.artifacts.store.past_cache import BLOCK, write_direct
+from descent.storage.direct_io import BLOCK, write_direct
+from descent.storage.local import LocalStore
 
 _MB = 1 << 20
 

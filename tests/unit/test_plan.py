@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.config import compose
-from service.errors import DescentError
-from service.training.plan import has_bf16, pick_device, prepare, worker_range
+from descent.config import compose
+from descent.errors import DescentError
+from descent.training.plan import has_bf16, pick_device, prepare, worker_range
 
 NETS = """
 import torch
@@ -95,24 +95,42 @@ REFUSALS = {
     ("batch.size=2000",): "batch.size=2000: the training set has 1617 samples; use batch=full",
     ("model=resnet", "data=breast_cancer"): "model.input_shape=[30]: a ResNet takes images",
     ("model=gpt", "data=digits"): "model.input_shape=[1,8,8]: a GPT takes sequences",
-    ("model.num_outputs=5",): "data.train: sample 3 has label 5, but the model has 5 outputs (0 to 4); set model.num_outputs=6",
+    (
+        "model.num_outputs=5",
+    ): "data.train: sample 3 has label 5, but the model has 5 outputs (0 to 4); set model.num_outputs=6",
     ("model.num_outputs=9",): "has label 9, but the model has 9 outputs (0 to 8); set model.num_outputs=10",
     ("device=cuda",): "device=cuda: the cluster has no GPU",
     ("resources.gpus=1",): "resources.gpus=1: the cluster has no GPU to give",
     ("data=csv",): "data.path is not set: give data.path=FILE.csv",
-    ("data=csv", "data.path=bad.csv", "data.target=y"): "bad.csv, row 3, column 'b': value 'oops' is not a finite number",
+    (
+        "data=csv",
+        "data.path=bad.csv",
+        "data.target=y",
+    ): "bad.csv, row 3, column 'b': value 'oops' is not a finite number",
     ("data=arrays", "data.path=none.npz"): "none.npz doesn't exist",
     (*NET, "model._target_=plan_nets.GivesDict"): "forward gives a dict, Descent needs one tensor",
-    (*NET, "model._target_=plan_nets.GivesNumber"): "forward gives shape [] for 2 samples, Descent needs one row a sample",
+    (
+        *NET,
+        "model._target_=plan_nets.GivesNumber",
+    ): "forward gives shape [] for 2 samples, Descent needs one row a sample",
     (*NET, "model._target_=plan_nets.LosesRows"): "forward gives shape [1, 10] for 2 samples",
     (*NET, "model._target_=plan_nets.Detached"): "no gradient reaches its parameters",
-    (*NET, "model._target_=plan_nets.Raises"): "inputs of shape [1, 8, 8], torch.float32: KeyError: 'mine' (plan_nets.py, line 22)",
+    (
+        *NET,
+        "model._target_=plan_nets.Raises",
+    ): "inputs of shape [1, 8, 8], torch.float32: KeyError: 'mine' (plan_nets.py, line 22)",
     (*NET, "model._target_=plan_nets.Frozen"): "has no parameters to train",
     (*NET, "model._target_=plan_nets.Empty"): "has no parameters to train",
     (*NET, "model._target_=plan_nets.number"): "gives a int, not a torch.nn.Module",
-    (*LOSS, "loss._target_=plan_nets.OneArgument"): "loss._target_=plan_nets.OneArgument: can't compare outputs [2, 10]",
+    (
+        *LOSS,
+        "loss._target_=plan_nets.OneArgument",
+    ): "loss._target_=plan_nets.OneArgument: can't compare outputs [2, 10]",
     (*LOSS, "loss._target_=plan_nets.Vector"): "gives shape [2], Descent needs one number a batch",
-    (*LOSS, "loss._target_=plan_nets.Plain"): "loss._target_=plan_nets.Plain: gives float, Descent needs one number a batch",
+    (
+        *LOSS,
+        "loss._target_=plan_nets.Plain",
+    ): "loss._target_=plan_nets.Plain: gives float, Descent needs one number a batch",
     ("loss=mse",): "it needs one target for each output; classes go with loss=cross_entropy",
     # a single sample would broadcast, [1, 10] against [1], and train on nonsense
     ("loss=mse", "batch=stochastic"): "it needs one target for each output",
@@ -120,16 +138,40 @@ REFUSALS = {
     ("optimizer.lr=-1",): "optimizer.lr=-1: AdamW refuses it",
     ("+optimizer.lrr=1",): "optimizer.lrr: AdamW has no such option; did you mean lr?",
     ("+model.wdith=5",): "model.wdith: MLP has no such argument; did you mean model.width?",
-    ("schedule=constant", "~schedule.warmup_steps", "schedule._target_=torch.optim.lr_scheduler.StepLR"): "schedule.total_steps: StepLR has no such argument",
+    (
+        "schedule=constant",
+        "~schedule.warmup_steps",
+        "schedule._target_=torch.optim.lr_scheduler.StepLR",
+    ): "schedule.total_steps: StepLR has no such argument",
     ("schedule.warmup_steps=100000",): "schedule.warmup_steps=100000: must be below the run's 758 steps",
-    ("schedule=plateau", "data=custom", "data.train._target_=plan_nets.Digits", "data.holdout=0", "batch.size=4"): "schedule=plateau: goes by the evaluation loss, and there is nothing to evaluate on",
+    (
+        "schedule=plateau",
+        "data=custom",
+        "data.train._target_=plan_nets.Digits",
+        "data.holdout=0",
+        "batch.size=4",
+    ): "schedule=plateau: goes by the evaluation loss, and there is nothing to evaluate on",
     (*DATA, "+data.train.breaks_at=0"): "OSError: disk gone",
-    (*DATA, "+data.train.top=12", "batch.size=4", "data.holdout=0"): "sample 19 has label 12, but the model has 10 outputs (0 to 9); set model.num_outputs=13 or mend the data",
-    (*DATA, "+data.train.top=-7", "batch.size=4", "data.holdout=0"): "sample 19 has label -7, but the model has 10 outputs (0 to 9); mend the data",
+    (
+        *DATA,
+        "+data.train.top=12",
+        "batch.size=4",
+        "data.holdout=0",
+    ): "sample 19 has label 12, but the model has 10 outputs (0 to 9); set model.num_outputs=13 or mend the data",
+    (
+        *DATA,
+        "+data.train.top=-7",
+        "batch.size=4",
+        "data.holdout=0",
+    ): "sample 19 has label -7, but the model has 10 outputs (0 to 9); mend the data",
     ("data=custom", "data.train._target_=plan_nets.Stream"): "data.train: Stream has no __len__ and __getitem__",
-    (*DATA, "batch.size=4", "data.evaluate={_target_:plan_nets.Digits,side:4}"): "data.evaluate: model.input_shape=[1,8,8]: the network got inputs of shape [1,4,4]",
+    (
+        *DATA,
+        "batch.size=4",
+        "data.evaluate={_target_:plan_nets.Digits,side:4}",
+    ): "data.evaluate: model.input_shape=[1,8,8]: the network got inputs of shape [1,4,4]",
     ("data.train._target_=torch.nn.ReLU",): "data.train.split: ReLU has no such argument",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("overrides", REFUSALS, ids=" ".join)
@@ -154,7 +196,7 @@ def test_bf16_is_refused_exactly_where_the_device_lacks_it():
 
 
 def test_the_device_is_what_the_cluster_has():
-    for device, gpus, picked in (("auto", 0, "cpu"), ("auto", 1, "cuda"), ("cpu", 1, "cpu"), ("cuda", 2, "cuda")):  # fmt: skip
+    for device, gpus, picked in (("auto", 0, "cpu"), ("auto", 1, "cuda"), ("cpu", 1, "cpu"), ("cuda", 2, "cuda")):
         assert pick_device(compose([f"device={device}"]).config, gpus) == picked
     assert pick_device(compose(["resources.gpus=0"]).config, 4) == "cpu"
     for overrides, why in {
@@ -166,9 +208,9 @@ def test_the_device_is_what_the_cluster_has():
 
 
 @pytest.mark.parametrize(
-    ("asked", "workers", "backend"), [("auto", 2, "nccl"), ("1", 2, "nccl"), ("0.75", 2, "nccl"),
-                                      ("0.5", 4, "gloo"), ("0.1", 20, "gloo")]
-)  # fmt: skip
+    ("asked", "workers", "backend"),
+    [("auto", 2, "nccl"), ("1", 2, "nccl"), ("0.75", 2, "nccl"), ("0.5", 4, "gloo"), ("0.1", 20, "gloo")],
+)
 def test_workers_that_share_a_gpu_talk_over_gloo(asked: str, workers: int, backend: str) -> None:
     plan = planned("device=cuda", f"resources.gpus={asked}", "slots=20", gpus=2).plan
     assert (plan.max_workers, plan.backend) == (workers, backend)
@@ -197,7 +239,7 @@ def test_the_numbers_of_a_run_follow_from_config_and_data():
 def test_looking_at_the_model_leaves_it_as_the_seed_made_it():
     """The preflight's forward must not move batch norm's averages or leave gradients."""
     prepared = planned("model=resnet", "workers=2")
-    assert prepared.plan.changing_buffers and not prepared.plan.draws_elsewhere
+    assert prepared.plan.changing_buffers and not prepared.plan.uses_non_torch_rng
     again = planned("model=resnet", "workers=2").model.state_dict()
     for name, tensor in prepared.model.state_dict().items():
         assert torch.equal(tensor, again[name])

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.training.collectives import Group
-from service.training.reduction.compressed import RANK, Compressed
+from descent.training.collectives import Group
+from descent.training.reduction.compressed import RANK, Compressed
 
 GROUP = Group(0, 1, torch.device("cpu"), threading.Event())
 ONE = torch.tensor(1.0)
@@ -69,7 +69,7 @@ def test_what_a_message_leaves_out_comes_with_later_ones() -> None:
     for batch in batches(10):
         given = given + true_gradients(model, batch)["2.weight"]
         sent = sent + delivered(reducer, model, batch)["2.weight"]
-    left = [m.error.numpy() for ms in reducer._codec._matrices for m in ms if m.error.shape == (30, 40)]  # fmt: skip
+    left = [m.error.numpy() for ms in reducer._codec._matrices for m in ms if m.error.shape == (30, 40)]
     np.testing.assert_allclose(sent + left[0], given, rtol=1e-9, atol=1e-9)
 
 
@@ -81,7 +81,7 @@ def test_a_step_that_was_not_committed_leaves_nothing_behind() -> None:
     spoilt[0, 0, 0] = float("nan")
     delivered(reducer, model, second)
     assert np.isnan(delivered(reducer, model, spoilt)["2.weight"]).any()
-    reducer.dropped()
+    reducer.nonfinite_ranks()
     again = delivered(reducer, model, first)
     expected = delivered(Compressed(fresh, GROUP, "powersgd"), fresh, first)
     for name, gradient in expected.items():

@@ -8,8 +8,8 @@ import dataclasses
 
 import pytest
 
-from service.cluster import policy
-from service.cluster.policy import Abort, Decision, Form, Restore, View, Wait
+from descent.cluster.control import policy
+from descent.cluster.control.policy import Abort, Decision, Form, Restore, View, Wait
 from tests.unit.membership.explore import explore
 from tests.unit.membership.world import Rules, Scenario, Violation
 
@@ -21,14 +21,10 @@ SCENARIOS = {
     "two, one hangs, is cut off, is stuck, loses a connection, or is told twice": Scenario(
         1, 2, room=1, faults=1, kinds=("hung", "cut", "wedged", "torn", "again")
     ),
-    "two, two faults of any kind": Scenario(
-        1, 2, kinds=("kill", "hung", "cut", "wedged", "torn"), prompt=True
-    ),
+    "two, two faults of any kind": Scenario(1, 2, kinds=("kill", "hung", "cut", "wedged", "torn"), prompt=True),
     "two, killed while one says goodbye": Scenario(1, 2, kinds=("leave", "kill"), prompt=True),
     "three, two killed": Scenario(1, 3, prompt=True),
-    "three of at least two, one killed, one more to be had": Scenario(
-        2, 3, room=1, faults=1, prompt=True
-    ),
+    "three of at least two, one killed, one more to be had": Scenario(2, 3, room=1, faults=1, prompt=True),
     "three, one hangs, is cut off, is stuck or loses a connection": Scenario(
         1, 3, faults=1, kinds=("hung", "cut", "wedged", "torn"), prompt=True
     ),
@@ -89,28 +85,47 @@ BROKEN: dict[str, tuple[Rules, Scenario, str]] = {
     "the source is the least advanced": (Rules(decide=_least_advanced_first), TWO, "going on from step"),
     "nobody is behind": (Rules(decide=_nobody_is_behind), TWO, "reduce together"),
     "survivors are not aborted": (
-        Rules(decide=_survivors_are_not_aborted), dataclasses.replace(TWO, kinds=("hung",)), "deadlock"),
+        Rules(decide=_survivors_are_not_aborted),
+        dataclasses.replace(TWO, kinds=("hung",)),
+        "deadlock",
+    ),
     "a standstill is waited for": (
-        Rules(decide=_a_standstill_is_waited_for), dataclasses.replace(TWO, kinds=("wedged",)), "deadlock"),
+        Rules(decide=_a_standstill_is_waited_for),
+        dataclasses.replace(TWO, kinds=("wedged",)),
+        "deadlock",
+    ),
     "survivors are not waited for": (
-        Rules(decide=_survivors_are_not_waited_for), Scenario(1, 3, faults=1, prompt=True), "going on from step"),
+        Rules(decide=_survivors_are_not_waited_for),
+        Scenario(1, 3, faults=1, prompt=True),
+        "going on from step",
+    ),
     "back to the checkpoint while somebody lives": (Rules(decide=_restores_too_early), TWO, "living worker"),
-    "the checkpoint is not restored": (
-        Rules(decide=_never_restores_the_checkpoint), TWO, "going on from step 0"),
+    "the checkpoint is not restored": (Rules(decide=_never_restores_the_checkpoint), TWO, "going on from step 0"),
     "an idle status of the last generation counts": (Rules(told_is_running=False), TWO, "without end"),
     "an older generation is not refused": (
-        Rules(refuses_older=False), dataclasses.replace(TWO, kinds=("again",)), "takes a step after"),
-    "an abort is not obeyed": (
-        Rules(obeys_abort=False), dataclasses.replace(TWO, kinds=("hung",)), "deadlock"),
+        Rules(refuses_older=False),
+        dataclasses.replace(TWO, kinds=("again",)),
+        "takes a step after",
+    ),
+    "an abort is not obeyed": (Rules(obeys_abort=False), dataclasses.replace(TWO, kinds=("hung",)), "deadlock"),
     "who is told to receive holds the state": (Rules(holds_when_told=True), TWO, "going on from step 0"),
     "the state isn't received": (Rules(receives=False), TWO, "reduce together"),
     "the wish for a pause is forgotten": (
-        Rules(clears_pause_late=True), dataclasses.replace(TWO, stop=True), "forgotten"),
+        Rules(clears_pause_late=True),
+        dataclasses.replace(TWO, stop=True),
+        "forgotten",
+    ),
     "only the reporter tells its records": (
-        Rules(only_reporter_tells=True), dataclasses.replace(TWO, faults=2), "record"),
+        Rules(only_reporter_tells=True),
+        dataclasses.replace(TWO, faults=2),
+        "record",
+    ),
     "a first answer is waited for without a deadline": (
-        Rules(waits_for_first_answer=True), Scenario(2, 2, room=1, faults=1, kinds=("hung",)), "deadlock"),
-}  # fmt: skip
+        Rules(waits_for_first_answer=True),
+        Scenario(2, 2, room=1, faults=1, kinds=("hung",)),
+        "deadlock",
+    ),
+}
 
 
 @pytest.mark.parametrize(("rules", "scenario", "wrong"), BROKEN.values(), ids=BROKEN.keys())

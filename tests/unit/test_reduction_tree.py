@@ -6,27 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.training.reduction.tree import combine, tree_nodes
+from descent.training.reduction.tree import combine, tree_nodes
 
 
 def tree(expressions: list[str]) -> str:
     """The reference: pairwise over slot numbers, level by level, an odd one out goes up alone."""
     level = expressions
     while len(level) > 1:
-        level = [
-            f"({level[i]}+{level[i + 1]})" if i + 1 < len(level) else level[i]
-            for i in range(0, len(level), 2)
-        ]
+        level = [f"({level[i]}+{level[i + 1]})" if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]
     return level[0]
 
 
 def sum_by_tree(leaves: list[torch.Tensor]) -> torch.Tensor:
     level = leaves
     while len(level) > 1:
-        level = [
-            level[i] + level[i + 1] if i + 1 < len(level) else level[i]
-            for i in range(0, len(level), 2)
-        ]
+        level = [level[i] + level[i + 1] if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]
     return level[0]
 
 
@@ -42,10 +36,7 @@ def test_any_dealing_of_slots_gives_the_bits_of_the_reference_tree(
     dealing: tuple[int, list[tuple[int, int]]], seed: int
 ) -> None:
     slots, ranges = dealing
-    leaves = [
-        torch.randn(5, generator=torch.Generator().manual_seed(seed + s)) * 10.0 ** (s % 7)
-        for s in range(slots)
-    ]
+    leaves = [torch.randn(5, generator=torch.Generator().manual_seed(seed + s)) * 10.0 ** (s % 7) for s in range(slots)]
     partials = {}
     for lo, hi in ranges:
         for first, size in tree_nodes(lo, hi, slots):
@@ -60,11 +51,7 @@ def test_a_rank_covers_its_slots_with_nodes_that_do_not_overlap(
 ) -> None:
     slots, ranges = dealing
     for lo, hi in ranges:
-        covered = [
-            s
-            for first, size in tree_nodes(lo, hi, slots)
-            for s in range(first, min(first + size, slots))
-        ]
+        covered = [s for first, size in tree_nodes(lo, hi, slots) for s in range(first, min(first + size, slots))]
         assert covered == list(range(lo, hi))
 
 

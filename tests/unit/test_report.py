@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.artifacts.report import downsample, plots
+from descent.tracking.plots import downsample, plots
 
 
 def history(steps: int = 200) -> dict[str, list[tuple[int, float]]]:
@@ -48,9 +48,7 @@ def test_a_plot_without_values_is_left_out(tmp_path):
     assert [path.name for path in paths] == ["loss.png"]
 
 
-@pytest.mark.parametrize(
-    "bad", [[np.nan] * 3, [np.inf, 1.0, 2.0], [0.0, 0.0, 0.0], [1e-300, 1e300, 1.0], [-1.0, 0, 2]]
-)
+@pytest.mark.parametrize("bad", [[np.nan] * 3, [np.inf, 1.0, 2.0], [0.0, 0.0, 0.0], [1e-300, 1e300, 1.0], [-1.0, 0, 2]])
 def test_odd_values_are_drawn_all_the_same(tmp_path, bad):
     names = [*history(3), "grad/norm/a", "grad/norm/b"]
     assert plots({name: list(enumerate(bad)) for name in names}, tmp_path)
@@ -72,7 +70,7 @@ def test_downsampling_keeps_the_extremes_and_the_order(values, buckets):
 
 def test_drawing_does_not_load_pyplot(tmp_path):
     code = (
-        "import sys, pathlib; from service.artifacts.report import plots;"
+        "import sys, pathlib; from descent.tracking.plots import plots;"
         "plots({'train/loss': [(0, 1.0), (1, .5)]}, pathlib.Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

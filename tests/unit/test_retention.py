@@ -8,21 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.artifacts import checkpoint
-from service.artifacts.cadence import Cadence, interval, young
-from service.artifacts.retention import Retention, delete, prune, to_keep
-from service.artifacts.saver import Saver
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.cadence import Cadence, interval, young
+from descent.checkpoint.retention import Retention, delete, prune, to_keep
+from descent.checkpoint.writer import ShareWriter
+from descent.messages import ShareWritten
 
-SCORES = st.dictionaries(
-    st.integers(0, 500), st.none() | st.floats(allow_nan=True, width=16), min_size=1
-)
+SCORES = st.dictionaries(st.integers(0, 500), st.none() | st.floats(allow_nan=True, width=16), min_size=1)
 
 
 @given(SCORES, st.integers(1, 4), st.none() | st.integers(1, 200), st.sampled_from(["min", "max"]))
-def test_the_rule_keeps_what_it_says(
-    scores: dict[int, float | None], last: int, every: int | None, mode: str
-) -> None:
+def test_the_rule_keeps_what_it_says(scores: dict[int, float | None], last: int, every: int | None, mode: str) -> None:
     rule = Retention(last, every, "eval/loss", mode)  # type: ignore[arg-type]
     kept = to_keep(scores, rule)
     assert set(sorted(scores)[-last:]) <= kept <= set(scores)
@@ -36,8 +32,8 @@ def test_the_rule_keeps_what_it_says(
 
 
 def save(root: Path, step: int, score: float | None = None) -> None:
-    parts: list[PartWritten] = []
-    saver = Saver(root, parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(root, parts.append)
     tensors = {"model/x": torch.full((4,), float(step)), "optimizer/x/y": torch.ones(2)}
     scalars = {} if score is None else {"eval/loss": score}
     saver.save(tensors, step=step, rank=0, world_size=1, generation=1, scalars=scalars)
@@ -93,7 +89,9 @@ def test_youngs_interval_costs_least(cost: float, between: float) -> None:
 
 
 @given(st.floats(0, 10), st.floats(0, 100), st.floats(0, 1e6), st.integers(0, 100))
-def test_auto_saves_more_often_with_faults_and_never_above_its_share(cost: float, took: float, run: float, faults: int) -> None:  # fmt: skip
+def test_auto_saves_more_often_with_faults_and_never_above_its_share(
+    cost: float, took: float, run: float, faults: int
+) -> None:
     found = interval(cost, took, run, faults, share=0.01)
     assert cost / found <= 0.01 + 1e-12 and found >= took
     assert interval(cost, took, run, faults + 1, share=0.01) <= found

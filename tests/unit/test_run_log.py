@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.cluster.run_log import (
+from descent.cluster.record.run_log import (
     INCIDENTS_FILE,
     METRICS_FILE,
     RunLog,
@@ -16,8 +16,8 @@ from service.cluster.run_log import (
     read_run_file,
     write_run_file,
 )
-from service.errors import CheckpointError
-from service.messages import Incident, StepRecord
+from descent.errors import CheckpointError
+from descent.messages import Incident, StepRecord
 
 
 def train(step: int, loss: float = 1.0) -> StepRecord:
@@ -64,8 +64,9 @@ def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(
     assert again.last_step == complete
     again.append(train(complete + 1, 0.125))
     assert again.history()["train/loss"] == [
-        *((i + 1, loss) for i, loss in enumerate(losses[:complete])), (complete + 1, 0.125),
-    ]  # fmt: skip
+        *((i + 1, loss) for i, loss in enumerate(losses[:complete])),
+        (complete + 1, 0.125),
+    ]
     again.close()
 
 
@@ -84,8 +85,10 @@ def test_an_incident_is_kept_at_once_and_amended_later(tmp_path: Path) -> None:
     log.close()
     lines = [json.loads(line) for line in (tmp_path / INCIDENTS_FILE).read_text().splitlines()]
     assert [(i["kind"], i["step"], i["recovered_in_s"]) for i in lines] == [
-        ("worker lost", 3, None), ("preempted", 5, None), ("worker lost", 7, 0.25),
-    ]  # fmt: skip
+        ("worker lost", 3, None),
+        ("preempted", 5, None),
+        ("worker lost", 7, 0.25),
+    ]
 
 
 def test_a_run_is_found_by_id_name_and_path(tmp_path: Path) -> None:
@@ -96,9 +99,7 @@ def test_a_run_is_found_by_id_name_and_path(tmp_path: Path) -> None:
     inside = folder / "checkpoints" / "step-00000001"
     for word in ("abc123", "mine", str(folder), str(inside)):
         assert find_run(word, tmp_path) == folder
-    with pytest.raises(
-        CheckpointError, match="resume=other: no run of that id, name or path; there are: mine"
-    ):
+    with pytest.raises(CheckpointError, match="resume=other: no run of that id, name or path; there are: mine"):
         find_run("other", tmp_path)
     (folder / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="not the folder of a run"):

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.data.shards import Layout, layout_of
-from service.training.sampling import (
+from descent.data.shards import Layout, layout_of
+from descent.training.input.sampling import (
     SampleOrder,
     ShardStream,
     order,
@@ -63,9 +63,7 @@ def test_steps_spend_each_sample_once_per_epoch_also_where_the_batch_does_not_di
     seed=seeds,
     steps=st.lists(st.integers(1, 10**6), min_size=1, max_size=5),
 )
-def test_a_step_can_be_asked_for_in_any_order(
-    n: int, batch: int, seed: int, steps: list[int]
-) -> None:
+def test_a_step_can_be_asked_for_in_any_order(n: int, batch: int, seed: int, steps: list[int]) -> None:
     batch = min(batch, n)
     jumping = SampleOrder(n, batch, seed)
     for step in steps:
@@ -84,9 +82,7 @@ def test_epochs_and_seeds_differ_and_the_order_is_not_the_identity() -> None:
 def test_a_sample_is_equally_likely_at_each_position() -> None:
     # Sample 0's position over 4,000 seeds in 8 equal bins: chi-squared with 7 degrees of freedom
     # stays under 29.9 with probability 0.9999.
-    positions = [
-        int(np.flatnonzero(permute(np.arange(64), 64, seed) == 0)[0]) for seed in range(4000)
-    ]
+    positions = [int(np.flatnonzero(permute(np.arange(64), 64, seed) == 0)[0]) for seed in range(4000)]
     counts = np.bincount(np.array(positions) // 8, minlength=8)
     assert ((counts - 500) ** 2 / 500).sum() < 29.9
 
@@ -110,15 +106,11 @@ def test_streams_of_steps_and_slots_are_distinct(seed: int) -> None:
 
 # --- by shards ---
 
-layouts = st.builds(
-    layout_of, st.lists(st.integers(0, 60), min_size=1, max_size=15).filter(any), st.integers(1, 90)
-)
+layouts = st.builds(layout_of, st.lists(st.integers(0, 60), min_size=1, max_size=15).filter(any), st.integers(1, 90))
 
 
 @given(layout=layouts, batch=st.integers(1, 50), seed=seeds)
-def test_by_shards_each_sample_comes_once_an_epoch_too(
-    layout: Layout, batch: int, seed: int
-) -> None:
+def test_by_shards_each_sample_comes_once_an_epoch_too(layout: Layout, batch: int, seed: int) -> None:
     n = int(layout.starts[-1])
     batch = min(batch, n)
     samples = SampleOrder(n, batch, seed, layout)

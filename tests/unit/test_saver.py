@@ -18,19 +18,29 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from service.artifacts import checkpoint
-from service.artifacts.safetensors_file import layout, tensors_in
-from service.artifacts.saver import Saver, _duty
-from service.artifacts.store.past_cache import BLOCK
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.safetensors_file import layout, tensors_in
+from descent.checkpoint.writer import ShareWriter, _duty
+from descent.messages import ShareWritten
+from descent.storage.direct_io import BLOCK
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
-          torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn]  # fmt: skip
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+]
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=8))  # fmt: skip
+@given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=8))
 def test_the_file_that_is_laid_out_is_the_librarys(
     drawn: dict[str, tuple[list[int], torch.dtype]],
 ) -> None:
@@ -39,7 +49,9 @@ def test_the_file_that_is_laid_out_is_the_librarys(
     content = bytearray(made.size)
     content[: len(made.header)] = made.header
     for name, (start, stop) in made.spans.items():
-        content[start:stop] = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""  # fmt: skip
+        content[start:stop] = (
+            tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
+        )
         assert start % tensors[name].element_size() == 0, "aligned, as a mapped file must be"
     theirs = load(save(tensors))
     for back in (load(bytes(content)), tensors_in(content)):
@@ -51,17 +63,17 @@ def test_the_file_that_is_laid_out_is_the_librarys(
 
 
 def test_what_is_saved_can_be_read_without_descent(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(memory_format=torch.contiguous_format)  # fmt: skip
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(memory_format=torch.contiguous_format)
     state = {f"model/{n}": t for n, t in model.state_dict().items()}
     state["optimizer/0.weight/exp_avg"] = torch.rand(3, 4).T  # not contiguous
-    parts: list[PartWritten] = []
-    saver = Saver(tmp_path, parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(tmp_path, parts.append)
     saver.save(state, step=7, rank=0, world_size=1, generation=1, scalars={})
     saver.wait()
     folder = tmp_path / "step-00000007"
     other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     other.load_state_dict(load_file(folder / "model-00000-of-00001.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     with safe_open(folder / "optimizer-00000-of-00001.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("0.weight/exp_avg"), state["optimizer/0.weight/exp_avg"])
         assert file.metadata() == {"format": "pt", "step": "7"}
@@ -79,8 +91,8 @@ def test_the_copy_behind_the_next_step_is_of_the_step_before(tmp_path: Path, fus
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 400), nn.BatchNorm1d(400), nn.Linear(400, 1))
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    parts: list[PartWritten] = []
-    saver = Saver(tmp_path, parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(tmp_path, parts.append)
     optimizer.register_step_pre_hook(lambda *_: saver.copied())
     now = {f"model/{n}" for n, _ in model.named_buffers()}
     expected: dict[int, dict[str, Tensor]] = {}
@@ -101,15 +113,15 @@ def test_the_copy_behind_the_next_step_is_of_the_step_before(tmp_path: Path, fus
 
 def test_a_tensor_that_changes_without_asking_spoils_no_checkpoint(tmp_path: Path) -> None:
     tensors = {f"model/{i}": torch.zeros(1000) for i in range(3)}
-    parts: list[PartWritten] = []
-    saver = Saver(tmp_path, parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(tmp_path, parts.append)
     held = threading.Event()
     saver._copier.submit(held.wait)  # the copy can't begin yet
     saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
     tensors["model/1"].add_(1)
     held.set()
     saver.wait()
-    assert parts[0].error is not None and "model/1 was changed while it was copied" in parts[0].error  # fmt: skip
+    assert parts[0].error is not None and "model/1 was changed while it was copied" in parts[0].error
     saver.save(tensors, step=2, rank=0, world_size=1, generation=1, scalars={})
     tensors["model/1"].add_(1)  # from now on copies are made at once
     saver.wait()
@@ -119,20 +131,18 @@ def test_a_tensor_that_changes_without_asking_spoils_no_checkpoint(tmp_path: Pat
 
 
 def test_a_save_that_finds_the_last_one_unfinished_is_given_up_and_says_so(tmp_path: Path) -> None:
-    parts: list[PartWritten] = []
+    parts: list[ShareWritten] = []
     held = threading.Event()
 
-    def done(part: PartWritten) -> None:
+    def done(part: ShareWritten) -> None:
         if part.step == 1:
             held.wait()  # the first is on disk, but not through yet
         parts.append(part)
 
-    saver = Saver(tmp_path, done)
+    saver = ShareWriter(tmp_path, done)
     tensors = {"model/x": torch.zeros(4)}
     for step in (1, 2):
-        saver.save(
-            tensors, step=step, rank=0, world_size=1, generation=1, scalars={}, patience_s=0.01
-        )
+        saver.save(tensors, step=step, rank=0, world_size=1, generation=1, scalars={}, patience_s=0.01)
     held.set()
     saver.save(tensors, step=3, rank=0, world_size=1, generation=1, scalars={})
     saver.wait()
@@ -143,9 +153,9 @@ def test_a_save_that_finds_the_last_one_unfinished_is_given_up_and_says_so(tmp_p
 FULL = """
 import json, resource, sys, torch
 from pathlib import Path
-from service.artifacts.saver import Saver
+from descent.checkpoint.writer import ShareWriter
 parts = []
-saver = Saver(Path(sys.argv[1]), parts.append)
+saver = ShareWriter(Path(sys.argv[1]), parts.append)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 for step, size in ((1, 10), (2, int(sys.argv[2])), (3, 10)):
     saver.save({"model/x": torch.zeros(size)}, step=step, rank=0, world_size=1, generation=1, scalars={})
@@ -154,9 +164,7 @@ print(json.dumps([[p.step, p.error] for p in parts]))
 """
 
 
-@pytest.mark.parametrize(
-    "size", ["100_000", "1_000_000"]
-)  # the larger one goes past the page cache
+@pytest.mark.parametrize("size", ["100_000", "1_000_000"])  # the larger one goes past the page cache
 def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, size: str) -> None:
     assert resource.RLIM_INFINITY
     done = subprocess.run(
@@ -172,9 +180,11 @@ def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, size: st
 
 
 def test_what_the_format_can_not_hold_is_named(tmp_path: Path) -> None:
-    parts: list[PartWritten] = []
-    saver = Saver(tmp_path, parts.append)
-    saver.save({"model/x": torch.zeros(2, dtype=torch.complex128)}, step=1, rank=0, world_size=1, generation=1, scalars={})  # fmt: skip
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(tmp_path, parts.append)
+    saver.save(
+        {"model/x": torch.zeros(2, dtype=torch.complex128)}, step=1, rank=0, world_size=1, generation=1, scalars={}
+    )
     saver.wait()
     assert parts[0].error == "x: safetensors files can't hold torch.complex128"
 
@@ -187,9 +197,9 @@ def test_a_save_takes_a_small_part_of_a_core_but_is_done_well_before_the_next() 
 
 
 def test_files_begin_where_the_disk_can_read_them_from_memory(tmp_path: Path) -> None:
-    tensors = {"model/w": torch.randn(1000), "optimizer/w/exp_avg": torch.randn(3), "ema/w": torch.ones(7)}  # fmt: skip
-    parts: list[PartWritten] = []
-    saver = Saver(tmp_path, parts.append)
+    tensors = {"model/w": torch.randn(1000), "optimizer/w/exp_avg": torch.randn(3), "ema/w": torch.ones(7)}
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(tmp_path, parts.append)
     for step in (1, 2):
         saver.save(tensors, step=step, rank=0, world_size=1, generation=1, scalars={})
         saver.wait()
@@ -205,16 +215,14 @@ def test_a_large_share_becomes_several_files_and_comes_back_whole(tmp_path: Path
     """Two ranks; the files carry numbers of their own, and hold each tensor once."""
     tensors = {f"model/{i}": torch.full((4 << 20,), float(i)) for i in range(12)}  # 201 MB
     tensors["optimizer/step"] = torch.tensor(3.0)
-    parts: list[PartWritten] = []
+    parts: list[ShareWritten] = []
     for rank in (0, 1):
-        saver = Saver(tmp_path, parts.append)
+        saver = ShareWriter(tmp_path, parts.append)
         saver.save(tensors, step=1, rank=rank, world_size=2, generation=1, scalars={})
         saver.wait()
     target = checkpoint.commit(tmp_path, parts, run="r", config_sha256="0" * 64)
     names = sorted(f.name for part in parts for f in part.files)
-    assert (
-        names[:4] == [f"model-{i:05d}-of-00004.safetensors" for i in range(4)] and len(names) == 5
-    )
+    assert names[:4] == [f"model-{i:05d}-of-00004.safetensors" for i in range(4)] and len(names) == 5
     found, _ = checkpoint.load(target)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)

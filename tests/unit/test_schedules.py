@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as ref
 
-from service.errors import CheckpointError, ConfigError
-from service.training import schedules as ours
+from descent.errors import CheckpointError, ConfigError
+from descent.optim import schedules as ours
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "schedule").glob("*.yaml"))
 WARMUPS = st.integers(0, 7)
@@ -90,31 +90,36 @@ def test_cosine_is_torchs_and_stays_at_its_end(warmup: int, length: int, low: fl
 @property_test
 @given(WARMUPS, st.integers(1, 9), st.integers(1, 3), st.floats(0.0, 0.9))
 def test_cosine_restarts_are_torchs(warmup: int, period: int, factor: int, low: float) -> None:
-    schedule = ours.CosineRestarts(
-        period=period, period_factor=factor, min_multiplier=low, warmup_steps=warmup
-    )
+    schedule = ours.CosineRestarts(period=period, period_factor=factor, min_multiplier=low, warmup_steps=warmup)
     _same(schedule, lambda o: ref.CosineAnnealingWarmRestarts(o, period, factor, low), 40, warmup)
 
 
 @property_test
 @given(
-    st.integers(2, 40), st.floats(0.0, 0.95), st.floats(1.0, 50.0), st.floats(1.0, 1e4),
+    st.integers(2, 40),
+    st.floats(0.0, 0.95),
+    st.floats(1.0, 50.0),
+    st.floats(1.0, 1e4),
     st.sampled_from(["cos", "linear"]),
-)  # fmt: skip
+)
 def test_one_cycle_is_torchs_without_the_momentum(
     total: int, pct: float, div: float, final: float, anneal: str
 ) -> None:
     if pct * total == 1.0:
         pct += 0.01  # torch divides by zero where the way up has no length
-    schedule = ours.OneCycle(
-        pct_start=pct, div_factor=div, final_div_factor=final, anneal=anneal, total_steps=total
-    )
+    schedule = ours.OneCycle(pct_start=pct, div_factor=div, final_div_factor=final, anneal=anneal, total_steps=total)
 
     def build(o: torch.optim.Optimizer) -> Any:
         return ref.OneCycleLR(
-            o, max_lr=1.0, total_steps=total, pct_start=pct, anneal_strategy=anneal,
-            div_factor=div, final_div_factor=final, cycle_momentum=False,
-        )  # fmt: skip
+            o,
+            max_lr=1.0,
+            total_steps=total,
+            pct_start=pct,
+            anneal_strategy=anneal,
+            div_factor=div,
+            final_div_factor=final,
+            cycle_momentum=False,
+        )
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = build(optimizer)
@@ -141,9 +146,12 @@ def test_inverse_square_root_is_the_first_transformers(warmup: int, step: int) -
 
 @property_test
 @given(
-    st.integers(0, 10), st.integers(1, 60), st.floats(0.05, 1.0), st.floats(0.0, 1.0),
+    st.integers(0, 10),
+    st.integers(1, 60),
+    st.floats(0.05, 1.0),
+    st.floats(0.0, 1.0),
     st.sampled_from(["linear", "cosine", "sqrt"]),
-)  # fmt: skip
+)
 def test_warmup_stable_decay_is_flat_then_falls_to_its_end(
     warmup: int, length: int, share: float, low: float, decay: str
 ) -> None:
@@ -153,9 +161,7 @@ def test_warmup_stable_decay_is_flat_then_falls_to_its_end(
         with pytest.raises(ConfigError, match="decay_share"):
             ours.WarmupStableDecay(warmup, total, decay_share=share)
         return
-    schedule = ours.WarmupStableDecay(
-        warmup, total, decay_share=share, min_multiplier=low, decay=decay
-    )
+    schedule = ours.WarmupStableDecay(warmup, total, decay_share=share, min_multiplier=low, decay=decay)
     assert all(schedule(s) == 1.0 for s in range(warmup, total - steps + 1))
     falling = [schedule(s) for s in range(total - steps, total + 1)]
     assert all(a >= b for a, b in itertools.pairwise(falling))
@@ -237,36 +243,42 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "arguments", "said"), REFUSED)
-def test_refuses_in_one_line_that_names_the_key(
-    kind: str, arguments: dict[str, Any], said: str
-) -> None:
+def test_refuses_in_one_line_that_names_the_key(kind: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         getattr(ours, kind)(**arguments)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-LOSSES = st.lists(
-    st.one_of(st.floats(0.0, 3.0), st.sampled_from([1.0, 0.5, math.nan, math.inf])), max_size=60
-)
+LOSSES = st.lists(st.one_of(st.floats(0.0, 3.0), st.sampled_from([1.0, 0.5, math.nan, math.inf])), max_size=60)
 
 
 @property_test
 @given(
-    LOSSES, st.floats(0.1, 0.9), st.integers(0, 4), st.floats(0.0, 0.2),
-    st.sampled_from(["rel", "abs"]), st.integers(0, 3), st.floats(0.0, 0.5), st.integers(0, 60),
-)  # fmt: skip
+    LOSSES,
+    st.floats(0.1, 0.9),
+    st.integers(0, 4),
+    st.floats(0.0, 0.2),
+    st.sampled_from(["rel", "abs"]),
+    st.integers(0, 3),
+    st.floats(0.0, 0.5),
+    st.integers(0, 60),
+)
 def test_plateau_is_torchs_even_when_resumed_in_the_middle(
-    losses: list[float], factor: float, patience: int, threshold: float, mode: Any,
-    cooldown: int, low: float, cut: int,
-) -> None:  # fmt: skip
+    losses: list[float],
+    factor: float,
+    patience: int,
+    threshold: float,
+    mode: Any,
+    cooldown: int,
+    low: float,
+    cut: int,
+) -> None:
     def fresh() -> ours.Plateau:
         return ours.Plateau(factor, patience, threshold, mode, cooldown, low)
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    reference = ref.ReduceLROnPlateau(
-        optimizer, "min", factor, patience, threshold, mode, cooldown, low, eps=0.0
-    )
+    reference = ref.ReduceLROnPlateau(optimizer, "min", factor, patience, threshold, mode, cooldown, low, eps=0.0)
     schedule = fresh()
     for index, loss in enumerate(losses):
         if index == cut:

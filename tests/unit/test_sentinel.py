@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.training.sentinel import hash_on_device, hash_on_host, odd_ones
+from descent.training.sentinel import hash_on_device, hash_on_host, odd_ones
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 HASHES = [hash_on_host, lambda tensors: int(hash_on_device(tensors))]
 
 
@@ -16,8 +16,7 @@ def tensors(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(3, 1500), (), (0, 4), (7,), (2049,), (64, 33)]
     return [
-        (torch.randn(shape, generator=generator) * 50).to(dtype)
-        for shape, dtype in zip(shapes, DTYPES, strict=False)
+        (torch.randn(shape, generator=generator) * 50).to(dtype) for shape, dtype in zip(shapes, DTYPES, strict=False)
     ] + [torch.randn(5, generator=generator) > 0, torch.randn(3, 2, generator=generator).T]
 
 
@@ -28,7 +27,7 @@ def test_any_flipped_bit_shows(digest, seed: int, data: st.DataObject) -> None:
     after = [t.clone() for t in before]
     assert digest(before) == digest(after)
     flat = data.draw(st.sampled_from([t for t in after if t.numel() and t.dtype != torch.bool]))
-    raw = flat.view(torch.uint8) if flat.dim() and flat.is_contiguous() else flat.reshape(1, -1).view(torch.uint8)  # fmt: skip
+    raw = flat.view(torch.uint8) if flat.dim() and flat.is_contiguous() else flat.reshape(1, -1).view(torch.uint8)
     at = data.draw(st.integers(0, raw.numel() - 1))
     raw.view(-1)[at] ^= 1 << data.draw(st.integers(0, 7))
     changed = [*after]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.artifacts import spool as spool_module
-from service.artifacts.delivery import Batch, Courier
-from service.artifacts.spool import Spool, SpoolBusyError
+from descent.tracking import spool as spool_module
+from descent.tracking.delivery import Batch, DeliveryThread
+from descent.tracking.spool import Spool, SpoolBusyError
 
 RECORDS = st.lists(
     st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=20), max_size=3),
@@ -180,7 +180,7 @@ def test_one_refused_value_costs_nothing_else(tmp_path):
     spool.append({"op": "text", "text": "", "path": ""})
     spool.append({"op": "batch", "step": 4, "time": 8, "metrics": {"last": 1.0}})
     sink = RefusingSink(failures=2)
-    courier = Courier(spool, sink)
+    courier = DeliveryThread(spool, sink)
     courier.start()
     assert courier.finish(60)
     assert courier.delivered == 4

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from service.artifacts import checkpoint
-from service.artifacts.saver import Saver
-from service.artifacts.weights import put_into, read_weights, write_weights
-from service.errors import CheckpointError, StoreError
-from service.messages import PartWritten
+from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.weights import put_into, read_weights, write_weights
+from descent.checkpoint.writer import ShareWriter
+from descent.errors import CheckpointError, StoreError
+from descent.messages import ShareWritten
 
 
 class Tied(nn.Module):
@@ -33,12 +33,12 @@ def fresh() -> Tied:
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))  # fmt: skip
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def as_checkpoint(model: nn.Module, folder: Path) -> Path:
-    parts: list[PartWritten] = []
-    saver = Saver(folder, parts.append)
+    parts: list[ShareWritten] = []
+    saver = ShareWriter(folder, parts.append)
     plain = {f"model/{n}": t for n, t in model.state_dict().items() if n != "head.weight"}
     saver.save(plain, step=3, rank=0, world_size=1, generation=1, scalars={})
     saver.wait()
@@ -52,14 +52,17 @@ def written(kind: str, model: nn.Module, folder: Path) -> Path:
     if kind == "safetensors":
         save_file({n: t for n, t in state.items() if n != "head.weight"}, folder / "w.safetensors")
         return folder / "w.safetensors"
-    wrapped = {"torch": state, "torch in a dict": {"model": state, "epoch": 3},
-               "torch, of DDP": {f"module.{n}": t for n, t in state.items()},
-               "torch, compiled": {f"_orig_mod.{n}": t for n, t in state.items()}}[kind]  # fmt: skip
+    wrapped = {
+        "torch": state,
+        "torch in a dict": {"model": state, "epoch": 3},
+        "torch, of DDP": {f"module.{n}": t for n, t in state.items()},
+        "torch, compiled": {f"_orig_mod.{n}": t for n, t in state.items()},
+    }[kind]
     torch.save(wrapped, folder / "w.pt")
     return folder / "w.pt"
 
 
-KINDS = ["checkpoint", "safetensors", "torch", "torch in a dict", "torch, of DDP", "torch, compiled"]  # fmt: skip
+KINDS = ["checkpoint", "safetensors", "torch", "torch in a dict", "torch, of DDP", "torch, compiled"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -59,11 +59,26 @@ def _built(torch_dir: Path) -> Path:
         library.parent.mkdir(exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
         include, lib = torch_dir / "include", torch_dir / "lib"
-        subprocess.run([
-            "g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{include}",
-            f"-I{include}/torch/csrc/api/include", str(_SOURCE), "-o", str(partial), f"-L{lib}",
-            "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}",
-        ], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                "g++",
+                "-std=c++20",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-w",
+                f"-I{include}",
+                f"-I{include}/torch/csrc/api/include",
+                str(_SOURCE),
+                "-o",
+                str(partial),
+                f"-L{lib}",
+                "-ltorch_cpu",
+                "-lc10",
+                f"-Wl,-rpath,{lib}",
+            ],
+            check=True,
+        )
         partial.replace(library)
     return library
 
@@ -82,10 +97,16 @@ def _tell_python() -> None:
 
     properties = types.SimpleNamespace(name="stand-in", total_memory=_MEMORY, major=9, minor=0)
     for name, value in {
-        "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
-        "current_device": lambda: 0, "Stream": Stream, "current_stream": Stream, "Event": Event,
-        "stream": lambda given: given, "synchronize": lambda *_: None,
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "Event": Event,
+        "stream": lambda given: given,
+        "synchronize": lambda *_: None,
         "get_device_properties": lambda *_: properties,
         "is_bf16_supported": lambda *_, **__: True,
-    }.items():  # fmt: skip
+    }.items():
         setattr(torch.cuda, name, value)

@@ -1,12 +1,12 @@
-"""The controller's side: the real policy decides, what is done about it mirrors `service.cluster.controller`."""
+"""The controller's side: the real policy decides, what is done about it mirrors `descent.cluster.control.controller`."""
 
 import dataclasses
 import functools
 from typing import Any
 
-from service.cluster import policy
-from service.cluster.policy import Decision, View, WorkerView
-from service.messages import RunState
+from descent.cluster.control import policy
+from descent.cluster.control.policy import Decision, View, WorkerView
+from descent.messages import TerminalState
 from tests.unit.membership.workers import delivered
 from tests.unit.membership.world import (
     GONE,
@@ -47,14 +47,19 @@ def _decision(c: Control, room: int, scenario: Scenario, rules: Rules, late: boo
             state = S.RUNNING.value
         more = {"leaving": True} if leaving else {}
         more |= {"stalled": True} if index in c.stalled else {}
-        workers[_name(index)] = WorkerView(
-            S(state), dead, generation, (step, step), index in c.joined, **more
-        )
+        workers[_name(index)] = WorkerView(S(state), dead, generation, (step, step), index in c.joined, **more)
     given = {
-        "workers": workers, "members": tuple(map(_name, c.members)), "generation": c.generation,
-        "min_workers": scenario.low, "max_workers": scenario.high, "stopping": c.stopping,
-        "waited_s": 1e9 if late else 0.0, "startable": room, "saved_step": c.saved, "save_tried": c.saving,
-    }  # fmt: skip
+        "workers": workers,
+        "members": tuple(map(_name, c.members)),
+        "generation": c.generation,
+        "min_workers": scenario.low,
+        "max_workers": scenario.high,
+        "stopping": c.stopping,
+        "waited_s": 1e9 if late else 0.0,
+        "startable": room,
+        "saved_step": c.saved,
+        "save_tried": c.saving,
+    }
     return rules.decide(View(**{k: v for k, v in given.items() if k in _VIEW_FIELDS}))
 
 
@@ -88,9 +93,7 @@ def _act(world: World, decision: Decision, scenario: Scenario, rules: Rules) -> 
         given_up = [w.step for i, w in enumerate(world.workers) if w.alive and i not in c.dead]
         if max(given_up, default=0) > max(c.saved, 0):
             raise Violation("a living worker holds more than the checkpoint that is restored")
-        return world.with_control(
-            members=(), joined=frozenset(), receiving=(), generation=c.generation + 1
-        )  # fmt: skip
+        return world.with_control(members=(), joined=frozenset(), receiving=(), generation=c.generation + 1)
     if isinstance(decision, policy.End):
         return _end(world, decision, scenario)
     for index in map(_index, getattr(decision, "workers", ())):
@@ -129,9 +132,7 @@ def _form(world: World, decision: policy.Form, rules: Rules) -> World:
     source = max(world.workers[members[0]].step, restore)
     living = [w.step for i, w in enumerate(world.workers) if w.alive and i not in c.dead]
     if world.workers[members[0]].alive and source < max([*living, c.saved]):
-        raise Violation(
-            f"going on from step {source}, though step {max([*living, c.saved])} is there"
-        )
+        raise Violation(f"going on from step {source}, though step {max([*living, c.saved])} is there")
     if c.generation >= _MAX_GENERATIONS:
         raise Violation("regroups without end")
     save_only = getattr(decision, "save_only", False)
@@ -140,26 +141,28 @@ def _form(world: World, decision: policy.Form, rules: Rules) -> World:
     if rules.holds_when_told:
         told = set()
     world = world.with_control(
-        members=members, generation=c.generation + 1, joined=c.joined | (set(members) - told),
-        receiving=tuple((w, source) for w in sorted(told)), aborting=False, pausing=False, stalled=frozenset(),
-        saving=save_only, parts=frozenset(),
-    )  # fmt: skip
+        members=members,
+        generation=c.generation + 1,
+        joined=c.joined | (set(members) - told),
+        receiving=tuple((w, source) for w in sorted(told)),
+        aborting=False,
+        pausing=False,
+        stalled=frozenset(),
+        saving=save_only,
+        parts=frozenset(),
+    )
     for rank, index in enumerate(members):
-        membership = Join(
-            c.generation + 1, rank, members, decision.behind, restore, save_only
-        )  # fmt: skip
+        membership = Join(c.generation + 1, rank, members, decision.behind, restore, save_only)
         world = _send(world, (index,), ("join", membership))
     return world
 
 
 def _end(world: World, decision: policy.End, scenario: Scenario) -> World:
     c = world.control
-    living = [
-        w for i, w in enumerate(world.workers) if w.life in ("up", "wedged") and i not in c.dead
-    ]
-    if decision.state is RunState.FAILED and len(living) + world.room >= scenario.low:
+    living = [w for i, w in enumerate(world.workers) if w.life in ("up", "wedged") and i not in c.dead]
+    if decision.state is TerminalState.FAILED and len(living) + world.room >= scenario.low:
         raise Violation(f"gave up ({decision.reason}) though enough workers live or can be started")
-    if decision.state is RunState.FINISHED:
+    if decision.state is TerminalState.FINISHED:
         members = [world.workers[m] for m in c.members if world.workers[m].life == "up"]
         if any(m.step != scenario.steps for m in members):
             raise Violation("finished before the last step")
@@ -182,9 +185,7 @@ def has_news(world: World, index: int, scenario: Scenario) -> bool:
 def _holds(world: World, index: int) -> bool:
     """Whether its progress tells that it has received what it was to receive."""
     worker, c = world.workers[index], world.control
-    return worker.generation == c.generation and any(
-        index == w and worker.step >= step for w, step in c.receiving
-    )
+    return worker.generation == c.generation and any(index == w and worker.step >= step for w, step in c.receiving)
 
 
 def can_be_found(world: World, index: int, rules: Rules) -> bool:
@@ -222,13 +223,14 @@ def hear(world: World, index: int, rules: Rules) -> World:
         if all((generation, step, r, size) in parts for r in range(size)):
             saved = max(saved, step)
     holds = _holds(world, index)
-    world = world.with_worker(
-        index, parts=(), records=tuple(s for s in worker.records if s > logged)
-    )
+    world = world.with_worker(index, parts=(), records=tuple(s for s in worker.records if s > logged))
     reporter = next((m for m in c.members if m not in c.dead), None)
     return world.with_control(
-        heard=(*c.heard[:index], worker.told, *c.heard[index + 1 :]), logged=logged, saved=saved, parts=parts,
+        heard=(*c.heard[:index], worker.told, *c.heard[index + 1 :]),
+        logged=logged,
+        saved=saved,
+        parts=parts,
         joined=c.joined | {index} if holds else c.joined,
         receiving=tuple(r for r in c.receiving if not holds or r[0] != index),
         asked=c.asked | {index} if index == reporter else c.asked - {index},
-    )  # fmt: skip
+    )

@@ -78,9 +78,7 @@ def _lose(world: World, index: int) -> tuple[Worker, ...]:
     return put(world.workers, index, GONE)
 
 
-def _worker_events(
-    world: World, index: int, scenario: Scenario, rules: Rules
-) -> Iterator[tuple[str, World]]:
+def _worker_events(world: World, index: int, scenario: Scenario, rules: Rules) -> Iterator[tuple[str, World]]:
     worker, c = world.workers[index], world.control
     known_dead = index in c.dead
     if not known_dead and can_be_found(world, index, rules):

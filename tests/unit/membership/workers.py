@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from service.messages import WorkerState
+from descent.messages import WorkerState
 from tests.unit.membership.world import Join, Rules, S, Scenario, Violation, Worker, World
 
 
@@ -27,9 +27,7 @@ def deliver(world: World, index: int, rules: Rules) -> World:
         if rules.refuses_older and message[1].generation <= worker.generation:
             return world
         pause = worker.pause and rules.clears_pause_late
-        return world.with_worker(
-            index, abort=False, pause=pause, asked=False, queue=(*worker.queue, message[1])
-        )
+        return world.with_worker(index, abort=False, pause=pause, asked=False, queue=(*worker.queue, message[1]))
     if message[0] == "abort":
         return world.with_worker(index, abort=message[1] >= worker.generation and rules.obeys_abort)
     return world.with_worker(index, pause=True, asked=True)
@@ -39,14 +37,16 @@ def take(world: World, index: int, rules: Rules) -> World:
     worker = world.workers[index]
     membership = worker.queue[0]
     return world.with_worker(
-        index, queue=worker.queue[1:], membership=membership, state=S.RUNNING.value, at="meet",
+        index,
+        queue=worker.queue[1:],
+        membership=membership,
+        state=S.RUNNING.value,
+        at="meet",
         pause=worker.pause and not rules.clears_pause_late,
-    )  # fmt: skip
+    )
 
 
-def moves(
-    world: World, index: int, scenario: Scenario, rules: Rules
-) -> Iterator[tuple[str, World]]:
+def moves(world: World, index: int, scenario: Scenario, rules: Rules) -> Iterator[tuple[str, World]]:
     """What the training thread of a member does next by itself."""
     worker = world.workers[index]
     here = worker.membership
@@ -73,17 +73,13 @@ def moves(
 
 def _is_talking(worker: Worker, scenario: Scenario) -> bool:
     """Whether it waits for others inside a collective, or is about to; in the store it only waits."""
-    return worker.at in ("receive", "reduced") or (
-        worker.at == "compute" and worker.step < scenario.steps
-    )
+    return worker.at in ("receive", "reduced") or (worker.at == "compute" and worker.step < scenario.steps)
 
 
 def _has_lost_a_peer(world: World, here: Join) -> bool:
     """Whether a connection has ended without the generation having come to its end for the peer."""
     peers = [world.workers[m] for m in here.members]
-    return any(
-        not p.alive or p.generation != here.generation or p.state == S.BROKEN.value for p in peers
-    )
+    return any(not p.alive or p.generation != here.generation or p.state == S.BROKEN.value for p in peers)
 
 
 def _save(world: World, index: int) -> World:
@@ -106,9 +102,12 @@ def meetings(world: World, scenario: Scenario) -> Iterator[tuple[str, World]]:
             continue
         peers = [world.workers[m] for m in here.members]
         together = all(
-            p.life in ("up", "cut") and p.state == S.RUNNING.value and p.generation == here.generation
-            and p.at == worker.at for p in peers
-        )  # fmt: skip
+            p.life in ("up", "cut")
+            and p.state == S.RUNNING.value
+            and p.generation == here.generation
+            and p.at == worker.at
+            for p in peers
+        )
         if not together:
             continue
         if worker.at == "meet":
@@ -136,9 +135,7 @@ def _reduce(world: World, here: Join, peers: list[Worker]) -> World:
     if len({p.step for p in peers}) > 1:
         raise Violation(f"replicas of steps {[p.step for p in peers]} reduce together")
     if here.generation < c.generation and any(m not in c.dead for m in here.members):
-        raise Violation(
-            f"generation {here.generation} takes a step after {c.generation} was formed"
-        )
+        raise Violation(f"generation {here.generation} takes a step after {c.generation} was formed")
     votes = any(p.pause for p in peers)
     if any(p.asked for p in peers) and not votes:
         raise Violation("a pause was asked for and forgotten")

@@ -1,6 +1,6 @@
 """The membership protocol as a state machine that is small enough to be explored whole.
 
-The policy is the real one (`service.cluster.policy.decide`); around it the controller's
+The policy is the real one (`descent.cluster.control.policy.decide`); around it the controller's
 acting on its decisions and the workers' side are written down as pure functions of one
 immutable `World`, with every message and every thread's next move as a step of its own
 that can come late. `explore` visits all worlds that can be reached, breadth first, and
@@ -18,9 +18,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from service.cluster import policy
-from service.cluster.policy import Decision, View
-from service.messages import WorkerState
+from descent.cluster.control import policy
+from descent.cluster.control.policy import Decision, View
+from descent.messages import WorkerState
 
 S = WorkerState
 

@@ -1,0 +1,95 @@
+"""Lay tensors out in memory as one safetensors file, so that the file is written without another copy.
+
+The format (github.com/huggingface/safetensors, README): eight bytes with the header's length,
+little-endian; the header, JSON: name -> dtype, shape, [begin, end) within the data; the data.
+The library itself builds such a file only from byte strings, that is from one more copy of
+everything, and holds the interpreter's lock meanwhile; and what has come over the network it would copy twice to read it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor's bytes lie in the file."""
+
+    header: bytes
+    spans: dict[str, tuple[int, int]]
+    """Name -> [begin, end) from the file's first byte."""
+    size: int
+
+
+def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Layout:
+    """The file of these tensors. Raises ValueError for a dtype that the format doesn't have."""
+    # As the library does it: the largest items first, so that each tensor is aligned to its own.
+    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    spans, at = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name}: safetensors files can't hold {tensor.dtype}")
+        stop = at + math.prod(tensor.shape) * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, stop]}
+        spans[name] = (at, stop)
+        at = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    header = len(text).to_bytes(8, "little") + text
+    return Layout(header, {n: (a + len(header), b + len(header)) for n, (a, b) in spans.items()}, at + len(header))
+
+
+def tensors_in(content: bytearray) -> dict[str, Tensor]:
+    """The tensors of a file that is in memory and verified, over that memory: no copies.
+
+    Raises ValueError for what is not such a file.
+    """
+    size = int.from_bytes(content[:8], "little")
+    if not 2 <= size <= len(content) - 8:
+        raise ValueError("the header's length is not within the file")
+    header = json.loads(content[8 : 8 + size].decode())
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape = dtypes[entry["dtype"]], entry["shape"]
+        start, stop = (offset + 8 + size for offset in entry["data_offsets"])
+        count = math.prod(shape)
+        if (
+            min(shape, default=0) < 0
+            or start < 8 + size
+            or stop > len(content)
+            or stop - start != count * dtype.itemsize
+        ):
+            raise ValueError(f"{name}: lies outside of the file")
+        flat = (
+            torch.frombuffer(content, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        )
+        found[name] = flat.view(shape)
+    return found

@@ -1,0 +1,226 @@
+"""`descent checkpoint …`: look at, verify, export and delete what a run has saved."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from descent.errors import CheckpointError, DescentError
+
+app = typer.Typer(
+    help="What a run has saved: list it, verify it, show it, export its weights, delete what isn't needed.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's name, id or folder; or a folder of checkpoints, also s3://…",
+        show_default=False,
+    ),
+]
+Step = Annotated[int | None, typer.Option(help="The checkpoint of this step; the newest otherwise.")]
+OutputDir = Annotated[Path, typer.Option(help="The folder that runs were written to.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_RUNS = Path(".descent")
+
+
+def _root(run: str, output_dir: Path) -> Any:
+    """Where a run's checkpoints lie. Raises CheckpointError."""
+    from descent.checkpoint import manifest as checkpoint
+    from descent.cluster.record import run_log
+    from descent.storage.location import Address, place
+
+    where = place(run)
+    if isinstance(where, Address):
+        return where
+    if where.is_dir() and any(checkpoint.step_of(p.name) is not None for p in where.iterdir()):
+        return where
+    run_dir = run_log.find_run(run, output_dir.expanduser(), "RUN")
+    settings = run_log.read_run_file(run_dir)["config"]["checkpoint"]
+    return checkpoint.folder(run_dir, settings["dir"])
+
+
+def _chosen(run: str, step: int | None, output_dir: Path) -> Any:
+    from descent.checkpoint import manifest as checkpoint
+
+    root = _root(run, output_dir)
+    found = checkpoint.committed(root)
+    if not found:
+        raise CheckpointError(f"{root}: no complete checkpoint")
+    if step is None:
+        return found[0]
+    for target in found:
+        if checkpoint.step_of(target.name) == step:
+            return target
+    there = ", ".join(str(checkpoint.step_of(t.name)) for t in found[:8])
+    raise CheckpointError(f"--step {step}: {root} has no complete checkpoint of it; it has {there}")
+
+
+@app.command("ls")
+def list_(run: Run, output_dir: OutputDir = _RUNS, as_json: Json = False) -> None:
+    """List a run's checkpoints, the newest first."""
+    from descent.checkpoint import manifest as checkpoint
+
+    rows = []
+    with _refusing():
+        root = _root(run, output_dir)
+        for target in checkpoint.committed(root):
+            row: dict[str, Any] = {"step": checkpoint.step_of(target.name), "place": str(target)}
+            try:
+                found = checkpoint.read_manifest(target)
+                scores = {k: v for k, v in found.scalars.items() if k.startswith("eval/")}
+                row |= {"bytes": found.size, "time_ms": found.time_ms, **scores}
+            except CheckpointError as error:
+                row["error"] = str(error)
+            rows.append(row)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        print(f"{root}: no complete checkpoint")
+        return
+    table = Table("step", "size", "written", "eval/loss", "eval/accuracy", "")
+    for row in rows:
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.get("time_ms", 0) / 1000))
+        table.add_row(
+            f"{row['step']:,}",
+            _size(row.get("bytes")),
+            written if "time_ms" in row else "",
+            *(f"{row[m]:.4f}" if m in row else "" for m in ("eval/loss", "eval/accuracy")),
+            row.get("error", ""),
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"in {root}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
+    """Read checkpoints whole and compare sizes and hashes: all, or the one of --step; exit code 1 if any is bad."""
+    from descent.checkpoint import manifest as checkpoint
+
+    bad = 0
+    with _refusing():
+        one = None if step is None else _chosen(run, step, output_dir)
+        targets = [one] if one is not None else checkpoint.committed(_root(run, output_dir))
+        if not targets:
+            raise CheckpointError(f"{_root(run, output_dir)}: no complete checkpoint")
+        for target in targets:
+            try:
+                found = checkpoint.verify(target, thorough=True)
+                print(f"{target.name}  good  {len(found.files)} files, {_size(found.size)}")
+            except CheckpointError as error:
+                bad += 1
+                print(f"{target.name}  BAD   {error}")
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
+def show(run: Run, step: Step = None, output_dir: OutputDir = _RUNS, as_json: Json = False) -> None:
+    """Show what is in a checkpoint: its manifest and its tensors."""
+    from descent.checkpoint import manifest as checkpoint
+
+    with _refusing():
+        target = _chosen(run, step, output_dir)
+        tensors, manifest = checkpoint.load(target)
+    content = {
+        "place": str(target),
+        "step": manifest.step,
+        "run": manifest.run,
+        "bytes": manifest.size,
+        "config_sha256": manifest.config_sha256,
+        "versions": manifest.versions,
+        "scalars": manifest.scalars,
+        "files": {n: e["size"] for n, e in manifest.files.items()},
+        "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in sorted(tensors.items())},
+    }
+    if as_json:
+        print(json.dumps(content))
+        return
+    for key in ("place", "step", "run", "versions", "scalars"):
+        print(f"{key:10} {content[key]}")
+    print(f"{'files':10} " + ", ".join(f"{n} ({_size(e['size'])})" for n, e in manifest.files.items()))
+    for name, tensor in sorted(tensors.items()):
+        print(f"  {name:60} {str(tensor.dtype).removeprefix('torch.'):9} {tuple(tensor.shape)}")
+
+
+@app.command()
+def export(
+    run: Run,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="The .safetensors file to write.")],
+    step: Step = None,
+    averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run has them (ema.decay).")] = True,
+    output_dir: OutputDir = _RUNS,
+) -> None:
+    """Write a checkpoint's weights as one safetensors file under the module's own names.
+
+    Example:
+
+      descent checkpoint export RUN model.safetensors
+    """
+    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.weights import model_weights, write_weights
+
+    with _refusing():
+        if target.suffix != ".safetensors":
+            raise CheckpointError(f"{target}: the file's name must end in .safetensors")
+        source = _chosen(run, step, output_dir)
+        tensors, manifest = checkpoint.load(source)
+        kept = {n: t for n, t in tensors.items() if averaged or not n.startswith("ema/")}
+        about = {"format": "pt", "step": str(manifest.step), "run": manifest.run}
+        weights = model_weights(kept)
+        write_weights(weights, target.expanduser().resolve(), about)
+    print(f"{target}: {len(weights)} tensors of {source.name}")
+
+
+@app.command("prune")
+def prune_(
+    run: Run,
+    keep_last: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 2,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="One of each window of so many steps stays.")] = None,
+    keep_best: Annotated[
+        str | None, typer.Option(help="The best by this metric stays: eval/loss or eval/accuracy.")
+    ] = None,
+    output_dir: OutputDir = _RUNS,
+) -> None:
+    """Delete a run's checkpoints but those to keep, and what died half written. Not while the run is going on."""
+    from descent.checkpoint.retention import Retention, prune
+    from descent.storage.location import store_at
+
+    with _refusing():
+        if keep_best not in (None, "eval/loss", "eval/accuracy"):
+            raise CheckpointError(f"--keep-best {keep_best}: is eval/loss or eval/accuracy")
+        root = _root(run, output_dir)
+        mode: Any = "max" if keep_best == "eval/accuracy" else "min"
+        gone = prune(root, Retention(keep_last, keep_every, keep_best, mode))
+        half = store_at(root).tidy(older_than_s=3600.0)
+    print(f"deleted: {', '.join(gone) or 'nothing'}" + (f", {half} unfinished files" if half else ""))
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return ""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.4g} {unit}"
+        amount /= 1000
+    return f"{amount:.4g} TB"
+
+
+class _refusing:
+    """What Descent raises on purpose, as one line and an exit code."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, DescentError):
+            line = " ".join(str(error).split())
+            Console(stderr=True).print("[red]error:[/red]", line, highlight=False, soft_wrap=True, markup=True)
+            raise typer.Exit(error.exit_code)

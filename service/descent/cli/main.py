@@ -1,0 +1,337 @@
+"""The command line: parses, calls, prints."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from descent.cli import checkpoint as checkpoint_commands
+from descent.cli import data as data_commands
+from descent.cli.output import print_error, print_groups, print_summary, print_trial
+from descent.errors import DescentError
+
+if TYPE_CHECKING:
+    from descent.config import Composed
+
+_STARTED = time.time()
+
+app = typer.Typer(
+    name="descent",
+    help="Distributed training that never loses a step, gives the same bits on any number of workers, and explains itself.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(checkpoint_commands.app, name="checkpoint")
+app.add_typer(data_commands.app, name="data")
+_VERSIONS = ("descent-service", "torch", "ray", "mlflow")
+_EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print("descent", *(f"{name} {version(name)}" for name in _VERSIONS), sep="\n  ")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
+    ] = False,
+) -> None: ...
+
+
+def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    from descent.config.completion import complete
+
+    folders = [str(folder) for folder in ctx.params.get("config_dir") or ()]
+    return complete(incomplete, ctx.params.get("overrides") or (), folders)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Hydra overrides: a group (model=resnet), a key (optimizer.lr=0.1), a new key (+model.width=64).",
+        autocompletion=_complete,
+        show_default=False,
+    ),
+]
+ConfigDirs = Annotated[
+    list[Path] | None,
+    typer.Option("--config-dir", "-c", help="A folder with your own groups; may be given more than once."),
+]
+
+
+def _fail(error: DescentError) -> NoReturn:
+    print_error(error)
+    raise typer.Exit(error.exit_code)
+
+
+def _composed(overrides: list[str] | None, config_dirs: list[Path] | None) -> "Composed":
+    from descent.config import compose
+
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return compose(overrides or [], [str(p) for p in config_dirs or []])
+    except DescentError as error:
+        _fail(error)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config_dir: ConfigDirs = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the summary as one JSON object on stdout; progress goes to stderr.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model: on this machine, or on the Ray cluster at ray.address.
+
+    Examples:
+
+      descent train
+
+      descent train experiment=fashion_mnist optimizer=sgd optimizer.lr=0.1
+
+      descent train model=gpt_tiny data=stdlib epochs=null steps=500 workers=2
+
+      descent train resume=RUN            (a run id, a run's name or its folder)
+
+    Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 stopped by Ctrl-C or SIGTERM.
+    """
+    console = Console(stderr=as_json)
+    composed = _composed(overrides, config_dir)
+    from descent.cluster.run.run import Run
+
+    run = None
+    try:
+        run = Run(composed, console, _STARTED)
+        summary = run.execute()
+    except DescentError as error:
+        print_error(composed.located(error))
+        if run is not None:
+            run.give_up(error.exit_code)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.print("stopped at once; what was not in a checkpoint is lost")
+        raise typer.Exit(130) from None
+    finally:
+        if run is not None:
+            run.close()
+    failure = summary.outcome.failure
+    if failure is not None and failure.by_user:
+        print(failure.traceback.rstrip(), file=sys.stderr)
+    if as_json:
+        print(json.dumps(summary.to_dict()))
+    else:
+        print_summary(console, summary)
+    raise typer.Exit(_EXIT[str(summary.outcome.state)])
+
+
+@app.command()
+def chaos(
+    run_or_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A finished run (its id, name or folder), or overrides as for descent train; overrides may follow a run.",
+            show_default=False,
+        ),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path(".descent"),
+    config_dir: ConfigDirs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object on stdout.")] = False,
+) -> None:
+    """Put a training through faults and say whether anything of it shows in the result.
+
+    Workers are killed, stopped, slowed down and cut off, gradients become NaN, a worker dies in the middle of a checkpoint, at random moments that chaos.seed fixes. The verdict: faults survived, steps lost, whether the result has the same bits as without faults, and how long the next step took to come.
+
+    With RUN, a finished run is done once more under chaos, with a new name, and its result is the reference. With overrides, the reference is trained first: one worker, no faults.
+
+    Examples:
+
+      descent chaos digits-mlp-20261123-101500-ab12
+
+      descent chaos RUN chaos.faults=50 chaos.seed=1 spares=1
+
+      descent chaos experiment=digits workers=4 resources.cpus=0.25 chaos.kinds.stop=0
+
+      descent train chaos.faults=20     (faults in a training of its own, without comparing)
+
+    chaos.kinds holds a weight for each kind: kill, stop (no answer any more: found after regroup.heartbeat_s), slow, nan, partition (cut off from the others), kill_in_save; 0 leaves one out. Injected faults don't count towards regroup.max_failures. The bits can be compared with reduction=exact, which is the default here unless RUN or you say fast.
+
+    Exit codes: 0 survived and equal, 1 otherwise, 2 refused before it started.
+    """
+    from descent.cluster.chaos import comparison
+
+    given = run_or_overrides or []
+    console = Console(stderr=as_json)
+    try:
+        if given and "=" not in given[0] and not given[0].startswith("~"):
+            root = output_dir.expanduser().resolve()
+            result = comparison.under_chaos(*comparison.of_run(given[0], given[1:], root))
+        else:
+            result = comparison.under_chaos(*comparison.of_overrides(_composed(given, config_dir)))
+    except DescentError as error:
+        _fail(error)
+    except comparison.Ended as ended:
+        raise typer.Exit(ended.exit_code) from None
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print_trial(console, result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+def config(
+    overrides: Overrides = None,
+    config_dir: ConfigDirs = None,
+    show_groups: Annotated[
+        bool, typer.Option("--groups", help="List every group with its options, one line each.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
+) -> None:
+    """Print the composed configuration, checked but not run; passwords and secrets are left out.
+
+    Examples:
+
+      descent config --groups                  (what there is to choose from)
+
+      descent config experiment=digits_resnet optimizer=sgd
+    """
+    from descent.config.secrets import masked
+
+    if show_groups:
+        _print_groups(config_dir, as_json)
+        return
+    composed = _composed(overrides, config_dir)
+    print(json.dumps(masked(composed.config.to_dict())) if as_json else composed.yaml.rstrip())
+
+
+def _print_groups(config_dirs: list[Path] | None, as_json: bool) -> None:
+    from descent.config import groups
+
+    try:
+        found = groups([str(p) for p in config_dirs or []])
+    except DescentError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    print_groups(found)
+
+
+@app.command()
+def ui(
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on; anything but this machine needs authentication in front."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 5000,
+    output_dir: Annotated[Path, typer.Option(help="The folder that runs were written to.")] = Path(".descent"),
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Open the MLflow UI on the embedded store of this folder."""
+    from descent.tracking.ui import serve
+
+    try:
+        raise typer.Exit(serve(output_dir.expanduser().resolve(), host, port, browser))
+    except DescentError as error:
+        _fail(error)
+
+
+@app.command()
+def submit(
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+            help="Where the cluster's Jobs API listens: http://HEAD:8265.",
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder to upload with the job, for your own modules; nothing is uploaded unless you say so."
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="Return after handing over, without following the log."),
+    ] = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Hand a training to a Ray cluster and follow its log.
+
+    The overrides are checked here first. Ctrl-C stops following, not the job.
+    """
+    from descent.cluster import jobs
+
+    _composed(overrides, config_dir)
+    try:
+        code = jobs.submit(
+            overrides or [],
+            address=address,
+            working_dir=working_dir,
+            follow=not no_wait,
+            console=Console(),
+        )
+    except DescentError as error:
+        _fail(error)
+    raise typer.Exit(code)
+
+
+@app.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="A run id, a run's name or its folder.")],
+    workers: Annotated[str, typer.Argument(help="workers=3, or workers={min: 1, max: 3}", metavar="workers=N")],
+    output_dir: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path(".descent"),
+) -> None:
+    """Change the number of workers of a run while it trains; nothing is lost and no bit changes.
+
+    Workers join and leave at a step's end. A run can use as many as it has slots: start it
+    with slots=8 to be able to go up to 8.
+
+    Examples:
+
+      descent scale digits-mlp-20261123-101500-ab12 workers=3
+    """
+    from descent.cluster.control import control_file
+    from descent.cluster.record import run_log
+    from descent.config import compose
+    from descent.errors import ConfigError
+
+    try:
+        wanted = compose([workers]).config.workers
+        if not workers.startswith("workers=") or wanted == "auto":
+            raise ConfigError(f"{workers}: say how many, such as workers=3 or 'workers={{min: 1, max: 3}}'")
+        folder = run_log.find_run(run, output_dir.expanduser().resolve(), key="RUN")
+        print(f"{folder.name}: {control_file.ask_to_scale(folder, wanted, wait_s=30.0)}")
+    except DescentError as error:
+        _fail(error)
+
+
+def main() -> None:
+    """The entry point `descent`."""
+    if os.environ.get("_DESCENT_COMPLETE") == "complete_bash":
+        from descent.config.completion import in_bash
+
+        in_bash(app)
+    else:
+        app()

@@ -1,0 +1,198 @@
+"""A run under chaos against the same run without: the reference, the disturbed run, and whether anything tells.
+
+Each is a `descent train` of its own, so that neither knows of the other.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from descent.cluster.chaos import injector
+from descent.cluster.record import run_log
+from descent.cluster.run.resume import config_sha256
+from descent.config import Composed, RunConfig, compose, recompose
+from descent.config.overrides import shown_override
+from descent.errors import ConfigError
+
+FAULTS = 20
+"""Unless chaos.faults says otherwise."""
+_TRAIN = "from descent.cli.main import main; main()"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that nothing disturbed."""
+
+    run_dir: Path
+    state_sha256: str
+
+
+@dataclass(frozen=True)
+class ChaosComparison:
+    """What came of it."""
+
+    reference: Path
+    summary: dict[str, Any]
+    """The disturbed run's, as `descent train --json` prints it."""
+    equal: bool | None
+    """Whether the state's bits and every step's loss are the reference's; None where reduction=fast promises none."""
+
+    @property
+    def passed(self) -> bool:
+        faults = self.summary.get("chaos", {})
+        return (
+            self.summary["state"] == "FINISHED"
+            and self.equal is not False
+            and faults.get("survived") == faults.get("struck")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        run_dir, state = self.summary["run_dir"], self.summary["state"]
+        return {
+            "passed": self.passed,
+            "bits_equal": self.equal,
+            "reference": str(self.reference),
+            "run_dir": run_dir,
+            "state": state,
+            **self.summary.get("chaos", {}),
+        }
+
+
+class Ended(Exception):
+    """One of the two trainings didn't get as far as a summary; it has said why itself."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def of_run(run: str, overrides: Sequence[str], output_dir: Path) -> tuple[Reference, Composed]:
+    """A finished run, and how to do it again under chaos. Raises CheckpointError or ConfigError."""
+    run_dir = run_log.find_run(run, output_dir, key="RUN")
+    saved = run_log.read_run_file(run_dir)
+    if saved.get("state") != "FINISHED" or not saved.get("state_sha256"):
+        raise ConfigError(
+            f"RUN={run}: ended as {saved.get('state') or 'unfinished'}, so there is no result to compare with; "
+            "take a finished run, or give overrides instead"
+        )
+    ours = ("name", "slots", "chaos.faults")
+    kept = [o for o in saved["overrides"] if o.lstrip("+").split("=")[0] not in ours]
+    given = [*kept, f"slots={saved['slots']}", *overrides]
+    composed = _with_faults(given, saved.get("config_dirs", ()), f"{run_dir.name}-chaos")
+    if config_sha256(composed.config) != config_sha256(recompose({**saved["config"], "slots": saved["slots"]})):
+        raise ConfigError(
+            f"{' '.join(map(shown_override, overrides))}: changes the training itself, so its bits can't be "
+            f"compared with {run}'s; only what doesn't (workers, spares, regroup, checkpoint, chaos …) may differ"
+        )
+    return Reference(run_dir, saved["state_sha256"]), composed
+
+
+def of_overrides(composed: Composed) -> tuple[Reference, Composed]:
+    """Train once without faults, with one worker; and how to do it under chaos. Raises ConfigError or Ended."""
+    config, dirs = composed.config, composed.config_dirs
+    overrides = [o for o in _exact(composed) if not o.lstrip("+").startswith("name=")]
+    if config.slots == "auto":
+        overrides.append(f"slots={_slots(config)}")
+    name = config.name or f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
+    disturbed = _with_faults(overrides, dirs, name)  # refused now rather than after the reference
+    quiet = [
+        "workers=1",
+        "spares=0",
+        "chaos.faults=0",
+        f"name={_free(config, f'{name}-reference')}",
+    ]
+    summary = train([*overrides, *quiet], dirs)
+    if summary["state"] != "FINISHED":
+        raise Ended(1)
+    return Reference(Path(summary["run_dir"]), summary["state_sha256"]), disturbed
+
+
+def _exact(composed: Composed) -> list[str]:
+    """The overrides, with reduction=exact unless they say something else."""
+    given = any(o.lstrip("+").startswith("reduction=") for o in composed.overrides)
+    return [*composed.overrides, *([] if given else ["reduction=exact"])]
+
+
+def _slots(config: RunConfig) -> int:
+    from descent.cluster.workers import ray_cluster
+    from descent.training.plan import pick_device, worker_range
+
+    if config.ray.address is not None and config.workers == "auto":
+        raise ConfigError(
+            "workers=auto: on a cluster, say how many, such as workers=4: the reference must be cut alike"
+        )
+    device = pick_device(config, 1.0 if config.device == "cuda" else 0.0)
+    return worker_range(config, cores=ray_cluster.local_cores(), gpus=1.0, device=device)[1]
+
+
+def _with_faults(overrides: Sequence[str], dirs: Sequence[str], name: str) -> Composed:
+    """The training with faults and a name of its own. Raises ConfigError where none could be survived."""
+    named = {o.lstrip("+").split("=")[0] for o in overrides}
+    faults = [] if "chaos.faults" in named else [f"chaos.faults={FAULTS}"]
+    config = compose([*overrides, *faults], dirs).config
+    if config.chaos.faults == 0:
+        raise ConfigError("chaos.faults=0: nothing to inject; say how many, such as chaos.faults=20")
+    injector.check(config.chaos, _most(config))
+    return compose([*overrides, *faults, f"name={_free(config, name)}"], dirs)
+
+
+def _most(config: RunConfig) -> int:
+    """The largest number of workers; at most one for each slot."""
+    workers = config.workers
+    if workers == "auto":
+        return int(config.slots)
+    return workers if isinstance(workers, int) else workers.max
+
+
+def _free(config: RunConfig, wanted: str) -> str:
+    runs = Path(config.output_dir).expanduser().resolve() / "runs"
+    number, name = 1, wanted
+    while (runs / name).exists():
+        number += 1
+        name = f"{wanted}-{number}"
+    return name
+
+
+def under_chaos(reference: Reference, composed: Composed) -> ChaosComparison:
+    """Train again with faults and compare. Raises Ended."""
+    summary = train(composed.overrides, composed.config_dirs)
+    equal: bool | None = None
+    if composed.config.reduction == "exact":
+        equal = summary["state_sha256"] == reference.state_sha256 and (
+            losses(Path(summary["run_dir"])) == losses(reference.run_dir)
+        )
+    return ChaosComparison(reference.run_dir, summary, equal)
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """Each logged step with its loss, in the order of the log."""
+    lines = (run_dir / run_log.METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(step, m["train/loss"]) for step, _, m in records if "train/loss" in m]
+
+
+def train(overrides: Sequence[str], config_dirs: Sequence[str]) -> dict[str, Any]:
+    """`descent train --json` in a process of its own; its progress goes to our stderr. Raises Ended."""
+    folders = [part for folder in config_dirs for part in ("--config-dir", folder)]
+    command = [sys.executable, "-c", _TRAIN, "train", "--json", *folders, *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while True:
+        try:
+            out = process.communicate()[0]
+            break
+        except KeyboardInterrupt:
+            # The terminal's Ctrl-C has reached the training too: it ends in its own time.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lines = out.strip().splitlines()
+    if not lines or process.returncode not in (0, 1):
+        raise Ended(process.returncode or 1)
+    summary = json.loads(lines[-1])
+    assert isinstance(summary, dict)
+    return summary

@@ -1,0 +1,268 @@
+"""What to do next: pure functions from what is known to one decision. No ray, no clock, no state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from descent.messages import TerminalState, WorkerState
+
+ALIVE_IDLE = (WorkerState.READY, WorkerState.PAUSED, WorkerState.BROKEN, WorkerState.FINISHED)
+Failure = tuple[str, int]
+"""(the exception's class, the step that was being computed)."""
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """One worker as the controller sees it."""
+
+    state: WorkerState
+    dead: bool = False
+    generation: int = -1
+    progress: tuple[int, int] = (0, -1)
+    """(last committed step, last evaluated step)."""
+    joined: bool = False
+    """Whether it holds the run's state: it was a member of a generation, or has got the checkpoint's."""
+    leaving: bool = False
+    """Its process or node was told to go away: a goodbye, not a fault."""
+    slow: bool = False
+    """A straggler that is to be replaced."""
+    stalled: bool = False
+    """A member without progress for too long: it is stuck, or waits for one who is."""
+    failure: Failure | None = None
+    """What it raised, where its state is FAILED."""
+
+    @property
+    def idle(self) -> bool:
+        return not self.dead and self.state in ALIVE_IDLE
+
+    @property
+    def staying(self) -> bool:
+        return not (self.dead or self.leaving or self.slow)
+
+
+@dataclass(frozen=True)
+class View:
+    """All that a decision depends on."""
+
+    workers: Mapping[str, WorkerView]
+    members: tuple[str, ...]
+    """The current generation's, by rank; empty before the first."""
+    generation: int
+    min_workers: int
+    max_workers: int
+    failures: int = 0
+    max_failures: int = 8
+    stopping: bool = False
+    waited_s: float = 0.0
+    """How long there has been no generation while too few workers are ready."""
+    patience_s: float = 60.0
+    startable: int = 0
+    """How many more workers the cluster could place now."""
+    spares: int = 0
+    saved_step: int = -1
+    """The step of the newest checkpoint; -1 if there is none."""
+    save_tried: bool = False
+    """Whether the last generation was there only to save."""
+    earlier: frozenset[Failure] = frozenset()
+    """What workers have raised before."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do until something is heard."""
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Tell these members to leave their generation: a peer of theirs is gone, or stuck.
+
+    Who waits for others leaves at once and keeps the state; who is stuck doesn't.
+    """
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Ask for a vote to stop at the step's end."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Form:
+    """Form the next generation of these workers, by rank; `behind` receive rank 0's state."""
+
+    workers: tuple[str, ...]
+    behind: tuple[int, ...]
+    save_only: bool = False
+    """They only write a checkpoint."""
+    restore: bool = False
+    """They begin with the newest checkpoint, of which each reads a share."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start this many workers."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Retire:
+    """Let these workers go: nobody needs them."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Nobody is left who holds the state: the next generation begins with the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class End:
+    """The run is over."""
+
+    state: TerminalState
+    reason: str = ""
+
+
+Decision = Wait | Abort | Pause | Form | Start | Retire | Restore | End
+
+
+def decide(view: View) -> Decision:
+    """The next decision. Called whenever something was learned; the same view gives the same answer."""
+    alive = {w: v for w, v in view.workers.items() if not v.dead}
+    if view.failures > view.max_failures:
+        return End(
+            TerminalState.FAILED,
+            f"{view.failures} failures, regroup.max_failures={view.max_failures}",
+        )
+    members = [view.workers.get(w) for w in view.members]
+    if members and all(m is not None and not m.dead and m.state is WorkerState.FINISHED for m in members):
+        return End(TerminalState.FINISHED)
+    running = [w for w in view.members if w in alive and alive[w].state is WorkerState.RUNNING]
+    broken = any(
+        m is None or m.dead or m.stalled or m.state in (WorkerState.BROKEN, WorkerState.FAILED) for m in members
+    )
+    if running and broken:
+        return Abort(tuple(running))
+    if running:
+        return _while_running(view, alive)
+    if _users_error(view, alive):
+        return End(TerminalState.FAILED, "a worker's code failed")
+    return _while_idle(view, alive)
+
+
+def _users_error(view: View, alive: Mapping[str, WorkerView]) -> bool:
+    """Whether an exception is the code's own and not one machine's bad luck: a retry would repeat it.
+
+    It is when a worker can't even be built at the start, when all members raise it, or
+    when it comes a second time at the same step.
+    """
+    raised = [v.failure for v in alive.values() if v.failure is not None]
+    if not raised:
+        return False
+    members = [alive[w].failure for w in view.members if w in alive]
+    return (
+        not view.members
+        or (None not in members and len(set(members)) == 1)
+        or any(failure in view.earlier for failure in raised)
+    )
+
+
+def _while_running(view: View, alive: Mapping[str, WorkerView]) -> Decision:
+    if view.stopping:
+        return Pause("stop")
+    outside = {w: v for w, v in alive.items() if w not in view.members}
+    useless = [w for w, v in outside.items() if not v.staying or v.state is WorkerState.FAILED]
+    if useless:
+        return Retire(tuple(useless))
+    ready = [w for w, v in outside.items() if v.idle]
+    leaving = [w for w in view.members if alive[w].leaving]
+    slow = [w for w in view.members if alive[w].slow and not alive[w].leaving]
+    good = len(view.members) - len(leaving) - len(slow)
+    if good + len(slow) > view.max_workers:
+        return Pause("shrink")
+    if leaving and good + len(slow) + len(ready) >= view.min_workers:
+        return Pause("drain")
+    if slow and good + len(ready) >= min(view.max_workers, len(view.members)):
+        return Pause("replace")
+    if ready and good + len(slow) < view.max_workers:
+        return Pause("grow")
+    if len(ready) > view.spares and good == view.max_workers:
+        return Retire(tuple(ready[view.spares :]))
+    return _start_more(view, alive) or Wait()
+
+
+def _start_more(view: View, alive: Mapping[str, WorkerView]) -> Start | None:
+    staying = sum(v.staying for v in alive.values())
+    missing = min(view.max_workers + view.spares - staying, view.startable)
+    return Start(missing) if missing > 0 else None
+
+
+def _while_idle(view: View, alive: Mapping[str, WorkerView]) -> Decision:
+    failed = tuple(w for w, v in alive.items() if v.state is WorkerState.FAILED)
+    if failed:
+        return Retire(failed)
+    idle = {w: v for w, v in alive.items() if v.idle}
+    holders = [w for w, v in idle.items() if v.joined]
+    best = max(holders, key=lambda w: (idle[w].progress, w), default="")
+    unsaved = bool(holders) and idle[best].progress[0] > view.saved_step
+    if view.stopping:
+        interrupted = any(v.state is WorkerState.BROKEN for v in idle.values())
+        if interrupted and unsaved and not view.save_tried:
+            return Form((best,), (), save_only=True)
+        return End(TerminalState.KILLED, "stopped on request")
+    if view.members and not any(v.joined for v in alive.values()):
+        return Restore()  # everyone who held the state is gone
+    chosen = [w for w, v in idle.items() if v.staying]
+    if holders and not any(idle[w].joined for w in chosen):
+        # Only workers that are about to go hold the state: they hand it on through a checkpoint.
+        if chosen and not unsaved:
+            return _form(view, chosen)
+        if chosen and not view.save_tried:
+            return Form((best,), (), save_only=True)
+        chosen += holders
+    elif holders and idle[best].progress > max(idle[w].progress for w in chosen if idle[w].joined):
+        chosen = [best, *(w for w in chosen if w != best)]  # what it alone has committed counts
+    if len(chosen) < view.min_workers:
+        chosen = list(idle)  # as long as they are there
+    starting = len(alive) - len(idle)
+    first = view.generation == 0
+    late = view.waited_s > view.patience_s
+    enough = len(chosen) >= (view.max_workers if first and starting else view.min_workers)
+    if chosen and (enough or (len(chosen) >= view.min_workers and (late or not starting))):
+        return _form(view, chosen)
+    start = _start_more(view, alive)
+    if start is not None:
+        return start
+    if view.save_tried or (late and not starting):
+        if unsaved and not view.save_tried:
+            return Form((best,), (), save_only=True)
+        return End(
+            TerminalState.FAILED,
+            f"only {len(chosen)} of at least {view.min_workers} workers could be had for {view.patience_s:.0f} s",
+        )
+    return Wait()
+
+
+def _form(view: View, chosen: Sequence[str]) -> Form:
+    """Rank 0 is the most advanced; earlier members keep their order, newcomers come last."""
+    order = {w: i for i, w in enumerate(view.members)}
+    by_rank = sorted(
+        chosen,
+        key=lambda w: (
+            not view.workers[w].joined,
+            tuple(-p for p in view.workers[w].progress),
+            order.get(w, len(order)),
+            w,
+        ),
+    )[: view.max_workers]
+    source = view.workers[by_rank[0]]
+    behind = tuple(
+        rank
+        for rank, w in enumerate(by_rank)
+        if rank and (view.workers[w].progress < source.progress or not view.workers[w].joined)
+    )
+    return Form(tuple(by_rank), behind, restore=not source.joined and view.saved_step >= 0)

@@ -1,0 +1,134 @@
+"""Getting a Ray cluster: a private one on this machine, or one that is there already."""
+
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import psutil
+
+from descent.errors import ClusterError
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+# Ray replaces 127.0.0.1 by the machine's outward address and then opens its agents there;
+# another address of the loopback network it takes as it is.
+_OWN_NODE = "127.0.0.2" if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What was found."""
+
+    host: str
+    """Address of this process as the workers reach it."""
+    loopback: bool
+    """Whether everything stays on this machine, bound to 127.0.0.1."""
+    cores: float
+    gpus: float
+
+
+def local_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def connect(address: str | None) -> Cluster:
+    """Start a private cluster (address None) or join the one at `address`.
+
+    The private one keeps its agents on the loopback network, wants a token that lives in
+    this process and its children alone (Ray's own ports can't be bound to one address), and
+    ends with `disconnect`.
+    Raises ClusterError if there is none at `address`.
+    """
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    # A SIGTERM often goes to the whole process group (timeout, systemd, a batch system). Ray's
+    # processes inherit this mask and stay until we have saved and end them ourselves.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if address is None else set())
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=local_cores(),
+                include_dashboard=False,
+                _node_ip_address=_OWN_NODE,
+                object_store_memory=128 << 20,
+                logging_level="ERROR",
+                log_to_driver=True,
+            )
+        else:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=True)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"ray.address={address}" if address else "a local Ray cluster"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ClusterError(
+            f"{where}: can't connect: {first}; is it running (ray status), and does RAY_AUTH_MODE fit it?"
+            if address
+            else f"{where}: can't start: {first}"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    total = ray.cluster_resources()
+    host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())
+    return Cluster(host, address is None, float(total.get("CPU", 0)), float(total.get("GPU", 0)))
+
+
+def end_with_children(exit_code: int) -> NoReturn:
+    """End this process and all that it has started, at once."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for _ in range(2):  # a second look, for what was being started during the first
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    os._exit(exit_code)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a private one ends with all its processes."""
+    import ray
+
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+
+
+def placeable(cpus: float, gpus: float) -> int:
+    """How many workers of this size the nodes that there are can hold when nothing else runs."""
+    import ray
+
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            by_cpu = int(has.get("CPU", 0) / cpus + 1e-9)
+            room += min(by_cpu, int(has.get("GPU", 0) / gpus + 1e-9)) if gpus > 0 else by_cpu
+    return room
+
+
+def check_fits(*, workers: int, cpus: float, gpus: float, wanted: str) -> None:
+    """Raise ClusterError if `workers` of this size can't ever be placed on the nodes there are."""
+    import ray
+
+    room = placeable(cpus, gpus)
+    if workers > room:
+        nodes: list[dict[str, Any]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        total = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
+        need = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        raise ClusterError(
+            f"{wanted}: the cluster can place {room} workers of {need} each (it has {total}); "
+            f"use workers={max(room, 1)} or smaller resources.cpus"
+        )

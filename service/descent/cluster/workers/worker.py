@@ -1,0 +1,259 @@
+"""The worker actor: training on a thread of its own, while the event loop answers.
+
+The actor never calls anyone. The controller polls it, and the poll returns early when
+there is something to say, so that a fault is known within milliseconds.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from descent.messages import (
+    Fault,
+    Membership,
+    StepRecord,
+    WorkerFailure,
+    WorkerSpec,
+    WorkerState,
+    WorkerStatus,
+)
+
+_RECORDS_PER_POLL = 4000
+
+
+def _bind_interface(address: str) -> None:
+    """Bind the process group to the interface that the cluster knows this node by.
+
+    Left alone, gloo takes whatever the host's own name resolves to, which on many systems
+    is a loopback address that no other node can reach. What the user has set stays.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
+
+
+class Worker:
+    """One device, one replica. Made a Ray actor by `worker_group`."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        for path in reversed(spec.import_paths):
+            if path not in sys.path:
+                sys.path.insert(0, path)
+        self._spec = spec
+        self._node = ray.get_runtime_context().get_node_id()
+        if not spec.loopback:
+            _bind_interface(ray.util.get_node_ip_address())
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        self._state = WorkerState.STARTING
+        self._generation = -1
+        self._failure: WorkerFailure | None = None
+        self._out_of_memory = False
+        self._broken_by = ""
+        self._sha256: str | None = None
+        self._leaving = False
+        self._control: Any = None
+        self._commands: queue.Queue[Membership | None] = queue.Queue()
+        self._changed = threading.Event()
+        self._wake: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._say_goodbye_on_sigterm()
+        self._thread = threading.Thread(target=self._train, name="training", daemon=True)
+        self._thread.start()
+
+    def _say_goodbye_on_sigterm(self) -> None:
+        """A SIGTERM announces the end: tell the controller, which pauses the others and lets us go.
+
+        Only the main thread could set a handler, and an actor never gets to run there; but
+        the handler that Ray has set there ends in this function of its, which we replace.
+        Where Ray has no such function any more, a SIGTERM stays what it was: a crash, survived.
+        """
+        internals = ray._private.worker
+        if hasattr(internals, "raise_sys_exit_with_custom_error_message"):
+
+            def leave(*_: object, **__: object) -> None:
+                self._leaving = True
+                self._notify()
+
+            internals.raise_sys_exit_with_custom_error_message = leave
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    # -- the training thread ----------------------------------------------------------
+
+    def _train(self) -> None:
+        try:
+            trainer = self._build()
+            gc.freeze()  # imports and model stay: no collection of cycles looks through them again
+            self._become(WorkerState.READY)
+            while (membership := self._commands.get()) is not None:
+                self._serve(trainer, membership)
+        except BaseException as error:
+            self._fail(error)
+
+    def _build(self) -> Any:
+        import torch
+
+        from descent.config import recompose
+        from descent.training.plan import Plan
+        from descent.training.trainer import Control, Trainer
+
+        plan = Plan.from_dict(self._spec.plan)
+        self._control = Control(notify=self._notify)
+        device = torch.device("cuda", 0) if plan.device == "cuda" else torch.device("cpu")
+        trainer = Trainer(recompose(self._spec.config), plan, Path(self._spec.run_dir), device, self._control)
+        return trainer
+
+    def _serve(self, trainer: Any, membership: Membership) -> None:
+        from descent.training.checkpointing.restoring import NotRestored
+        from descent.training.collectives import PeerLost
+        from descent.training.trainer import OutOfMemory
+
+        self._control.diverged = ()
+        self._generation = membership.generation
+        self._out_of_memory, self._broken_by = False, ""
+        self._become(WorkerState.RUNNING)
+        try:
+            outcome = trainer.run(membership)
+            self._control.enter("finish")
+            trainer.finish_saving()
+            if outcome == "finished":
+                self._sha256 = trainer.sha256()
+            self._become(WorkerState.FINISHED if outcome == "finished" else WorkerState.PAUSED)
+        except OutOfMemory:
+            self._out_of_memory = True
+            self._become(WorkerState.BROKEN)
+        except (PeerLost, NotRestored) as lost:
+            self._broken_by = f"in {self._control.phase}: {lost}"
+            self._become(WorkerState.BROKEN)
+
+    def _fail(self, error: BaseException) -> None:
+        from descent.errors import DescentError
+
+        self._failure = WorkerFailure(
+            kind=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            step=self._control.step if self._control is not None else 0,
+            by_user=not isinstance(error, DescentError),
+        )
+        self._become(WorkerState.FAILED)
+
+    def _become(self, state: WorkerState) -> None:
+        if self._control is not None:
+            self._control.enter(str(state))
+        self._state = state
+        self._notify()
+
+    def _notify(self) -> None:
+        loop, wake = self._loop, self._wake
+        self._changed.set()
+        if loop is not None and wake is not None:
+            loop.call_soon_threadsafe(wake.set)
+
+    # -- the event loop ---------------------------------------------------------------
+
+    async def poll(self, acknowledged: tuple[int, int], with_records: bool, wait_s: float) -> WorkerStatus:
+        """How things stand; returns at once when something happened, else after `wait_s`.
+
+        acknowledged: the last step and the last evaluation whose records the controller
+        has; they need not be kept any longer.
+        """
+        if self._wake is None:
+            self._wake, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        if not self._changed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+        self._wake.clear()
+        self._changed.clear()
+        return self._status(acknowledged, with_records)
+
+    def _status(self, acknowledged: tuple[int, int], with_records: bool) -> WorkerStatus:
+        control = self._control
+        state = self._state  # read first: what follows is at least as new
+        records: tuple[StepRecord, ...] = ()
+        parts = notices = ()
+        if control is not None:
+            kept = control.records
+            while kept and kept[0].step <= acknowledged["eval/loss" in kept[0].metrics]:
+                kept.popleft()
+            parts = tuple(control.parts.popleft() for _ in range(len(control.parts)))
+            # What the run will go on from must be logged before it does: this may be the last
+            # who has the records of the state that it hands on, or of a checkpoint.
+            if with_records or parts or state is not WorkerState.RUNNING:
+                records = tuple(kept[i] for i in range(min(len(kept), _RECORDS_PER_POLL)))
+            notices = tuple(control.notices.popleft() for _ in range(len(control.notices)))
+        return WorkerStatus(
+            worker_id=self._spec.worker_id,
+            state=state,
+            generation=self._generation,
+            step=control.step if control else 0,
+            evaluated=control.evaluated if control else -1,
+            phase=control.phase if control else "import",
+            phase_age_s=time.monotonic() - control.phase_since if control else 0.0,
+            records=records,
+            parts=parts,
+            notices=notices,
+            failure=self._failure,
+            out_of_memory=self._out_of_memory,
+            broken_by=self._broken_by,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            node=self._node,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            state_sha256=self._sha256,
+            leaving=self._leaving,
+            diverged=control.diverged if control else (),
+            useful_s=control.useful_s if control else 0.0,
+        )
+
+    async def join(self, membership: Membership) -> None:
+        """Become a member of a newer generation; an older one is refused."""
+        if membership.generation <= self._generation:
+            return
+        if self._control is not None:
+            self._control.abort.clear()
+            # Here and not when the thread takes it up: a wish that comes in between counts.
+            self._control.pause = False
+        self._commands.put(membership)
+
+    async def abort(self, generation: int) -> None:
+        """Leave a generation whose peers are gone, at the next slice of a wait."""
+        if self._control is not None and generation >= self._generation:
+            self._control.abort.set()
+
+    async def pause(self) -> None:
+        """Vote for all to stop at the step's end."""
+        if self._control is not None:
+            self._control.pause = True
+
+    async def save(self) -> None:
+        """Vote for a checkpoint at the step's end."""
+        if self._control is not None:
+            self._control.save = True
+
+    async def inject(self, fault: Fault) -> None:
+        """Let a fault strike this worker; refused unless the run's config asks for chaos."""
+        if not self._spec.config["chaos"]["faults"]:
+            raise PermissionError("chaos.faults=0: no fault is injected into this run")
+        if self._control is not None:
+            self._control.faults.append(fault)
+
+    async def exit(self) -> None:
+        """End the process; the training thread is a daemon."""
+        os._exit(0)

@@ -1,0 +1,236 @@
+"""From overrides to a `RunConfig`, with errors that say file, key, value and the nearest name."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from descent.config.files import PRIMARY, groups, option_file, search_path, shown
+from descent.config.former_targets import with_current_targets
+from descent.config.origin import Sources
+from descent.config.overrides import Override, check_keys, near, parse, shown_value
+from descent.config.schema import Data, RunConfig
+from descent.config.secrets import is_secret, masked, redact
+from descent.config.typed import typed
+from descent.errors import ConfigError, DescentError
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration and where it came from."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str]
+    """Group -> chosen option."""
+    yaml: str
+    """For people: secrets and passwords in addresses are left out."""
+    config_dirs: tuple[str, ...] = ()
+    sources: Sources | None = field(default=None, compare=False, repr=False)
+
+    def located(self, error: DescentError) -> DescentError:
+        """`error` with the name of the file that set the key it speaks of, where that helps."""
+        # A resumed run has overrides of its own, which these sources don't know.
+        if self.sources is None or self.config.resume is not None:
+            return error
+        return type(error)(self.sources.located(str(error)))
+
+
+def _hydra_compose(overrides: Sequence[str], dirs: Sequence[str]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    ours, *users = search_path(dirs)
+    extra = []
+    if users:
+        path = ",".join(f'"file://{folder}"' for folder in users)
+        extra = [f"hydra.searchpath=[{path}]"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ours)):
+        return hydra_compose(PRIMARY, overrides=[*extra, *overrides], return_hydra_config=True)
+
+
+def _guard_environment() -> None:
+    """Make `${oc.env:NAME}` refuse secrets: a config is printed, kept and sent to tracking."""
+    from omegaconf import OmegaConf
+
+    def read(name: str, *default: Any) -> Any:
+        if is_secret(name) or is_secret(name.lower()):
+            raise ConfigError(
+                f"${{oc.env:{name}}}: a config is printed and tracked, so no secret may get into it; "
+                "leave it in the environment, where boto3 and MLflow find theirs"
+            )
+        if name in os.environ:
+            return os.environ[name]
+        if default:
+            return default[0]
+        raise ConfigError(f"${{oc.env:{name}}}: this environment variable is not set")
+
+    OmegaConf.register_new_resolver("oc.env", read, replace=True)
+
+
+def plain_tree(overrides: Sequence[str], dirs: Sequence[str] = ()) -> dict[str, Any]:
+    """The composed keys and values as they are written, interpolations and all."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(_hydra_compose(overrides, dirs), resolve=False)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items() if k != "hydra"}
+
+
+def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Composed:
+    """Compose configs/config.yaml, its groups and `overrides` (Hydra's own grammar).
+
+    Raises ConfigError, in one line, for an unknown group, option or key (with the nearest
+    name), a wrong type, a value out of range, or a missing value.
+    """
+    from omegaconf import OmegaConf
+
+    dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
+    search_path(config_dirs)
+    known = groups(dirs)
+    parsed = parse(overrides, known)
+    _guard_environment()
+    try:
+        node = _hydra_compose(overrides, dirs)
+    except Exception as error:  # Hydra raises many kinds; all of them are the config's
+        _explain(error, parsed, dirs, known)
+    choices = {str(k): str(v) for k, v in node.hydra.runtime.choices.items() if not str(k).startswith("hydra")}
+    OmegaConf.set_struct(node, False)
+    del node["hydra"]
+    sources = Sources(tuple(parsed), choices, dirs)
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    plain = _resolved(node, sources)
+    _refuse_idle_data_keys({str(k): v for k, v in raw.items()}, sources)
+    config = typed(plain, sources)
+    _refuse_self_trust(config, sources)
+    yaml = OmegaConf.to_yaml(OmegaConf.create(masked(plain)))
+    return Composed(config, tuple(overrides), choices, yaml, dirs, sources)
+
+
+def _resolved(node: Any, sources: Sources) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        _refuse_missing(sorted(OmegaConf.missing_keys(node)), sources)
+        plain = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "config")
+        ours = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
+        reason = str(ours) if ours else redact(" ".join(str(error).split("full_key")[0].split()))
+        where = sources.where(tuple(re.split(r"\.|\[", key)))
+        raise ConfigError(f"{where}: {key}: {reason}") from error
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in with_current_targets(plain).items()}
+
+
+def _refuse_missing(missing: Sequence[str], sources: Sources) -> None:
+    if not missing:
+        return
+    key = missing[0]
+    group = key.split(".")[0]
+    chosen = f"{group}={sources.choices[group]} needs {key}" if group in sources.choices else key
+    more = " trusted_modules=[my_module]" if key.endswith("_target_") else ""
+    value = "my_module.MyClass" if more else "…"
+    raise ConfigError(f"{chosen}, which is not set: add {key}={value}{more}")
+
+
+def _refuse_idle_data_keys(raw: Mapping[str, Any], sources: Sources) -> None:
+    """Keys of `data` serve interpolations; one that none refers to is a typo that would do nothing."""
+    data = raw.get("data")
+    if not isinstance(data, Mapping):
+        return
+    written = [text for text in _texts(raw) if "${" in text]
+    for key, value in data.items():
+        if key in Data.model_fields:
+            continue
+        if not any(re.search(rf"\$\{{[^}}]*\b{re.escape(str(key))}\b", text) for text in written):
+            names = sorted({*Data.model_fields, *map(str, data)} - {str(key)})
+            rule = f"nothing refers to this key; {near(str(key), names, 'data.')}"
+            raise ConfigError(sources.line(("data", str(key)), value, rule))
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value)
+
+
+def _refuse_self_trust(config: RunConfig, sources: Sources) -> None:
+    """A config file may come from a colleague: it can't vouch for the code that it names."""
+    if config.trusted_modules and sources.override_of(("trusted_modules",)) is None:
+        file = shown(sources.file_of(("trusted_modules",)))
+        said = f"trusted_modules=[{','.join(config.trusted_modules)}]"
+        raise ConfigError(f"{file}: {said}: a file can't vouch for itself; add {said} as an override")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explain(
+    error: Exception,
+    overrides: Sequence[Override],
+    dirs: Sequence[str],
+    known: Mapping[str, Mapping[str, str]],
+) -> NoReturn:
+    """Turn what Hydra raised into one line: a file that can't be read, or a key that isn't there."""
+    from hydra.errors import MissingConfigException
+    from yaml import MarkedYAMLError
+
+    for cause in _causes(error):
+        if isinstance(cause, MarkedYAMLError):
+            mark = cause.problem_mark
+            place = f"{shown(Path(mark.name))}, line {mark.line + 1}" if mark else "a config file"
+            raise ConfigError(f"{place}: is not valid YAML: {cause.problem}") from error
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+            group, _, option = str(cause.missing_cfg_file).partition("/")
+            file = _asker(group, option, overrides, dirs)
+            if group not in known:
+                hint = f"there is no group {group!r}; {near(group, known)}"
+            else:
+                hint = f"group {group} has no option {option!r}; {near(option, known[group])}"
+            raise ConfigError(f"{file}: defaults: {hint}") from error
+    chosen = [o.text for o in overrides if o.key in known and o.action != "delete"]
+    try:
+        tree = plain_tree(chosen, dirs)
+    except Exception as inner:
+        message = redact(" ".join(str(inner).split()))
+        raise ConfigError(f"{_experiment(overrides, dirs)}: {message}") from error
+    check_keys(overrides, tree, known)
+    raise ConfigError(redact(" ".join(str(error).split()))) from error
+
+
+def _experiment(overrides: Sequence[Override], dirs: Sequence[str]) -> str:
+    chosen = next((o for o in reversed(overrides) if o.key == "experiment"), None)
+    file = option_file("experiment", shown_value(chosen.value), dirs) if chosen else None
+    return shown(file) if file else "config"
+
+
+def _asker(group: str, option: str, overrides: Sequence[Override], dirs: Sequence[str]) -> str:
+    """The file whose defaults name `group: option`."""
+    for chosen in (o for o in overrides if o.action in ("change", "add")):
+        file = option_file(chosen.key, shown_value(chosen.value), dirs)
+        if file and re.search(rf"\b{re.escape(group)}.*:\s*{re.escape(option)}\b", file.read_text()):
+            return shown(file)
+    return _experiment(overrides, dirs)
+
+
+def recompose(saved: Mapping[str, Any]) -> RunConfig:
+    """The `RunConfig` of an earlier run from what `RunConfig.to_dict` gave."""
+    try:
+        return typed(with_current_targets(saved), Sources((), {}, ()))
+    except ConfigError as error:
+        raise ConfigError(f"saved config: {error}") from error

@@ -1,0 +1,99 @@
+"""Which override or file a key of the composed config comes from: errors must say it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from descent.config.files import PRIMARY, config_dir, option_file, shown
+from descent.config.overrides import Override, shown_value
+
+Key = tuple[str, ...]
+_SAID = re.compile(r"^([A-Za-z_]\w*(?:\.\w+)*)")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a composition was made of."""
+
+    overrides: tuple[Override, ...]
+    choices: Mapping[str, str]
+    config_dirs: tuple[str, ...]
+
+    def override_of(self, path: Key) -> Override | None:
+        """The last override that set `path`, something in it, or something around it."""
+        for override in reversed(self.overrides):
+            own = override.path
+            group = override.key in self.choices and len(own) == 1
+            if not group and (own[: len(path)] == path or path[: len(own)] == own):
+                return override
+        return None
+
+    def file_of(self, path: Key) -> Path:
+        """The file that has the last word on `path`, or if none names it on what is around it."""
+        files = list(self._files(path[0]))
+        for length in range(len(path), 0, -1):
+            for file, inner in files:
+                if _names(file, path[len(inner) : length]):
+                    return file
+        return config_dir() / f"{PRIMARY}.yaml"
+
+    def _files(self, top: str) -> Iterator[tuple[Path, Key]]:
+        """(file, where it is placed), the one that has the last word first (see configs/config.yaml)."""
+        ordered = ["experiment", "batch", "", *(g for g in (top,) if g != "batch")]
+        for group in ordered:
+            if not group:
+                yield config_dir() / f"{PRIMARY}.yaml", ()
+                continue
+            file = option_file(group, self.choices.get(group, "null"), self.config_dirs)
+            if file is None:
+                continue
+            if "# @package _global_" in file.read_text(encoding="utf-8"):
+                yield file, ()
+            elif group == top:
+                yield file, (group,)
+
+    def where(self, path: Key) -> str:
+        """`override 'key=value'`, or the file's name."""
+        override = self.override_of(path) if path else None
+        if override is not None:
+            return str(override)
+        return shown(self.file_of(path) if path else config_dir() / f"{PRIMARY}.yaml")
+
+    def line(self, path: Key, value: Any, rule: str) -> str:
+        """One line: where, key=value unless the override says just that, and what would be right."""
+        override = self.override_of(path)
+        if override is not None and override.path == path:
+            return f"{override}: {rule}"
+        key = ".".join(path)
+        said = key if isinstance(value, Mapping) else f"{key}={shown_value(value, key)}"
+        return f"{self.where(path)}: {said}: {rule}"
+
+    def located(self, message: str) -> str:
+        """`message`, which starts with a key, with the name of the user's file or the experiment
+        that set it; as it is where an override did (the user has just typed it) or a default."""
+        said = _SAID.match(message)
+        path = tuple(said[1].split(".")) if said else ()
+        if not path or path[0] not in _top_level(self) or self.override_of(path) is not None:
+            return message
+        file = self.file_of(path)
+        ours = file.is_relative_to(config_dir()) and file.parent.name != "experiment"
+        return message if ours else f"{shown(file)}: {message}"
+
+
+def _top_level(sources: Sources) -> set[str]:
+    from descent.config.schema import RunConfig
+
+    return set(RunConfig.model_fields) | set(sources.choices)
+
+
+def _names(file: Path, path: Sequence[str]) -> bool:
+    from omegaconf import OmegaConf
+
+    tree: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    for part in path:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True

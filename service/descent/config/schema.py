@@ -1,0 +1,311 @@
+"""`RunConfig`: what a composed configuration must look like, typed and frozen.
+
+Objects that are built from a `_target_` (model, data sets, optimizer, schedule,
+loss) stay mappings here; their arguments are checked when they are built, which
+happens before any worker starts.
+"""
+
+import difflib
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def _has_target(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("_target_"), str):
+        raise ValueError("needs a `_target_`, the dotted path of a class")
+    return value
+
+
+Spec = dict[str, Any]
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+CHAOS_KINDS = ("kill", "stop", "slow", "nan", "partition", "kill_in_save")
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Section(BaseModel):
+    """Unknown keys and wrong types are errors; nothing is converted in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class WorkerRange(Section):
+    min: Positive = 1
+    max: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is larger than max={self.max}")
+        return self
+
+
+class Resources(Section):
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores of one worker; also its number of threads (at least one)."""
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """GPUs of one worker, which drives one or shares it."""
+
+
+class DataCache(Section):
+    """Where a node keeps what it fetched of data sets that lie elsewhere."""
+
+    dir: str | None = None
+    gb: Annotated[float, Field(gt=0)] = 20.0
+
+
+class Data(BaseModel):
+    """`train` and `evaluate` are built; other keys serve as interpolation targets."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+    train: Spec
+    evaluate: Spec | None = None
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    on_error: Literal["fail", "skip"] = "fail"
+    cache: DataCache = Field(default_factory=DataCache)
+
+    @field_validator("train", "evaluate")
+    @classmethod
+    def _target(cls, value: Spec | None) -> Spec | None:
+        return value if value is None else _has_target(value)
+
+
+class Batch(Section):
+    size: Literal["full"] | Positive
+    micro_size: Literal["auto"] | Positive = "auto"
+
+
+class Clip(Section):
+    norm: Annotated[float, Field(gt=0)] | None = None
+    value: Annotated[float, Field(gt=0)] | None = None
+
+
+class EmaConfig(Section):
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class Evaluate(Section):
+    every: Literal["epoch", "end"] | Positive = "epoch"
+    batch_size: Positive = 256
+
+
+class KeepBest(Section):
+    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    mode: Literal["min", "max"] | None = None
+
+    @property
+    def higher(self) -> bool:
+        """Whether more is better; as the metric has it unless `mode` says otherwise."""
+        return (self.mode or ("max" if self.metric == "eval/accuracy" else "min")) == "max"
+
+
+class Checkpoint(Section):
+    dir: str | None = None
+    every: Positive | str | None = "1m"
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """With every=auto: the largest part of the time that saving may take."""
+    keep_last: Positive = 2
+    keep_every: Positive | None = None
+    keep_best: KeepBest | None = None
+    required: bool = False
+
+    @field_validator("every")
+    @classmethod
+    def _cadence(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str) and value not in ("epoch", "auto") and not _DURATION.match(value):
+            raise ValueError("is a number of steps, 'epoch', a duration such as 30s, 5m, 1h, auto, or null")
+        return value
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"metric": value} if isinstance(value, str) else value
+
+    @field_validator("dir")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value and not re.match(r"^s3://[^/@]+(/|$)", value):
+            raise ValueError("is a folder or s3://bucket/prefix, without credentials in it")
+        return value
+
+    @property
+    def every_s(self) -> float | None:
+        """The cadence in seconds, None for auto; infinity where it isn't one of time."""
+        if self.every == "auto":
+            return None
+        match = _DURATION.match(self.every) if isinstance(self.every, str) else None
+        return float(match[1]) * _UNIT_S[match[2]] if match else math.inf
+
+
+class Tracking(Section):
+    uri: str | None = None
+    experiment: str = "descent"
+    every: Positive = 1
+    system_metrics: bool = True
+
+    @field_validator("uri")
+    @classmethod
+    def _scheme(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"^(https?|sqlite|postgresql|mysql)(\+\w+)?://", value):
+            raise ValueError("is an MLflow tracking URI such as http://host:5000, or null")
+        if value is not None and re.match(r"^[^:]+://[^/@]*:[^/@]*@", value):
+            raise ValueError(
+                "holds a password, and a config is kept in many places; use the environment: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD"
+            )
+        return value
+
+
+class Diagnostics(Section):
+    every: Positive = 10
+
+
+class Ray(Section):
+    address: str | None = None
+
+
+class Regroup(Section):
+    heartbeat_s: Seconds = 10.0
+    stall_s: Seconds = 300.0
+    wait_s: Seconds = 60.0
+    max_failures: Annotated[int, Field(ge=0)] = 8
+    max_bad_steps: Positive = 10
+
+
+class Straggler(Section):
+    """What is done about a rank that is slower than the others."""
+
+    deal: bool = True
+    """Deal the slots by measured speed; needs more slots than workers."""
+    factor: Annotated[float, Field(gt=1)] = 1.5
+    """Slow: this many times the median of the ranks' time per sample."""
+    after_s: Seconds = 30.0
+    """Lasting: slow for this long; it is then named as an incident."""
+    replace: bool = False
+
+
+class Chaos(Section):
+    """Faults to inject into this run, at seeded random moments."""
+
+    faults: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    every_s: Seconds = 5.0
+    """Mean time between two faults."""
+    kinds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Kind -> weight."""
+
+    @field_validator("kinds")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        for kind in value:
+            if kind not in CHAOS_KINDS:
+                close = difflib.get_close_matches(kind, CHAOS_KINDS, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(CHAOS_KINDS)}"
+                raise ValueError(f"there is no fault {kind!r}; {hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _some(self) -> "Chaos":
+        if self.faults and not any(self.kinds.values()):
+            raise ValueError(f"faults={self.faults}, but no kind has a weight above 0")
+        return self
+
+
+class RunConfig(Section):
+    """One run, whole. The comments in configs/config.yaml say what each key does."""
+
+    name: str | None
+    output_dir: str
+    steps: Positive | None
+    epochs: Annotated[float, Field(gt=0)] | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    model: Spec
+    data: Data
+    loss: Spec
+    optimizer: Spec
+    schedule: Spec
+    batch: Batch
+    precision: Literal["fp32", "bf16"]
+    clip: Clip
+    compile: bool
+    ema: EmaConfig
+    workers: Literal["auto"] | Positive | WorkerRange
+    spares: Annotated[int, Field(ge=0)]
+    slots: Literal["auto"] | Positive
+    reduction: Literal["exact", "fast"]
+    compress: Literal["bf16", "powersgd"] | None
+    sentinel_every: Positive | None
+    device: Literal["auto", "cpu", "cuda"]
+    resources: Resources
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    tracking: Tracking
+    diagnostics: Diagnostics
+    regroup: Regroup
+    straggler: Straggler
+    chaos: Chaos
+    ray: Ray
+    trusted_modules: list[str]
+    init_from: str | None
+    init_strict: bool
+    resume: str | None
+
+    @field_validator("model", "loss", "optimizer", "schedule")
+    @classmethod
+    def _target(cls, value: Spec) -> Spec:
+        return _has_target(value)
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", value):
+            raise ValueError("is used as a folder: letters, digits, '.', '_' and '-' only")
+        return value
+
+    @field_validator("trusted_modules")
+    @classmethod
+    def _module_names(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+                raise ValueError(f"{name!r} is not the dotted name of a module")
+        return value
+
+    @model_validator(mode="after")
+    def _compressible(self) -> "RunConfig":
+        if self.compress is not None and self.reduction == "exact":
+            raise ValueError(
+                f"compress={self.compress}: rounds the gradients, which reduction=exact does not allow; use reduction=fast"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "RunConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs}: set one of them and the other to null")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, fit for JSON and for `RunConfig(**…)`."""
+        return self.model_dump(mode="json")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay values.
+
+    >>> flatten({"a": {"b": 1}, "c": [1, 2]})
+    {'a.b': 1, 'c': [1, 2]}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, name + "."))
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,41 @@
+"""Data sets: each gives (input, target) pairs by number, and whole batches at once.
+
+What training needs from a data set is `base.Data`: `len(data)`, `data[i]`, and
+`data.gather(indices)`, which reads a whole batch without a Python loop per sample, besides
+`input_shape`, `num_outputs`, `name`, `source` and `digest`. Any map-style PyTorch Dataset of
+your own works as it is (`data.train._target_=my_module.MyData`): `base.adapt` wraps it.
+
+To add a data set to Descent: one small file here and one YAML in `configs/data/`.
+
+1. `service/descent/data/flowers.py`: read the data, hand two tensors to `TensorData`::
+
+       class Flowers(TensorData):
+           def __init__(self, split: str = "all", holdout: float = 0.1, seed: int = 0) -> None:
+               measured, species = load_iris(return_X_y=True)
+               rows = rows_of(len(measured), split, holdout, seed)
+               super().__init__(
+                   torch.from_numpy(measured[rows]).float(),   # [n, 4]
+                   torch.from_numpy(species[rows]).long(),     # [n]
+                   num_outputs=3, name="flowers", source="scikit-learn load_iris",
+               )
+
+2. `configs/data/flowers.yaml`: the first line is what `descent config --groups` shows::
+
+       # Iris flowers, 4 measurements, 3 species (scikit-learn).
+       name: flowers
+       holdout: 0.1
+       train: {_target_: descent.data.flowers.Flowers, split: train, holdout: "${data.holdout}"}
+       evaluate: {_target_: descent.data.flowers.Flowers, split: evaluate, holdout: "${data.holdout}"}
+
+Then `descent train data=flowers`. With `evaluate: null` Descent holds out a share itself
+(`splits.split`). A data set that is larger as floats than on disk keeps its small form and
+overrides `TensorData.decode`, as `idx.py` and `stdlib_bytes.py` do.
+
+A set that is read piece by piece has a `layout` (`shards.Layout`) and `expect(shards)`: then the
+order goes shard by shard. One without reading to do says `in_memory`. Splits are views
+(`splits`), bad samples raise `records.BadRecords`, and what lies elsewhere comes through
+`storage` and `cache`.
+
+Whatever is wrong with a file is a `descent.errors.DataError` that names the file, the place in
+it, and what to do.
+"""

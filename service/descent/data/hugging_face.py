@@ -1,0 +1,132 @@
+"""A data set of the Hugging Face library `datasets`, saved on disk with `save_to_disk`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from descent.data.base import Indices, Pair, check_inside, digest_of
+from descent.data.records import refuse_not_finite
+from descent.errors import DataError
+
+
+class HuggingFace(Dataset[Pair]):
+    """inputs [n, …] and targets [n, …] from two columns, memory-mapped by the library.
+
+    path: the folder that `save_to_disk` wrote; of a DatasetDict, `part` says which. Inputs are
+    float32, or with `scale` bytes times it (images: 1/255; a channel axis comes first); whole
+    numbers without it are tokens (int64). A target of whole numbers is a class, of floats a
+    value (float32 [n, 1]).
+
+    Raises DataError where the library is missing and for what it can't load.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        input: str = "image",
+        target: str = "label",
+        part: str | None = None,
+        scale: float | None = None,
+        num_outputs: int | None = None,
+        name: str = "hugging_face",
+    ) -> None:
+        if path is None:
+            raise DataError("data.path is not set: give the folder that save_to_disk wrote")
+        self.name, self.source, self.scale = name, path, scale
+        self._input, self._target = input, target
+        data = _load(path, part)
+        for column in (input, target):
+            if column not in data.column_names:
+                raise DataError(f"{path}: no column {column!r}; there are {', '.join(data.column_names)}")
+        self._data = data.select_columns([input, target]).with_format("numpy")
+        if len(data) == 0:
+            raise DataError(f"{path}: no rows")
+        self._fingerprint = str(data._fingerprint)
+        feature = data.features[target]
+        known = getattr(feature, "num_classes", None)
+        x, y = self.gather(np.array([0], dtype=np.int64))
+        self.input_shape = tuple(x.shape[1:])
+        if y.is_floating_point():
+            self.num_outputs = y.shape[-1]
+        else:
+            self.num_outputs = num_outputs or known or self._highest(target) + 1
+
+    def _highest(self, target: str) -> int:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self._data.data.column(target)
+        while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+            column = pc.list_flatten(column)
+        return int(pc.max(column).as_py())
+
+    @property
+    def digest(self) -> str:
+        return digest_of([], self._fingerprint, f"{self._input} {self._target} {self.scale}")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        inputs, targets = self.gather(np.array([index % len(self)], dtype=np.int64))
+        return inputs[0], targets[0]
+
+    def gather(self, indices: Indices) -> Pair:
+        """Inputs and targets of the samples; BadRecords for NaN, DataError for rows of different shapes."""
+        check_inside(indices, len(self))
+        try:
+            rows = self._data[indices]
+        except Exception as error:  # the library's decoders raise what they like
+            raise DataError(f"{self.source}: can't be read: {' '.join(str(error).split())[:300]}") from error
+        x, y = self._tensor(rows[self._input]), self._tensor(rows[self._target])
+        if self.scale is not None:
+            inputs = x.float() * self.scale
+            if inputs.dim() in (3, 4):  # images: channels first
+                inputs = inputs[:, None] if inputs.dim() == 3 else inputs.movedim(-1, 1).contiguous()
+        else:
+            inputs = x.float() if x.is_floating_point() else x.long()
+        targets = y.float() if y.is_floating_point() else y.long()
+        if targets.is_floating_point() and targets.dim() == 1:
+            targets = targets[:, None]
+        for values in (inputs, targets):
+            refuse_not_finite(values, lambda row: f"{self.source}, row {int(indices[row])} (from 0)")
+        return inputs, targets
+
+    def _tensor(self, column: Any) -> Tensor:
+        array = np.asarray(column)
+        if array.dtype.kind not in "fiub":
+            raise DataError(
+                f"{self.source}: a column gives {array.dtype} (rows of different shapes, or text): give numbers of one shape"
+            )
+        if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+            array = array.astype(np.int64)
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _load(path: str, part: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            'data=hugging_face: needs the library datasets: pip install "descent-service[huggingface]"'
+        ) from error
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder} doesn't exist: give the folder that save_to_disk wrote")
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise DataError(f"{folder}: can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if part not in loaded:
+            raise DataError(f"{folder}: data.part={part}: has the parts {', '.join(loaded)}; name one")
+        return loaded[part]
+    if part is not None:
+        raise DataError(f"{folder}: data.part={part}: has no parts; set it to null")
+    return loaded

@@ -1,0 +1,175 @@
+"""What `descent data index|inspect|copy` do to sharded sets."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from descent.data.images import SUFFIXES
+from descent.data.shards import (
+    INDEX,
+    Shard,
+    ShardIndex,
+    read_index,
+    sha256_of,
+    shard_of,
+    write_index,
+)
+from descent.data.storage import Storage, open_storage
+from descent.data.tar_shards import index_tars
+from descent.data.tokens import DTYPES
+from descent.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""(what is under way, bytes done, bytes in all)"""
+
+
+def make_index(
+    folder: Path, progress: Progress, *, dtype: str | None = None, vocabulary: int | None = None
+) -> ShardIndex:
+    """Look through a folder of *.tar, *.parquet or *.bin shards and write its index.json.
+
+    dtype and vocabulary are for *.bin files of token ids, which don't say it themselves.
+    Raises DataError when there is nothing, or more than one kind.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give one with *.tar, *.parquet or *.bin files")
+    kinds = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in (".tar", ".parquet", ".bin")}
+    kinds[".bin"] = [file for file in kinds[".bin"] if file.name != "members.bin"]
+    found = [suffix for suffix, files in kinds.items() if files]
+    if len(found) != 1:
+        there = " and ".join(f"*{suffix}" for suffix in found) or "no such files"
+        raise DataError(f"{folder}: holds {there}; an index needs *.tar, *.parquet or *.bin, one of them")
+    files = kinds[found[0]]
+    if found[0] == ".tar":
+        index = index_tars(folder, SUFFIXES, lambda done, total: progress("reading", done, total))
+    elif found[0] == ".parquet":
+        index = _parquet(files, progress)
+    else:
+        index = _tokens(files, progress, dtype, vocabulary)
+    write_index(folder, index)
+    return index
+
+
+def _shards(files: list[Path], samples: list[int], progress: Progress) -> tuple[Shard, ...]:
+    total, done, shards = sum(file.stat().st_size for file in files), 0, []
+    for file, count in zip(files, samples, strict=True):
+        shards.append(shard_of(file, file.name, count))
+        done += file.stat().st_size
+        progress("hashing", done, total)
+    return tuple(shards)
+
+
+def _parquet(files: list[Path], progress: Progress) -> ShardIndex:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    groups = []
+    for file in files:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: is not a Parquet file: {' '.join(str(error).split())}") from error
+        groups.append([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
+    shards = _shards(files, [sum(rows) for rows in groups], progress)
+    return ShardIndex("parquet", shards, {"row_groups": groups})
+
+
+def _tokens(files: list[Path], progress: Progress, dtype: str | None, vocabulary: int | None) -> ShardIndex:
+    if dtype not in DTYPES or vocabulary is None:
+        raise DataError(
+            f"*.bin files don't say what they hold: give --dtype {'|'.join(DTYPES)} and --vocabulary NUMBER"
+        )
+    width = DTYPES[dtype].itemsize
+    odd = next((file for file in files if file.stat().st_size % width), None)
+    if odd is not None:
+        raise DataError(f"{odd}: its {odd.stat().st_size} bytes are no whole number of {dtype}")
+    counts = [file.stat().st_size // width for file in files]
+    shards = _shards(files, counts, progress)
+    return ShardIndex("tokens", shards, {"dtype": dtype, "vocabulary": vocabulary})
+
+
+def _all_files(index: ShardIndex) -> list[Shard]:
+    """The shards, and what else belongs to the set."""
+    members: Any = index.about.get("members")
+    return [*index.shards, *([Shard(**members)] if isinstance(members, dict) else [])]
+
+
+def verify(storage: Storage, index: ShardIndex, progress: Progress) -> list[str]:
+    """Read every file and compare with the index; one line on each that is wrong."""
+    files = _all_files(index)
+    total, done, wrong = sum(s.bytes for s in files), 0, []
+    for shard in files:
+        try:
+            found = _digest(storage, shard)
+        except DataError as error:
+            wrong.append(str(error))
+        else:
+            if found != shard.sha256:
+                wrong.append(
+                    f"{storage.uri}/{shard.file}: is corrupt: its sha256 is {found[:12]}…, not {shard.sha256[:12]}…"
+                )
+        done += shard.bytes
+        progress("verifying", done, total)
+    return wrong
+
+
+_PIECE = 8 << 20
+
+
+def _digest(storage: Storage, shard: Shard) -> str:
+    size = storage.size(shard.file)
+    if size != shard.bytes:
+        raise DataError(f"{storage.uri}/{shard.file}: has {size} bytes, the index says {shard.bytes}")
+    content = hashlib.sha256()
+    for start in range(0, size, _PIECE):
+        content.update(storage.read(shard.file, start, min(_PIECE, size - start)))
+    return content.hexdigest()
+
+
+def copy(source: str, target: str, progress: Progress) -> tuple[ShardIndex, int]:
+    """Copy a sharded set from a folder or s3:// to another; (its index, files that were there already).
+
+    Each file is verified on its way, and the index is written last: until then there is no
+    set at the target, and a copy that was interrupted goes on where it stopped.
+    Raises DataError when a file isn't what the index says, or the target holds another set.
+    """
+    here, there = open_storage(source), open_storage(target)
+    index = read_index(here)
+    present = set(there.list())
+    if INDEX in present and there.read(INDEX) != here.read(INDEX):
+        raise DataError(f"{target}: holds another data set ({INDEX}); choose another place")
+    files = _all_files(index)
+    total, done, kept = sum(s.bytes for s in files), 0, 0
+    with tempfile.TemporaryDirectory(prefix="descent-") as scratch:
+        for shard in files:
+            if shard.file in present and _is_whole(there, shard):
+                kept += 1
+            else:
+                _copy_one(here, there, shard, Path(scratch) / "shard")
+            done += shard.bytes
+            progress("copying", done, total)
+        last = Path(scratch) / INDEX
+        last.write_bytes(here.read(INDEX))
+        there.put(INDEX, last)
+    return index, kept
+
+
+def _is_whole(storage: Storage, shard: Shard) -> bool:
+    return storage.size(shard.file) == shard.bytes and _digest(storage, shard) == shard.sha256
+
+
+def _copy_one(here: Storage, there: Storage, shard: Shard, scratch: Path) -> None:
+    if here.folder is not None:
+        file = here.folder / shard.file
+        here.size(shard.file)  # says so where it is missing
+    else:
+        file = scratch
+        try:
+            here.fetch(shard.file, file)
+        except OSError as error:
+            raise DataError(f"{file}: can't be written: {error.strerror}") from error
+    if (found := sha256_of(file)) != shard.sha256:
+        raise DataError(f"{here.uri}/{shard.file}: is corrupt: its sha256 is {found[:12]}…, not {shard.sha256[:12]}…")
+    there.put(shard.file, file)

@@ -1,0 +1,224 @@
+"""Sharded sets: an index that says what each shard holds, and the shards as local files.
+
+The index, `index.json`, lies beside the shards::
+
+    {"format": "descent-shards-1", "kind": "tokens", "about": {"dtype": "uint16", …},
+     "shards": [{"file": "shard-00000.bin", "bytes": 1048576, "sha256": "…", "samples": 524288}]}
+
+What a sample is depends on the kind: a token, an image, a row.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from descent.data.cache import node_cache
+from descent.data.storage import Storage, is_remote, open_storage, split_file
+from descent.errors import DataError
+
+INDEX = "index.json"
+_FORMAT = "descent-shards-1"
+_FETCHERS = 2  # files fetched at the same time, ahead of use; each is fetched in parts anyway
+_WINDOW_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a sharded set."""
+
+    file: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What `index.json` says."""
+
+    kind: str
+    shards: tuple[Shard, ...]
+    about: dict[str, Any]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over all that it says: the content, since it holds the shards' hashes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        told = {"format": _FORMAT, "kind": self.kind, "about": self.about}
+        return json.dumps({**told, "shards": [asdict(s) for s in self.shards]}, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples lie in shards, for an order that reads few shards at a time.
+
+    starts: [num_shards + 1], the first sample of each shard, and the number of samples.
+    window: samples that are shuffled among each other, once the shards themselves are.
+    """
+
+    starts: npt.NDArray[np.int64]
+    window: int
+
+
+def layout_of(counts: Iterable[int], window: int | None) -> Layout:
+    """The layout of shards with so many samples; by default a window spans 8 average shards."""
+    starts = np.concatenate([[0], np.cumsum(np.fromiter(counts, np.int64))]).astype(np.int64)
+    if window is not None and window < 1:
+        raise DataError(f"data.window={window}: give the samples to shuffle at a time, 1 or more")
+    average = math.ceil(int(starts[-1]) / max(1, len(starts) - 1))
+    return Layout(starts, window or max(1, _WINDOW_SHARDS * average))
+
+
+def read_index(storage: Storage, kind: str | None = None) -> ShardIndex:
+    """The index at `storage`, checked, of any kind without one. Raises DataError naming file and key."""
+    where = f"{storage.uri}/{INDEX}"
+    try:
+        told = json.loads(storage.read(INDEX))
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+    if not isinstance(told, dict) or told.get("format") != _FORMAT:
+        raise DataError(f"{where}: is not an index of shards (format is not {_FORMAT})")
+    if not isinstance(told.get("kind"), str) or kind not in (None, told["kind"]):
+        raise DataError(
+            f"{where}: kind is {told.get('kind')!r}, data of kind {kind!r} are needed: use data={told.get('kind')}"
+        )
+    about, listed = told.get("about"), told.get("shards")
+    if not isinstance(about, dict) or not isinstance(listed, list) or not listed:
+        raise DataError(f"{where}: needs an object 'about' and a list 'shards'")
+    shards = tuple(_shard(entry, f"{where}, shard {i}") for i, entry in enumerate(listed))
+    names = [shard.file for shard in shards]
+    if len(set(names)) < len(names):
+        raise DataError(f"{where}: names a file twice")
+    return ShardIndex(told["kind"], shards, about)
+
+
+def _shard(entry: Any, where: str) -> Shard:
+    try:
+        shard = Shard(**entry)
+    except TypeError as error:
+        raise DataError(f"{where}: needs exactly file, bytes, sha256, samples") from error
+    numbers = (shard.bytes, shard.samples)
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in numbers):
+        raise DataError(f"{where}: bytes and samples must be whole numbers, 0 or more")
+    texts = (shard.file, shard.sha256)
+    if not all(isinstance(x, str) for x in texts) or len(shard.sha256) != 64:
+        raise DataError(f"{where}: file must be a name and sha256 have 64 digits")
+    path = PurePosixPath(shard.file)
+    if path.is_absolute() or ".." in path.parts or not path.name or "\\" in shard.file:
+        raise DataError(f"{where}: file {shard.file!r} does not lie beside the index")
+    return shard
+
+
+def sha256_of(file: Path) -> str:
+    """64 hexadecimal digits of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def shard_of(file: Path, name: str, samples: int) -> Shard:
+    """The index's entry for a local file."""
+    return Shard(name, file.stat().st_size, sha256_of(file), samples)
+
+
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """The index of a local set, whole or not at all."""
+    part = folder / f".{INDEX}.part"
+    part.write_text(index.to_json(), encoding="utf-8")
+    part.replace(folder / INDEX)
+
+
+class ShardFiles:
+    """The shards of one set as local files: in place where they are local, else through the cache."""
+
+    def __init__(self, uri: str, index: ShardIndex, storage: Storage | None = None) -> None:
+        self.storage = storage or open_storage(uri)
+        self.index = index
+        self._ahead: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[Path]] = {}
+        if self.storage.folder is not None:
+            for shard in index.shards:
+                size = self.storage.size(shard.file)
+                if size != shard.bytes:
+                    raise DataError(
+                        f"{self.storage.uri}/{shard.file}: has {size} bytes, the index says {shard.bytes}: "
+                        "write it again, or its index (descent data index)"
+                    )
+
+    @property
+    def remote(self) -> bool:
+        return self.storage.folder is None
+
+    def path(self, number: int) -> Path:
+        """Where shard `number` lies on this node; fetched and verified if it doesn't yet."""
+        shard = self.index.shards[number]
+        if self.storage.folder is not None:
+            return self.storage.folder / shard.file
+        coming = self._coming.pop(number, None)
+        if coming is not None and not coming.cancel():
+            coming.exception()  # wait; had it failed, the next line tries again, and says why
+        return node_cache().get(self.storage, shard.file, shard.bytes, shard.sha256)
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Fetch these shards in the background: they are needed soon, in this order."""
+        if self.storage.folder is not None:
+            return
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(_FETCHERS, "shards")
+        for number in numbers:
+            if number in self._coming:
+                continue
+            shard = self.index.shards[number]
+            self._coming[number] = self._ahead.submit(
+                node_cache().get, self.storage, shard.file, shard.bytes, shard.sha256
+            )
+
+    def check_room(self, layout: Layout) -> None:
+        """Refuse a cache that can't hold the shards that are in use at the same time."""
+        if self.storage.folder is not None:
+            return
+        share = min(1.0, layout.window / max(1, int(layout.starts[-1])))
+        in_use = min(self.index.bytes, 2 * math.ceil(self.index.bytes * share))
+        largest = max(shard.bytes for shard in self.index.shards)
+        needed = max(in_use, 2 * largest if len(self.index.shards) > 1 else largest)
+        if needed > node_cache().max_bytes:
+            raise DataError(
+                f"data.cache.gb={node_cache().max_bytes / 1e9:g}: two windows of {layout.window} samples of "
+                f"{self.storage.uri} take {needed / 1e9:.3g} GB; give it more, or a smaller data.window"
+            )
+
+
+def local_file(uri: str) -> Path:
+    """One file as a local path: itself, or its copy in the cache. Raises DataError."""
+    if not is_remote(uri):
+        return Path(uri).expanduser()
+    place, name = split_file(uri)
+    storage = open_storage(place)
+    key = hashlib.sha256(f"{uri} {storage.version(name)}".encode()).hexdigest()
+    return node_cache().get(storage, name, storage.size(name), None, key=key)
+
+
+def size_of(uri: str) -> int:
+    """Bytes of one file, before it is fetched; 0 for a local one that isn't there."""
+    if not is_remote(uri):
+        file = Path(uri).expanduser()
+        return file.stat().st_size if file.is_file() else 0
+    place, name = split_file(uri)
+    return open_storage(place).size(name)

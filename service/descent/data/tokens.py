@@ -1,0 +1,126 @@
+"""Token ids on disk, memory-mapped: what `descent data tokenize` writes, for language models."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from descent.data.base import LARGE, Indices, Pair, check_inside, digest_of
+from descent.data.shards import Layout, ShardFiles, ShardIndex, layout_of, read_index
+from descent.data.storage import open_storage
+from descent.errors import DataError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "uint8": np.dtype("u1"),
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+}
+_OPEN = 256  # shards that are kept mapped: address space, not memory
+
+
+class Tokens(Dataset[Pair]):
+    """Windows of `block` tokens, and the same shifted by one as targets.
+
+    path: a folder, or s3://…, with `index.json` and its shards. Inputs and targets are int64
+    [n, block]: target [i, t] is the token after input [i, t]. Windows don't overlap (stride =
+    block) and don't cross shards. A local set is memory-mapped and its samples are shuffled
+    freely; one on s3:// is read shard by shard through the node's cache, in an order that
+    shuffles shards and then samples inside a `window` (samples; null: 8 shards' worth). A
+    number makes a local set go by that order too.
+
+    Raises DataError for a missing or malformed index, or a shard whose size differs from it.
+    """
+
+    def __init__(
+        self, path: str | None = None, block: int = 128, window: int | None = None, name: str = "tokens"
+    ) -> None:
+        if path is None:
+            raise DataError("data.path is not set: give the folder that descent data tokenize wrote")
+        if block < 1:
+            raise DataError(f"{name}: block={block} must be at least 1 token")
+        storage = open_storage(path)
+        self.index = read_index(storage, "tokens")
+        self._dtype = _dtype(self.index, path)
+        self.files = ShardFiles(path, self.index, storage)
+        self.num_outputs = int(self.index.about["vocabulary"])
+        self.block, self.name, self.source = block, name, str(path)
+        self.input_shape = (block,)
+        counts = [max(0, shard.samples - 1) // block for shard in self.index.shards]
+        self._starts = layout_of(counts, window).starts
+        if len(self) == 0:
+            raise DataError(
+                f"{path}: no shard has the {block + 1} tokens that one window of block={block} needs; "
+                "the largest has " + str(max(shard.samples for shard in self.index.shards))
+            )
+        ordered = self.files.remote or window is not None
+        self.layout: Layout | None = layout_of(counts, window) if ordered else None
+        if self.layout is not None:
+            self.files.check_room(self.layout)
+        self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a batch costs no reading worth the name: a small local set lies in the page cache."""
+        return not self.files.remote and self.index.bytes <= LARGE
+
+    @property
+    def digest(self) -> str:
+        return digest_of([], f"tokens block={self.block}", self.index.digest)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Pair:
+        inputs, targets = self.gather(np.array([index], dtype=np.int64))
+        return inputs[0], targets[0]
+
+    def expect(self, shards: Indices) -> None:
+        """These shards are needed soon: fetch them in the background where they aren't here."""
+        self.files.expect(shards.tolist())
+
+    def gather(self, indices: Indices) -> Pair:
+        """Inputs and targets int64 [n, block]; raises IndexError outside the data."""
+        check_inside(indices, len(self))
+        ids = np.empty((len(indices), self.block + 1), dtype=self._dtype)
+        # One look at each shard; a batch of a shuffled local set has a few samples in every one.
+        order = np.argsort(indices, kind="stable")
+        wanted = indices[order]
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        firsts = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
+        for first, stop in zip(firsts, [*firsts[1:], len(wanted)], strict=True):
+            shard = int(shards[first])
+            windows = self._windows(shard)
+            ids[order[first:stop]] = windows[wanted[first:stop] - self._starts[shard]]
+        return (
+            torch.from_numpy(ids[:, :-1].astype(np.int64)),
+            torch.from_numpy(ids[:, 1:].astype(np.int64)),
+        )
+
+    def _windows(self, shard: int) -> NDArray[Any]:
+        """[windows, block + 1]: each window and the token after it, a view on the mapped file."""
+        windows = self._open.get(shard)
+        if windows is None:
+            ids = np.asarray(np.memmap(self.files.path(shard), dtype=self._dtype, mode="r"))
+            windows = sliding_window_view(ids, self.block + 1)[:: self.block]
+            self._open[shard] = windows
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return windows
+
+
+def _dtype(index: ShardIndex, path: str) -> np.dtype[Any]:
+    where = f"{path}/index.json"
+    name, vocabulary = index.about.get("dtype"), index.about.get("vocabulary")
+    if name not in DTYPES:
+        raise DataError(f"{where}: dtype {name!r} is none of {', '.join(DTYPES)}")
+    if not isinstance(vocabulary, int) or not 0 < vocabulary <= 1 << 31:
+        raise DataError(f"{where}: vocabulary {vocabulary!r} is not a number of tokens")
+    dtype: np.dtype[Any] = DTYPES[name]
+    for shard in index.shards:
+        if shard.bytes != shard.samples * dtype.itemsize:
+            raise DataError(f"{where}: {shard.file} has {shard.bytes} bytes for {shard.samples} tokens of {name}")
+    return dtype

@@ -1,0 +1,199 @@
+"""From the config's options to an optimizer: the fastest kernels, and clear refusals.
+
+Its groups are made in `parameter_groups.py`, its state is named in `optimizer_state.py`,
+Muon is in `muon.py`; what others need of them is importable from here.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from descent.errors import ConfigError
+from descent.optim.muon import MuonWithAdamW
+from descent.optim.optimizer_state import load_named_state, named_state
+from descent.optim.parameter_groups import Override, as_tuple, number, parameter_groups, shown
+
+__all__ = [
+    "MuonWithAdamW",
+    "build_optimizer",
+    "load_named_state",
+    "named_state",
+    "parameter_groups",
+]
+
+Factory = Callable[..., torch.optim.Optimizer]
+
+_OF_THE_RUN = ("decay_norm_and_bias", "groups")  # options that no optimizer class sees
+_KERNELS = ("fused", "foreach", "capturable", "differentiable")  # of the optimizer, not of a group
+
+
+def build_optimizer(
+    model: nn.Module, factory: Factory, options: Mapping[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer for a model whose parameters are on `device`, with the fastest kernels it has.
+
+    Args:
+        factory: the class, already let through the gate of `config.build`.
+        options: the config's other keys: lr, weight_decay, decay_norm_and_bias, groups,
+            and any argument of the class; lists become tuples.
+
+    Each group keeps its own `initial_lr`, as torch's schedulers have it, for the schedule
+    to multiply.
+
+    Raises ConfigError for an unknown option (with the nearest valid one), for a value that
+    the class refuses, and for an optimizer that needs more than one gradient per step.
+    """
+    lr = number("optimizer.lr", options.get("lr"))
+    decay = number("optimizer.weight_decay", options.get("weight_decay", 0.0))
+    decay_all = options.get("decay_norm_and_bias", False)
+    if not isinstance(decay_all, bool):
+        raise ConfigError(f"optimizer.decay_norm_and_bias={shown(decay_all)}: must be true or false")
+    entries = options.get("groups") or ()
+    if not isinstance(entries, list | tuple):
+        raise ConfigError(f"optimizer.groups={entries}: must be a list of {{match: …, …}}")
+    own = {k: as_tuple(v) for k, v in options.items() if k not in _OF_THE_RUN}
+    probe = _checked(factory, own)
+    groups = parameter_groups(model, lr, decay, decay_norm_and_bias=decay_all, groups=entries)
+    for index, entry in enumerate(entries):
+        _check_override(factory, own, probe, Override(index, entry), lr)
+    if "weight_decay" not in probe.defaults:
+        for group in groups:
+            group.pop("weight_decay")
+    if isinstance(factory, type) and issubclass(factory, MuonWithAdamW):
+        groups = factory.split(model, groups)
+    dtypes = sorted({p.dtype for p in model.parameters() if p.requires_grad}, key=str)
+    try:
+        optimizer = factory(groups, **own, **_kernels(factory, own, device, dtypes))
+    except (ValueError, RuntimeError) as error:
+        # The options were fine on one number, so it is about these parameters.
+        message = f"optimizer._target_={_name(factory)}: refuses this model's parameters: {error}"
+        raise ConfigError(message) from error
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _name(factory: Factory) -> str:
+    return getattr(factory, "__name__", str(factory))
+
+
+def _checked(factory: Factory, own: dict[str, Any]) -> torch.optim.Optimizer:
+    """Refuse what can't work before any parameter is touched; returns one built on one number."""
+    name = _name(factory)
+    arguments, open_ended = _arguments_of(factory)
+    if not open_ended:
+        if own.get("weight_decay") == 0 and "weight_decay" not in arguments:
+            del own["weight_decay"]  # every config has the key; 0 asks nothing of the class
+        for key in own:
+            _known(f"optimizer.{key}", key, name, arguments)
+    probe = _refusals_named(factory, own, "optimizer")
+    if not isinstance(probe, torch.optim.Optimizer):
+        given = type(probe).__name__
+        raise ConfigError(f"optimizer._target_={name}: gives a {given}, not a torch.optim.Optimizer")
+    if "closure" in _required(type(probe).step):
+        raise ConfigError(
+            f"optimizer._target_={name}: evaluates the loss several times a step, and Descent "
+            "has one gradient per step: take another optimizer"
+        )
+    try:
+        _step_once(probe)
+    except Exception as error:
+        message = f"optimizer._target_={name}: can't take a step on a dense gradient: {error}"
+        raise ConfigError(message) from error
+    return probe
+
+
+def _check_override(
+    factory: Factory,
+    own: Mapping[str, Any],
+    probe: torch.optim.Optimizer,
+    override: Override,
+    lr: float,
+) -> None:
+    """torch looks at an optimizer's defaults only, so an override is tried as if it were them."""
+    settable = [key for key in probe.defaults if key not in _KERNELS]
+    for key in override.entry:
+        _known(f"{override.where}.{key}", key, _name(factory), [*settable, "lr_scale"])
+    arguments, _ = _arguments_of(factory)
+    tried = {k: v for k, v in override.options(lr).items() if k in arguments}
+    _refusals_named(factory, {**own, **tried}, override.where)
+
+
+def _refusals_named(factory: Factory, own: Mapping[str, Any], where: str) -> Any:
+    """Build it on one number, to have what it refuses blamed on the option that it is about."""
+    try:
+        return factory(_tiny([torch.float32], torch.device("cpu")), **own)
+    except Exception as error:
+        guilty = [k for k in own if _accepts(factory, {o: v for o, v in own.items() if o != k})]
+        said = ", ".join(f"{where}.{k}={shown(own[k])}" for k in guilty) or where
+        raise ConfigError(f"{said}: {_name(factory)} refuses it: {error}") from error
+
+
+def _accepts(factory: Factory, own: Mapping[str, Any]) -> bool:
+    try:
+        factory(_tiny([torch.float32], torch.device("cpu")), **own)
+    except Exception:
+        return False
+    return True
+
+
+def _kernels(
+    factory: Factory,
+    own: Mapping[str, Any],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+) -> dict[str, bool]:
+    """{fused: True}, {foreach: True} or {}: the fastest that takes a step on such parameters.
+
+    Whether a class has a fused kernel for a device and dtype is nowhere written down but in
+    torch's code, so one step is tried. foreach is for accelerators only, where it saves
+    kernel launches; on CPU it is the same arithmetic (bit for bit) with more temporaries,
+    and up to 4 times slower on large layers.
+    """
+    if any(own.get(key) is not None for key in ("fused", "foreach")) or own.get("differentiable"):
+        return {}
+    wanted = ["fused"] if device.type == "cpu" else ["fused", "foreach"]
+    arguments, _ = _arguments_of(factory)
+    for kernel in wanted:
+        if kernel not in arguments:
+            continue
+        try:
+            trial = factory(_tiny(dtypes, device), **own, **{kernel: True})
+            _step_once(trial)
+        except (RuntimeError, ValueError, NotImplementedError):
+            continue
+        return {kernel: True}
+    return {}
+
+
+def _step_once(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+
+def _tiny(dtypes: Sequence[torch.dtype], device: torch.device) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(1, 1, dtype=dtype, device=device)) for dtype in dtypes]
+
+
+def _arguments_of(factory: Factory) -> tuple[list[str], bool]:
+    """Names of a class's options (without the parameters), and whether it takes any other."""
+    given = list(inspect.signature(factory).parameters.values())
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in given)
+    return [p.name for p in given[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], open_ended
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    return [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+
+
+def _known(where: str, key: str, name: str, valid: Sequence[str]) -> None:
+    if key not in valid:
+        near = difflib.get_close_matches(key, valid, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(valid)}"
+        raise ConfigError(f"{where}: {name} has no such option; {hint}")

@@ -1,0 +1,294 @@
+"""`s3://bucket/prefix` as a store, by boto3 and its transfer manager.
+
+Every upload carries a number of its own in its metadata: when the reply to its last request
+is lost, that number tells whether the object that is there now is the one we sent.
+"""
+
+import contextlib
+import hashlib
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from descent.errors import StoreError
+from descent.storage.base import Content, Entry, Progress, checked
+from descent.storage.s3_client import MAX_TRIES, Server, View, extra_arguments
+from descent.storage.s3_errors import FAILURES, code_of, explain
+
+_ADDRESS = re.compile(r"^s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?$")
+_WRITER = "descent-writer"
+
+T = TypeVar("T")
+
+
+class S3Store:
+    """See `base.Store`."""
+
+    def __init__(self, server: Server, bucket: str, prefix: str) -> None:
+        self._server, self.bucket, self.prefix = server, bucket, prefix
+        self._client = server.client
+
+    @classmethod
+    def of(cls, address: str) -> "S3Store":
+        """The store at `s3://bucket/prefix`. Raises StoreError for what can't be an address."""
+        found = _ADDRESS.match(address)
+        if found is None:
+            raise StoreError(
+                f"{address.split('@')[-1]}: is not s3://bucket/prefix (a bucket's name has 3 to 63 small letters, "
+                "digits, '-' and '.'; credentials belong into the environment or ~/.aws)",
+                kind="address",
+            )
+        prefix = (found[2] or "").strip("/")
+        if prefix:
+            checked(prefix)
+        try:
+            return cls(Server.open(), found[1], prefix)
+        except FAILURES as error:
+            raise explain(error, "open the store", address, "S3") from error
+
+    @property
+    def address(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def at(self, *parts: str) -> "S3Store":
+        below = [self.prefix, *(checked(p) for p in parts)]
+        return S3Store(self._server, self.bucket, "/".join(p for p in below if p))
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{checked(key)}" if self.prefix else checked(key)
+
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._key(key)}
+
+    @contextlib.contextmanager
+    def _asking(self, what: str, key: str = "") -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            address = f"{self.address}/{key}" if key else self.address
+            raise explain(error, what, address, self._server.endpoint) from error
+
+    # -- reading ----------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes:
+        with self._asking("read", key):
+            return _again(lambda: bytes(self._client.get_object(**self._where(key))["Body"].read()))
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        if stop <= start:
+            return b""
+        span = f"bytes={start}-{stop - 1}"
+        with self._asking("read", key):
+            found = _again(lambda: bytes(self._client.get_object(**self._where(key), Range=span)["Body"].read()))
+        if len(found) != stop - start:
+            raise StoreError(f"{self.address}/{key}: ends before byte {stop}", kind="damaged")
+        return found
+
+    def read(self, key: str, size: int, progress: Progress | None = None) -> bytearray:
+        actual = self._head(key, "read")["ContentLength"]
+        if actual != size:
+            raise StoreError(f"{self.address}/{key}: {actual} bytes instead of {size}", kind="damaged")
+        found = bytearray(size)
+        if size:
+            with self._asking("read", key), self._server.transfers() as manager:
+                manager.download(self.bucket, self._key(key), View(found), subscribers=_subscribers(progress)).result()
+        return found
+
+    def download(
+        self,
+        key: str,
+        target: Path,
+        *,
+        size: int | None = None,
+        sha256: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+        try:
+            with self._asking("download", key), self._server.transfers() as manager:
+                manager.download(self.bucket, self._key(key), str(partial), subscribers=_subscribers(progress)).result()
+            _verify(partial, f"{self.address}/{key}", size, sha256)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _head(self, key: str, what: str) -> dict[str, Any]:
+        with self._asking(what, key):
+            answer: dict[str, Any] = self._client.head_object(**self._where(key))
+            return answer
+
+    def size(self, key: str) -> int | None:
+        try:
+            return int(self._head(key, "look at")["ContentLength"])
+        except StoreError as error:
+            if error.kind == "missing":
+                return None
+            raise
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        base = f"{self.prefix}/" if self.prefix else ""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
+        with self._asking("list"):
+            for page in pages:
+                for found in page.get("Contents", ()):
+                    yield Entry(
+                        found["Key"].removeprefix(base),
+                        found["Size"],
+                        found["LastModified"].timestamp(),
+                    )
+
+    # -- writing ----------------------------------------------------------------------
+
+    def put(self, key: str, content: Content) -> None:
+        with self._asking("write", key):
+            self._client.put_object(**self._where(key), Body=bytes(content), **extra_arguments())
+
+    def put_if_absent(self, key: str, content: Content) -> bool:
+        writer = secrets.token_hex(8)
+        given = {**self._where(key), "Body": bytes(content), "Metadata": {_WRITER: writer}, **extra_arguments()}
+        if not self._server.conditional(self.bucket, self._key(".descent-probe")):
+            if self.size(key) is not None:
+                return False
+            with self._asking("write", key):
+                self._client.put_object(**given)
+            return self._is_ours(key, writer, len(content))
+        with self._asking("write", key):
+            for _ in range(MAX_TRIES):
+                try:
+                    self._client.put_object(**given, IfNoneMatch="*")
+                    return True
+                except FAILURES as error:
+                    if code_of(error) == "ConditionalRequestConflict":
+                        _pause(1)  # somebody else is writing it at this moment
+                    elif code_of(error) in ("PreconditionFailed", "412"):
+                        # It may be our own: written by a request whose reply was lost.
+                        return self._is_ours(key, writer, len(content))
+                    else:
+                        raise
+            return False
+
+    def upload(self, source: Path | Content, key: str, progress: Progress | None = None) -> None:
+        writer = secrets.token_hex(8)
+        size = source.stat().st_size if isinstance(source, Path) else memoryview(source).nbytes
+        given = str(source) if isinstance(source, Path) else View(source)
+        self._server.left_over(self._key(key), 0)  # what earlier failures left on the record
+        try:
+            with self._server.transfers() as manager:
+                manager.upload(
+                    given,
+                    self.bucket,
+                    self._key(key),
+                    subscribers=_subscribers(progress),
+                    extra_args={"Metadata": {_WRITER: writer}, **extra_arguments()},
+                ).result()
+        except FAILURES as error:
+            landed = False
+            with contextlib.suppress(StoreError):
+                landed = self._is_ours(key, writer, size)
+            with contextlib.suppress(StoreError):
+                self._abort(self._key(key), exact=True)
+            if not landed:
+                address = f"{self.address}/{key}"
+                raise explain(error, "upload", address, self._server.endpoint) from error
+        except BaseException:  # Ctrl-C: parts that nobody will complete cost money for ever
+            with contextlib.suppress(StoreError):
+                self._abort(self._key(key), exact=True)
+            raise
+        else:
+            if self._server.left_over(self._key(key), size):
+                with contextlib.suppress(StoreError):
+                    self._abort(self._key(key), exact=True)
+
+    def _is_ours(self, key: str, writer: str, size: int) -> bool:
+        try:
+            found = self._head(key, "look at")
+        except StoreError as error:
+            if error.kind == "missing":
+                return False
+            raise
+        # They travel as headers, whose case is anyone's choice: rclone answers Descent-Writer.
+        said = {name.lower(): value for name, value in found.get("Metadata", {}).items()}
+        return said.get(_WRITER) == writer and found["ContentLength"] == size
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            with self._asking("delete", key):
+                self._client.delete_object(**self._where(key))
+
+    def tidy(self, prefix: str = "", older_than_s: float = 86400.0) -> int:
+        base = f"{self.prefix}/" if self.prefix else ""
+        return self._abort(base + prefix, older_than_s=older_than_s)
+
+    def _abort(self, full: str, *, exact: bool = False, older_than_s: float | None = None) -> int:
+        """End multipart uploads of the key, or below the prefix, `full`; how many there were."""
+        count, now = 0, datetime.now(UTC)
+        with self._asking("list unfinished uploads"):
+            try:
+                pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=full)
+                found = [upload for page in pages for upload in page.get("Uploads", ())]
+            except FAILURES as error:
+                # A server without that list keeps no parts that we could find; and rclone says
+                # "no such upload" of a bucket that has none.
+                if code_of(error) in ("NotImplemented", "MethodNotAllowed", "501", "NoSuchUpload"):
+                    return 0
+                raise
+            for upload in found:
+                old = older_than_s is None or (now - upload["Initiated"]).total_seconds() > older_than_s
+                if old and (upload["Key"] == full or not exact):
+                    try:
+                        self._client.abort_multipart_upload(
+                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
+                        count += 1
+                    except FAILURES as error:
+                        if code_of(error) != "NoSuchUpload":
+                            raise
+        return count
+
+
+def _again(call: Callable[[], T]) -> T:
+    """A request with its whole body; botocore repeats the former only, so a cut body starts it again."""
+    import botocore.exceptions as aws
+
+    for tried in range(1, MAX_TRIES):
+        try:
+            return call()
+        except (aws.IncompleteReadError, aws.HTTPClientError, aws.ConnectionError, OSError):
+            _pause(tried)
+    return call()
+
+
+def _pause(tried: int) -> None:
+    time.sleep(random.random() * min(5.0, 0.1 * 2**tried))  # "full jitter": nobody retries in step
+
+
+def _verify(path: Path, address: str, size: int | None, sha256: str | None) -> None:
+    if size is not None and path.stat().st_size != size:
+        raise StoreError(f"{address}: {path.stat().st_size} bytes instead of {size}", kind="damaged")
+    if sha256 is not None:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise StoreError(f"{address}: its SHA-256 is not the expected one", kind="damaged")
+
+
+class _Told:
+    """A transfer manager's subscriber that hands on the progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_queued(self, **_: Any) -> None: ...
+    def on_done(self, **_: Any) -> None: ...
+    def on_progress(self, bytes_transferred: int, **_: Any) -> None:
+        self._progress(bytes_transferred)
+
+
+def _subscribers(progress: Progress | None) -> list[Any]:
+    return [] if progress is None else [_Told(progress)]

@@ -1,0 +1,56 @@
+"""What goes in and out of a trainer while it runs: wishes, progress, and how it can end."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from descent.errors import TrainingError
+from descent.messages import Fault, Notice, ShareWritten, StepRecord
+from descent.training.faults import Target, strike
+
+PAUSE, SAVE = 0, 1
+"""Places of the votes in the step's side vector."""
+REPLACED = 2
+"""Beside them: bad records that gave way to good ones since the last step."""
+
+
+class TooManyBadSteps(TrainingError):
+    """Several steps in a row without finite gradients."""
+
+
+class OutOfMemory(Exception):
+    """A micro-batch didn't fit; the next generation runs smaller ones."""
+
+
+@dataclass
+class Control:
+    """Wishes from outside and progress to the outside; every field is replaced, never mutated in parts."""
+
+    abort: threading.Event = field(default_factory=threading.Event)
+    pause: bool = False
+    save: bool = False
+    step: int = 0
+    evaluated: int = -1
+    phase: str = "starting"
+    phase_since: float = field(default_factory=time.monotonic)
+    records: deque[StepRecord] = field(default_factory=deque)
+    parts: deque[ShareWritten] = field(default_factory=deque)
+    notices: deque[Notice] = field(default_factory=deque)
+    useful_s: float = 0.0
+    """Seconds spent in steps that were committed."""
+    diverged: tuple[int, ...] = ()
+    """After "diverged": the ranks of that generation whose state is not the majority's."""
+    notify: Callable[[], None] = lambda: None
+    faults: list[Fault] = field(default_factory=list)
+    """To be injected, in tests and by `descent chaos`; otherwise empty."""
+    target: Target = field(default_factory=Target)
+
+    def enter(self, phase: str) -> None:
+        self.phase_since = time.monotonic()
+        self.phase = phase
+        if self.faults:
+            for fault in strike(self.faults, phase, self.step, self.target):
+                generation = self.target.generation
+                self.notices.append(Notice("injected", self.step + 1, generation, detail=fault.kind))

@@ -1,0 +1,125 @@
+"""Evaluation on the held-out set: when it is due, loss and accuracy shared by all ranks, whether they are the best."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from descent.config import RunConfig
+from descent.data.base import Data
+from descent.optim.plateau import Plateau
+from descent.training.collectives import Group
+from descent.training.determinism import begin_stream
+from descent.training.input.feed import Feed
+from descent.training.input.sampling import stream_seed
+from descent.training.objective import Objective
+from descent.training.plan import Plan
+from descent.training.state import TrainState
+
+
+class Evaluator:
+    """Evaluates the state after a step, once, and judges it; every rank comes to the same answers."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        data: Data | None,
+        state: TrainState,
+        objective: Objective,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """data: the held-out set; without one nothing is ever due."""
+        self._config, self._plan, self._state = config, plan, state
+        self._objective, self._autocast = objective, autocast
+        self._num_samples = 0 if data is None else len(data)
+        self._feed = None if data is None else Feed(data, None, device, seed=config.seed, on_error=config.data.on_error)
+        self._scores: tuple[int, dict[str, float]] = (-1, {})
+        self.improved = False
+        """Whether the state is the best so far and has not been saved yet."""
+
+    def is_due(self) -> bool:
+        """Whether to evaluate after this step, unless that is done: a fault may have come in between."""
+        step = self._state.step
+        due = self._plan.is_due(self._config.evaluate.every, step)
+        due = due or step in (0, self._plan.total_steps)
+        return self._feed is not None and due and self._state.evaluated < step
+
+    def evaluate(self, group: Group) -> dict[str, float]:
+        """The metrics of the state as it is now; the schedule sees them too."""
+        assert self._feed is not None
+        metrics = evaluate(
+            self._state,
+            self._objective,
+            self._feed,
+            group,
+            num_samples=self._num_samples,
+            size=self._config.evaluate.batch_size,
+            seed=self._config.seed,
+            uses_non_torch_rng=self._plan.uses_non_torch_rng,
+            autocast=self._autocast,
+        )
+        if isinstance(self._state.schedule, Plateau) and self._state.step > 0:
+            self._state.schedule.observe(metrics["eval/loss"])
+        self._state.evaluated = self._state.step
+        self._judge(metrics)
+        return metrics
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        self._scores = (self._state.step, metrics)
+        keep = self._config.checkpoint.keep_best
+        score = metrics.get(keep.metric) if keep is not None else None
+        if keep is None or score is None or score != score or self._state.step == 0:
+            return
+        best = self._state.best
+        if best is None or (score > best if keep.higher else score < best):
+            self._state.best, self.improved = score, True
+
+    def scores(self) -> dict[str, float]:
+        """What a save of the state as it is now says of it; nothing where it was not evaluated."""
+        evaluated, scores = self._scores
+        return scores if evaluated == self._state.step else {}
+
+
+def evaluate(
+    state: TrainState,
+    objective: Objective,
+    feed: Feed,
+    group: Group,
+    *,
+    num_samples: int,
+    size: int,
+    seed: int,
+    uses_non_torch_rng: bool,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """{"eval/loss", and "eval/accuracy" where there are classes}, the same on every rank.
+
+    The set is cut into chunks of `size` that don't depend on the number of ranks; each
+    chunk's sums have one owner, so the result's bits are the same for any world size. A model that
+    draws random numbers here too finds a chunk's own stream, the same in every evaluation.
+    """
+    starts = range(0, num_samples, size)
+    sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=group.device)
+    state.model.eval()
+    with state.averaged(), torch.no_grad(), autocast():
+        for chunk in range(group.rank, len(starts), group.world_size):
+            stop = min(starts[chunk] + size, num_samples)
+            inputs, targets = feed.take(np.arange(starts[chunk], stop, dtype=np.int64))
+            # No training step is step 0.
+            begin_stream(stream_seed(seed, 0, chunk), group.device, uses_non_torch_rng)
+            output = state.model(inputs)
+            sums[chunk, 0] = objective(output, targets)
+            sums[chunk, 1] = objective.count(targets)
+            if objective.by_class and not targets.is_floating_point():
+                sums[chunk, 2] = objective.num_correct(output, targets)
+    state.model.train()
+    rows = group.sum_(sums).tolist()
+    count = sum(row[1] for row in rows)
+    metrics = {"eval/loss": sum(row[0] for row in rows) / count}
+    if objective.by_class:
+        metrics["eval/accuracy"] = sum(row[2] for row in rows) / count
+    return metrics

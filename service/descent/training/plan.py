@@ -1,0 +1,275 @@
+"""From a config to what a run will do: data, model and every derived number, checked before any actor starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from descent.config import RunConfig, WorkerRange, build, resolve_target
+from descent.data.base import Data
+from descent.data.cache import use_cache
+from descent.data.map_style import adapt
+from descent.data.splits import split
+from descent.errors import ConfigError, DataError
+from descent.optim.optimizers import build_optimizer
+from descent.training.determinism import deterministic
+from descent.training.objective import Objective
+from descent.training.preflight import (
+    check_outputs,
+    check_schedule,
+    materialize,
+    read,
+    try_one,
+)
+from descent.training.remote_data import connect
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The derived numbers of a run; plain values, so that it crosses processes as a dict."""
+
+    total_steps: int
+    batch_size: int
+    num_samples: int
+    num_evaluation: int
+    steps_per_epoch: int
+    slots: int
+    min_workers: int
+    max_workers: int
+    micro_size: int
+    nominal: float
+    """Loss terms in a global batch, if none is ignored."""
+    threads: int
+    device: str
+    gpus: float
+    """What a worker takes; less than one is a share."""
+    num_parameters: int
+    changing_buffers: tuple[str, ...] = ()
+    unused_parameters: bool = False
+    uses_non_torch_rng: bool = False
+    """Whether the model draws from Python's or NumPy's generators, not only from torch's (dropout …)."""
+
+    @property
+    def backend(self) -> str:
+        """What torch calls the library that talks between the workers; NCCL takes one rank a GPU."""
+        return "gloo" if self.gpus <= 0.5 else "nccl"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
+        return cls(**{**saved, "changing_buffers": tuple(saved["changing_buffers"])})
+
+    def is_due(self, every: int | str | None, step: int) -> bool:
+        """Whether what happens every so many steps, or every "epoch", happens after `step`."""
+        if every == "epoch":
+            # The step with which an epoch's last sample was spent.
+            batch, n = self.batch_size, self.num_samples
+            return step * batch // n > (step - 1) * batch // n
+        return isinstance(every, int) and step % every == 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config's objects, built: what the preflight looks at and the export uses."""
+
+    plan: Plan
+    model: nn.Module
+    train: Data
+    evaluate: Data | None
+    objective: Objective
+    sample: Tensor
+    """A few evaluation (else training) inputs, [n, *input_shape]."""
+
+
+def _adapt(data: Any, where: str) -> Data:
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise ConfigError(
+            f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset"
+        )
+    return adapt(data)
+
+
+def build_data(config: RunConfig) -> tuple[Data, Data | None]:
+    """The training and the held-out set. Raises ConfigError or DataError."""
+    trusted = config.trusted_modules
+    connect()
+    use_cache(config.data.cache.dir, config.data.cache.gb)
+    train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
+    if len(train) == 0:
+        raise DataError(f"data.train: {config.data.name} has no samples")
+    if config.data.evaluate is not None:
+        held_out = _adapt(build(config.data.evaluate, trusted, "data.evaluate"), "data.evaluate")
+        if len(held_out) == 0:
+            raise DataError(f"data.evaluate: {config.data.name} has no samples to evaluate on")
+        return train, held_out
+    return split(train, config.data.holdout, config.data.test, config.seed)[:2]
+
+
+def _filled(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
+    """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
+    filled = dict(spec)
+    for key in ("input_shape", "num_outputs"):
+        if key in filled and filled[key] is None:
+            value = getattr(data, key, None)
+            if value is None:
+                raise ConfigError(f"{where}.{key}=null: the data set doesn't say; set {where}.{key}=…")
+            filled[key] = list(value) if isinstance(value, tuple) else value
+    return filled
+
+
+def build_model(config: RunConfig, data: Data) -> nn.Module:
+    """The network with its initial weights, which `seed` alone decides."""
+    torch.manual_seed(config.seed)
+    model = build(_filled(config.model, data, "model"), config.trusted_modules, "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module"
+        )
+    if any(is_lazy(p) for p in model.parameters()):
+        materialize(config, model, data)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
+    return model
+
+
+def build_optimizer_for(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the config on this model's parameters."""
+    options = {k: v for k, v in config.optimizer.items() if k != "_target_"}
+    factory = resolve_target(config.optimizer["_target_"], config.trusted_modules, "optimizer._target_")
+    return build_optimizer(model, factory, options, device)
+
+
+def build_schedule(config: RunConfig, total_steps: int) -> Any:
+    """The schedule, with `total_steps: null` filled in."""
+    spec = dict(config.schedule)
+    if spec.get("total_steps", 0) is None:
+        spec["total_steps"] = total_steps
+    return build(spec, config.trusted_modules, "schedule")
+
+
+def pick_device(config: RunConfig, gpus: float) -> str:
+    """`cuda` or `cpu`; `gpus` is what the cluster has. Raises ConfigError for what isn't there."""
+    asked = config.resources.gpus
+    if config.device == "cuda" and gpus < 1:
+        raise ConfigError("device=cuda: the cluster has no GPU; use device=cpu or auto")
+    if config.device == "cuda" and asked == 0:
+        raise ConfigError("resources.gpus=0: with device=cuda each worker needs one, or a share such as 0.5; use auto")
+    device = "cuda" if config.device != "cpu" and gpus >= 1 and asked != 0 else "cpu"
+    if asked not in ("auto", 0) and device == "cpu":
+        why = "device=cpu takes none" if gpus >= 1 else "the cluster has no GPU to give"
+        raise ConfigError(f"resources.gpus={asked:g}: {why}; use auto or 0")
+    return device
+
+
+def _gpus_of_a_worker(config: RunConfig, device: str) -> float:
+    if device == "cpu":
+        return 0.0
+    return 1.0 if config.resources.gpus == "auto" else float(config.resources.gpus)
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device computes in bfloat16 itself (a CPU that only emulates it is slower than fp32)."""
+    if device == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def worker_range(config: RunConfig, *, cores: float, gpus: float, device: str) -> tuple[int, int]:
+    """(min, max) workers; `auto` is as many as the GPUs have room for, or on CPU one per core up to 4."""
+    if isinstance(config.workers, WorkerRange):
+        return config.workers.min, config.workers.max
+    if config.workers != "auto":
+        return 1, int(config.workers)
+    if device == "cuda":
+        return 1, max(1, int(gpus / _gpus_of_a_worker(config, device) + 1e-9))
+    return 1, max(1, min(4, int(cores / config.resources.cpus)))
+
+
+def _batch_and_slots(config: RunConfig, num_samples: int, most: int) -> tuple[int, int]:
+    """(global batch, slots) for at most `most` workers. Raises ConfigError for what can't be shared out."""
+    batch = num_samples if config.batch.size == "full" else int(config.batch.size)
+    slots = most if config.slots == "auto" else int(config.slots)
+    if slots < most:
+        raise ConfigError(
+            f"slots={slots}: fewer than workers={most}, so a worker would have nothing to do; use slots=auto or workers={slots}"
+        )
+    if batch < slots:
+        raise ConfigError(
+            f"batch.size={batch}: smaller than slots={slots} (one for each of {most} workers); use workers={batch} or a larger batch"
+        )
+    if batch > num_samples:
+        raise ConfigError(
+            f"batch.size={batch}: the training set has {num_samples} samples; use batch=full or a smaller size"
+        )
+    return batch, slots
+
+
+def _one_dtype(config: RunConfig, model: nn.Module) -> None:
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    if (config.reduction == "exact" or config.compress is not None) and len(kinds) > 1:
+        wish = "reduction=exact" if config.compress is None else f"compress={config.compress}"
+        raise ConfigError(
+            f"{wish}: needs all trainable parameters in one dtype, the model has {sorted(map(str, kinds))}; "
+            "use reduction=fast and compress=null"
+        )
+
+
+def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
+    """Build everything once and derive the plan; raises for whatever the user has to mend.
+
+    `cores` and `gpus` are what the cluster has in all.
+    """
+    device = pick_device(config, gpus)
+    if config.precision == "bf16" and not has_bf16(device):
+        raise ConfigError(f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32")
+    low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
+    train, evaluate = build_data(config)
+    batch, slots = _batch_and_slots(config, len(train), high)
+    objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
+    model = build_model(config, train)
+    total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
+    largest = -(-batch // slots)
+    asked = config.batch.micro_size
+    micro = largest if asked == "auto" else min(int(asked), largest)
+    _one_dtype(config, model)
+    build_optimizer_for(config, model, torch.device("cpu"))
+    check_schedule(config, build_schedule(config, total), evaluate is not None)
+    smallest = min((size % micro) or micro for size in {batch // slots, largest})
+    mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+        deterministic(config.reduction == "exact"),
+    ):
+        seen = try_one(config, model, objective, train, micro, smallest)
+        for name, data in (("data.train", train), ("data.evaluate", evaluate)):
+            if data is not None:
+                check_outputs(config, model, objective, data, name)
+    plan = Plan(
+        total_steps=total,
+        batch_size=batch,
+        num_samples=len(train),
+        num_evaluation=len(evaluate) if evaluate is not None else 0,
+        steps_per_epoch=max(1, math.ceil(len(train) / batch)),
+        slots=slots,
+        min_workers=low,
+        max_workers=high,
+        micro_size=micro,
+        nominal=seen.terms * batch,
+        threads=max(1, int(config.resources.cpus)),
+        device=device,
+        gpus=_gpus_of_a_worker(config, device),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        changing_buffers=seen.changing_buffers,
+        unused_parameters=seen.unused_parameters,
+        uses_non_torch_rng=seen.uses_non_torch_rng,
+    )
+    source = evaluate if evaluate is not None else train
+    sample = read(config, source, np.arange(min(4, len(source))), "data")[0]
+    return Prepared(plan, model, train, evaluate, objective, sample)

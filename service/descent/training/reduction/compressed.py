@@ -1,0 +1,217 @@
+"""The fast reduction with fewer bytes on the wire: bf16, or low-rank matrices (PowerSGD).
+
+Not through DDP's communication hooks: Python that gloo's thread has to call deadlocks when
+a group is abandoned. Instead the buckets of `FlatBuckets` are sent compressed as the
+backward fills them, and unpacked when all have arrived.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from descent.training.collectives import Group
+from descent.training.reduction.buckets import FlatBuckets
+
+RANK = 4
+"""Of the matrices that PowerSGD sends; its paper takes 2 for a ResNet and 4 for a language model."""
+_WORTH = 2.0
+"""A matrix is compressed where that makes it at least this many times smaller."""
+
+
+class _Codec(Protocol):
+    """How the buckets of one generation travel."""
+
+    def send(self, bucket: int) -> None: ...
+    def finish(self) -> None: ...
+    def nonfinite_ranks(self) -> tuple[int, ...]: ...
+
+
+class Compressed:
+    """Gradients add up over a rank's slots; during the step's last backward each whole bucket is sent off."""
+
+    backward_is_local = True
+
+    def __init__(self, model: nn.Module, group: Group, kind: str) -> None:
+        self.forward = model
+        self._buckets = FlatBuckets(model, group.world_size, lambda bucket: codec.send(bucket))
+        codec: _Codec = (_Bf16 if kind == "bf16" else _PowerSGD)(group, self._buckets)
+        self._codec = codec
+
+    def begin(self) -> None:
+        self._buckets.begin()
+
+    def backward(self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]) -> None:
+        value = loss()
+        if last:
+            before()
+            self._buckets.start()
+        value.backward(scale.to(value.dtype))
+
+    def end_slot(self, slot: int, last: bool) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._buckets.flush()
+        self._codec.finish()
+
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        return self._codec.nonfinite_ranks()
+
+    def deal(self, shares: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def close(self) -> None:
+        """Leave the parameters as they were."""
+        self._buckets.close()
+
+
+class _Bf16:
+    """Half the bytes: rounded once by each sender, added up in full, the sum rounded once.
+
+    Rank r adds up everyone's r-th piece of a bucket, and the pieces are gathered.
+    """
+
+    def __init__(self, group: Group, buckets: FlatBuckets) -> None:
+        self._group, self._buckets = group, buckets
+        self._arriving: list[tuple[Any, Tensor, Tensor]] = []
+
+    def send(self, bucket: int) -> None:
+        lo, hi = self._buckets.bounds[bucket]
+        if bucket == 0:
+            self._arriving = []
+        send = self._buckets.flat[lo:hi].bfloat16()
+        received = torch.empty_like(send)
+        sizes = [2 * (hi - lo) // self._group.world_size] * self._group.world_size
+        # As bytes: gloo knows no 16-bit words, and nothing is computed on the way.
+        work = self._group.exchange_async(_bytes(received), _bytes(send), sizes, sizes)
+        self._arriving.append((work, received, send))
+
+    def finish(self) -> None:
+        gathers = []
+        for (lo, hi), (work, received, _) in zip(self._buckets.bounds, self._arriving, strict=True):
+            self._group.wait(work)
+            total = received.view(self._group.world_size, -1).float().sum(0).bfloat16()
+            whole = received.new_empty(hi - lo)
+            work = self._group.gather_async(_bytes(whole), _bytes(total))
+            gathers.append((work, whole, total))
+        for (lo, hi), (work, whole, _) in zip(self._buckets.bounds, gathers, strict=True):
+            self._group.wait(work)
+            self._buckets.flat[lo:hi].copy_(whole)
+
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        world = self._group.world_size
+        return tuple(
+            rank
+            for rank in range(world)
+            if any(not received.view(world, -1)[rank].isfinite().all() for _, received, _ in self._arriving)
+        )
+
+
+@dataclass
+class _Matrix:
+    """A parameter's gradient as a matrix, and what is sent in its place."""
+
+    bucket: int
+    gradient: Tensor
+    """[n, m], a view on the flat buffer; later the sum over the ranks."""
+    error: Tensor
+    """[n, m]: what this rank's earlier messages left out."""
+    q: Tensor
+    """[m, rank]: last step's right factor, where this step's search begins; the same on all ranks."""
+    p: Tensor
+    """[n, rank]: its left factor, orthonormal columns."""
+    own: Tensor
+    """[m, rank]: this rank's part of the right factor."""
+
+
+class _PowerSGD:
+    """PowerSGD: matrices travel as two thin factors (Vogels et al., arXiv:1905.13727, algorithms 1 and 2).
+
+    For M = the sum over ranks of M_r = gradient + error, one step of subspace iteration from
+    the last step's Q: P = orthonormalize(sum of M_r Q), Q = sum of M_rᵀ P, and P Qᵀ is
+    taken for M. What this rank's part lost, M_r - P (M_rᵀ P)ᵀ, is its next error. Vectors
+    and small matrices travel whole. The first Q is drawn from a seed, alike on all ranks.
+
+    Errors are this rank's alone and not part of the training's state: a new generation,
+    and a step that wasn't committed, begin without.
+    """
+
+    def __init__(self, group: Group, buckets: FlatBuckets) -> None:
+        self._group, self._buckets = group, buckets
+        self._matrices: list[list[_Matrix]] = [[] for _ in buckets.bounds]
+        self._whole: list[list[Tensor]] = [[] for _ in buckets.bounds]
+        generator = torch.Generator().manual_seed(0)
+        for parameter, offset, bucket in buckets.places:
+            view = buckets.flat[offset : offset + parameter.numel()]
+            rows = parameter.shape[0] if parameter.dim() > 1 else 1
+            columns = parameter.numel() // max(1, rows)
+            rank = min(RANK, rows, columns)
+            if rows == 1 or rank * (rows + columns) * _WORTH > parameter.numel():
+                self._whole[bucket].append(view)
+                continue
+            q = torch.randn(columns, rank, generator=generator).to(view)
+            self._matrices[bucket].append(
+                _Matrix(
+                    bucket,
+                    view.view(rows, columns),
+                    torch.zeros_like(view).view(rows, columns),
+                    q,
+                    view.new_empty(rows, rank),
+                    torch.empty_like(q),
+                )
+            )
+        self._arriving: list[tuple[Any, Tensor]] = []
+
+    def send(self, bucket: int) -> None:
+        """First round: what travels whole, and M_r Q."""
+        if bucket == 0:
+            self._arriving = []
+        for m in self._matrices[bucket]:
+            m.gradient += m.error
+            torch.mm(m.gradient, m.q, out=m.p)
+        message = _packed([*self._whole[bucket], *(m.p for m in self._matrices[bucket])])
+        self._arriving.append((self._group.sum_async(message), message))
+
+    def finish(self) -> None:
+        """Second round: M_rᵀ P; then everything is unpacked."""
+        second = []
+        for bucket, (work, message) in enumerate(self._arriving):
+            self._group.wait(work)
+            matrices = self._matrices[bucket]
+            _unpack(message, [*self._whole[bucket], *(m.p for m in matrices)])
+            for m in matrices:
+                m.p.copy_(torch.linalg.qr(m.p).Q)
+                torch.mm(m.gradient.T, m.p, out=m.own)
+            answer = _packed([m.own for m in matrices]) if matrices else message[:0]
+            second.append((self._group.sum_async(answer) if matrices else None, answer))
+        for (work, answer), matrices in zip(second, self._matrices, strict=True):
+            self._group.wait(work)
+            _unpack(answer, [m.q for m in matrices])
+            for m in matrices:
+                torch.addmm(m.gradient, m.p, m.own.T, alpha=-1.0, out=m.error)
+                torch.mm(m.p, m.q.T, out=m.gradient)
+
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        generator = torch.Generator().manual_seed(0)
+        for matrices in self._matrices:
+            for m in matrices:
+                m.error.zero_()
+                m.q.copy_(torch.randn(m.q.shape, generator=generator))
+        return ()  # the messages are summed on their way
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _unpack(message: Tensor, tensors: Sequence[Tensor]) -> None:
+    sizes = [t.numel() for t in tensors]
+    for tensor, piece in zip(tensors, message[: sum(sizes)].split(sizes), strict=True):
+        tensor.copy_(piece.view_as(tensor))

@@ -1,0 +1,175 @@
+"""Reduction along one fixed tree: equal bits for any number of ranks, however the slots are dealt."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descent.training.collectives import Group
+from descent.training.reduction.buckets import FlatBuckets
+from descent.training.reduction.tree import Node, combine, tree_nodes
+
+
+class Exact:
+    """The fixed tree over slot numbers, bucket by bucket while the backward still runs.
+
+    During a step's last backward each bucket is sent off as soon as it is whole: rank r
+    receives everyone's partial sums of the bucket's r-th piece, finishes the tree there,
+    and the pieces are gathered.
+    """
+
+    backward_is_local = True
+
+    def __init__(self, model: nn.Module, group: Group, shares: Sequence[tuple[int, int]], slots: int) -> None:
+        self.forward = model
+        self._group = group
+        self._slots = slots
+        self._buckets = FlatBuckets(model, group.world_size, self._send)
+        self._flat = self._buckets.flat
+        self._stack: dict[Node, Tensor] = {}
+        self._spare: list[Tensor] = []
+        self._works: list[tuple[Any, Tensor] | None] = []
+        self.deal(shares)
+
+    def deal(self, shares: Sequence[tuple[int, int]]) -> None:
+        """From the next step on the ranks hold these slots."""
+        self._nodes = [tree_nodes(lo, hi, self._slots) for lo, hi in shares]
+        self._mine = self._nodes[self._group.rank]
+        self._last_node = self._mine[-1]
+
+    def begin(self) -> None:
+        self._release()
+        self._works = [None] * len(self._buckets.bounds)
+        self._buckets.begin()
+
+    def backward(self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]) -> None:
+        value = loss()
+        if last:
+            before()
+            if self._group.world_size > 1:
+                self._buckets.start()
+        value.backward(scale.to(value.dtype))
+
+    def end_slot(self, slot: int, last: bool) -> None:
+        """Put a finished slot's gradient into the tree and make room for the next."""
+        if last:
+            return
+        self._push((slot, 1), self._flat)
+        self._flat.zero_()
+
+    def _push(self, leaf: Node, gradient: Tensor) -> None:
+        node, merged = leaf, None
+        while node not in self._mine:
+            first, size = node
+            if first % (2 * size) == 0:  # a left child: waits for its sibling
+                break
+            sibling = self._stack.pop((first - size, size))
+            self._recycle(merged)
+            merged = sibling.add_(gradient if merged is None else merged)
+            node = (first - size, 2 * size)
+        if merged is None:
+            merged = self._spare.pop() if self._spare else torch.empty_like(self._flat)
+            merged.copy_(gradient)
+        self._stack[node] = merged
+
+    def _recycle(self, buffer: Tensor | None) -> None:
+        if buffer is not None:
+            self._spare.append(buffer)
+
+    def _close(self, lo: int, hi: int) -> None:
+        """Merge the last slot's gradient, in lo … hi-1, with the siblings that wait for it."""
+        first, size = self._last_slot_leaf()
+        while (first, size) != self._last_node:
+            if first % (2 * size) != 0:
+                sibling = self._stack[(first - size, size)][lo:hi]
+                # left + right, into the flat buffer: addition commutes bit for bit
+                self._flat[lo:hi].add_(sibling)
+                first -= size
+            size *= 2
+
+    def _last_slot_leaf(self) -> Node:
+        first, size = self._last_node
+        return (min(first + size, self._slots) - 1, 1)
+
+    def _partial(self, node: Node, lo: int, hi: int) -> Tensor:
+        return self._flat[lo:hi] if node == self._last_node else self._stack[node][lo:hi]
+
+    def _send(self, bucket: int) -> None:
+        lo, hi = self._buckets.bounds[bucket]
+        self._close(lo, hi)
+        world = self._group.world_size
+        if world == 2 and all(len(nodes) == 1 for nodes in self._nodes):
+            # Two operands: any all-reduce is the tree.
+            self._works[bucket] = (self._group.sum_async(self._flat[lo:hi]), self._flat[lo:hi])
+            return
+        piece = (hi - lo) // world
+        if len(self._mine) == 1:
+            send = self._flat[lo:hi]
+        else:
+            stacked = torch.stack([self._partial(node, lo, hi) for node in self._mine])
+            send = stacked.view(len(self._mine), world, piece).transpose(0, 1).reshape(-1)
+        received = self._flat.new_empty(piece * sum(map(len, self._nodes)))
+        work = self._group.exchange_async(
+            received,
+            send,
+            [piece * len(nodes) for nodes in self._nodes],
+            [piece * len(self._mine)] * world,
+        )
+        self._works[bucket] = (work, received)
+
+    def finish(self) -> None:
+        """Finish the tree piece by piece and gather; afterwards `.grad` holds the sum."""
+        if self._group.world_size == 1:
+            lo, hi = 0, self._flat.numel()
+            self._close(lo, hi)
+            partials = {node: self._partial(node, lo, hi) for node in self._mine}
+            total = combine(partials, self._slots)
+            if total.data_ptr() != self._flat.data_ptr():
+                self._flat.copy_(total)
+            self._release()
+            return
+        self._buckets.flush()
+        gathers = []
+        for bucket, entry in enumerate(self._works):
+            assert entry is not None
+            work, received = entry
+            self._group.wait(work)
+            lo, hi = self._buckets.bounds[bucket]
+            if self._in_place(bucket, received):
+                continue
+            nodes = [node for held in self._nodes for node in held]
+            total = combine(dict(zip(nodes, received.chunk(len(nodes)), strict=True)), self._slots)
+            gathers.append((self._group.gather_async(self._flat[lo:hi], total), total))
+        for work, _ in gathers:
+            self._group.wait(work)
+        self._release()
+
+    def _in_place(self, bucket: int, received: Tensor) -> bool:
+        return received.data_ptr() == self._flat[self._buckets.bounds[bucket][0] :].data_ptr()
+
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        """The step is not committed; the ranks whose partial sums, as received here, weren't finite.
+
+        The tree adds from right to left into what was received, so only a piece with
+        nothing but finite ones to its right is surely not finite by itself.
+        """
+        if self._group.world_size == 1:
+            return (0,)
+        owners = [rank for rank, held in enumerate(self._nodes) for _ in held]
+        found = set()
+        for bucket, entry in enumerate(self._works):
+            if entry is None or self._in_place(bucket, entry[1]):
+                continue
+            partials = zip(owners, entry[1].chunk(len(owners)), strict=True)
+            dirty = [owner for owner, partial in partials if not partial.isfinite().all()]
+            found.update(dirty[-1:])
+        return tuple(sorted(found))
+
+    def _release(self) -> None:
+        self._spare.extend(self._stack.values())
+        self._stack.clear()
+
+    def close(self) -> None:
+        """Leave the parameters as they were."""
+        self._buckets.close()

@@ -1,0 +1,49 @@
+"""What a replica is made of: the network with the weights it begins with, the loss, the state around them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from descent.checkpoint.weights import put_into, read_weights
+from descent.config import RunConfig, build
+from descent.data.base import Data
+from descent.data.splits import root_of
+from descent.optim.ema import Ema
+from descent.storage.location import place
+from descent.training.objective import Objective
+from descent.training.plan import Plan, build_model, build_optimizer_for, build_schedule
+from descent.training.state import TrainState
+
+
+def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Module:
+    """The network as the run begins: with the weights that `seed`, or `init_from`, decides."""
+    model = build_model(config, data)
+    if config.init_from is not None:
+        source = place(config.init_from)
+        put_into(model, read_weights(source), source, strict=config.init_strict)
+    return model.to(device)
+
+
+def objective_on(config: RunConfig, device: torch.device) -> Objective:
+    """The config's loss, on the device."""
+    loss: Any = build(config.loss, config.trusted_modules, "loss")
+    return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss)
+
+
+def in_training(objective: Objective, data: Data) -> Objective:
+    """The loss for batches of `data`; where its labels lie in memory they are looked at here, not in every step."""
+    root: Any = root_of(data)
+    stored = getattr(root, "targets", None)
+    if isinstance(stored, torch.Tensor) and getattr(root, "in_memory", False):
+        return objective.over(stored)
+    return objective
+
+
+def first_state(config: RunConfig, plan: Plan, model: nn.Module, device: torch.device) -> TrainState:
+    """Step 0 around `model`: its optimizer, its schedule, and averaged weights where the config asks for them."""
+    optimizer = build_optimizer_for(config, model, device)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    ema = Ema(model, config.ema.decay) if config.ema.decay is not None else None
+    return TrainState(model, optimizer, build_schedule(config, plan.total_steps), ema)

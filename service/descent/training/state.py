@@ -1,0 +1,161 @@
+"""`TrainState`: all that isn't a pure function of (config, step).
+
+It is what a newcomer receives, what a checkpoint holds, and what is hashed. It names
+tensors one by one and never assumes more of its holder than that.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descent.errors import CheckpointError
+from descent.optim.ema import Ema
+from descent.optim.optimizer_state import load_named_state, named_state
+from descent.optim.plateau import Plateau
+from descent.training.collectives import Group
+
+MODEL, OPTIMIZER, EMA = "model/", "optimizer/", "ema/"
+
+
+@dataclass
+class TrainState:
+    """Parameters, buffers, optimizer state, step; where used, averaged weights and a plateau's memory."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    ema: Ema | None = None
+    step: int = 0
+    evaluated: int = -1
+    """The last step after which there was an evaluation."""
+    bad_steps: int = 0
+    """Steps in a row that were skipped because a gradient wasn't finite."""
+    best: float | None = None
+    """The best value so far of the metric by which checkpoints are kept, where there is one."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, in one fixed order; not copies."""
+        found = {MODEL + name: tensor for name, tensor in _module_tensors(self.model)}
+        found.update({OPTIMIZER + name: t for name, t in named_state(self.optimizer).items()})
+        if self.ema is not None:
+            found.update({EMA + name: t for name, t in self.ema.shadow.items()})
+        return dict(sorted(found.items()))
+
+    def scalars(self) -> dict[str, float]:
+        """The small rest: counters, and what a schedule with memory remembers."""
+        memory = self.schedule.state_dict() if isinstance(self.schedule, Plateau) else {}
+        best = {} if self.best is None else {"best_score": self.best}
+        return {**memory, **best, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
+
+    def load(self, tensors: Mapping[str, Tensor], step: int, scalars: Mapping[str, float]) -> None:
+        """Take over a state. Raises CheckpointError when names or shapes don't fit this model."""
+        own = dict(_module_tensors(self.model))
+        given = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
+        wrong = sorted(own.keys() ^ given.keys()) or sorted(n for n in own if own[n].shape != given[n].shape)
+        if wrong:
+            raise CheckpointError(
+                f"the state doesn't fit this model: {wrong[0]} is missing, unknown or of another shape"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+            if self.ema is not None:
+                for name, shadow in self.ema.shadow.items():
+                    shadow.copy_(tensors[EMA + name])
+        load_named_state(
+            self.optimizer,
+            {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)},
+        )
+        if isinstance(self.schedule, Plateau):
+            own_keys = ("evaluated", "bad_steps", "best_score")
+            memory = {k: v for k, v in scalars.items() if k not in own_keys and "/" not in k}
+            self.schedule.load_state_dict(memory)
+        self.evaluated, self.bad_steps = int(scalars["evaluated"]), int(scalars["bad_steps"])
+        self.best = scalars.get("best_score")
+        self.step = step
+
+    def sha256(self) -> str:
+        """The SHA-256 over step, names, shapes and bytes of the whole state."""
+        digest = hashlib.sha256(f"step {self.step}\n".encode())
+        for name, tensor in self.tensors().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+    def receive(self, group: Group, device: torch.device) -> None:
+        """Rank 0's state on every rank."""
+        if group.rank == 0:
+            broadcast_state(group, 0, self.tensors(), device, {"step": self.step, "scalars": self.scalars()})
+            return
+        received, said = broadcast_state(group, 0, None, device)
+        self.load(received, said["step"], said["scalars"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the model's place, if there are any."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.swapped(self.model):
+                yield
+
+
+def broadcast_state(
+    group: Group,
+    source: int,
+    tensors: Mapping[str, Tensor] | None,
+    device: torch.device,
+    said: Mapping[str, Any] | None = None,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """The tensors of the rank `source`, and what it says with them, on every rank: first what there is, as JSON.
+
+    tensors: on that rank only; it gets them back as they are, the others get theirs on `device`.
+    """
+    if group.rank == source:
+        assert tensors is not None
+        header = json.dumps(
+            {
+                "said": dict(said or {}),
+                "tensors": [[n, str(t.dtype), list(t.shape)] for n, t in tensors.items()],
+            }
+        ).encode()
+        size = torch.tensor([len(header)], dtype=torch.int64, device=device)
+        group.broadcast_([size], source)
+        raw = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)
+        group.broadcast_([raw], source)
+        group.broadcast_([t.detach().to(device).contiguous() for t in tensors.values()], source)
+        return tensors, said or {}
+    size = torch.zeros(1, dtype=torch.int64, device=device)
+    group.broadcast_([size], source)
+    raw = torch.empty(int(size), dtype=torch.uint8, device=device)
+    group.broadcast_([raw], source)
+    described = json.loads(bytes(raw.cpu().numpy().tobytes()))
+    received = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+        for name, dtype, shape in described["tensors"]
+    }
+    group.broadcast_(list(received.values()), source)
+    return received, described["said"]
+
+
+def _module_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and persistent buffers under the module's own names; a tied weight once."""
+    persistent = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    found = []
+    for name, tensor in persistent.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found.append((name, tensor.detach()))
+    return found
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
