@@ -1,4 +1,4 @@
-"""What is typed wrong is refused in one line that says where, what, and what would be right."""
+"""Wrong overrides and config files are refused in one line: the place, the value, and what would be right."""
 
 import os
 import subprocess
@@ -156,7 +156,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_wrong_key_in_ones_own_file_is_told_by_the_files_name(tmp_path, monkeypatch, name):
+def test_a_wrong_key_in_a_users_file_is_reported_with_the_name_of_the_file(tmp_path, monkeypatch, name):
     text, override, wanted = FILES[name]
     folder = write(tmp_path, name, text)
     monkeypatch.chdir(tmp_path)
@@ -164,21 +164,21 @@ def test_a_wrong_key_in_ones_own_file_is_told_by_the_files_name(tmp_path, monkey
     assert line.startswith(f"mine/{name}") and wanted in line
 
 
-def test_an_argument_in_a_file_is_found_again_when_its_class_refuses_it(tmp_path, monkeypatch):
+def test_the_file_of_an_argument_is_named_when_its_class_refuses_it(tmp_path, monkeypatch):
     folder = write(tmp_path, "model/wide.yaml", "# Wide\n_target_: descent.models.mlp.MLP\nwidht: 9\n")
     monkeypatch.chdir(tmp_path)
     composed = compose(["model=wide"], [folder])
-    told = composed.located(ConfigError("model.widht: MLP has no such argument"))
-    assert str(told) == "mine/model/wide.yaml: model.widht: MLP has no such argument"
-    # what the user typed, and what Descent sets by default, needs no file's name
+    located = composed.located(ConfigError("model.widht: MLP has no such argument"))
+    assert str(located) == "mine/model/wide.yaml: model.widht: MLP has no such argument"
+    # no file is named for a key that the user typed, and none for a default
     for overrides in (["model.width=0"], []):
         error = ConfigError("model.width=0: must be 1 or more")
         assert str(compose(overrides).located(error)) == str(error)
-    told = compose(["experiment=gpt_124m"]).located(ConfigError("device=cuda: no GPU"))
-    assert str(told) == "configs/experiment/gpt_124m.yaml: device=cuda: no GPU"
+    located = compose(["experiment=gpt_124m"]).located(ConfigError("device=cuda: no GPU"))
+    assert str(located) == "configs/experiment/gpt_124m.yaml: device=cuda: no GPU"
 
 
-def test_no_file_of_ones_own_is_passed_over_in_silence(tmp_path):
+def test_a_users_file_that_hydra_would_not_read_is_refused(tmp_path):
     assert "there is no such folder" in refusal(dirs=(str(tmp_path / "none"),))
     folder = write(tmp_path, "model/mlp.yaml", "# Mine\n_target_: x.Y\n")
     assert "configs/model has model=mlp already; give yours another name" in refusal(dirs=(folder,))
@@ -193,7 +193,7 @@ def test_a_file_that_is_not_text(tmp_path):
     assert "model/odd.yaml: can't be read as UTF-8 text" in refusal(dirs=(folder,))
 
 
-def test_options_of_ones_own_are_listed_and_chosen(tmp_path):
+def test_a_users_own_options_are_listed_and_chosen(tmp_path):
     folder = write(tmp_path, "model/vision/tall.yaml", "# Tall and thin\n_target_: torch.nn.Linear\n")
     assert groups([folder])["model"]["vision/tall"] == "Tall and thin"
     composed = compose(["model=vision/tall"], [folder])
@@ -202,7 +202,7 @@ def test_options_of_ones_own_are_listed_and_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("group", ["model", "data", "optimizer"])
-def test_custom_says_what_it_needs(group):
+def test_custom_names_the_keys_that_it_needs(group):
     key = "data.train._target_" if group == "data" else f"{group}._target_"
     assert refusal(f"{group}=custom") == (
         f"{group}=custom needs {key}, which is not set: add {key}=my_module.MyClass trusted_modules=[my_module]"
@@ -247,7 +247,7 @@ def test_a_config_survives_its_own_saving():
     st.sampled_from(["epochs", "batch.size", "workers", "name", "model", "optimizer.lr", "ray", "+x.y", "~seed"]),
     st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12),
 )
-def test_whatever_is_typed_is_taken_or_refused_in_one_line(key, value):
+def test_any_override_is_accepted_or_refused_in_one_line(key, value):
     refused = ""
     try:
         compose([f"{key}={value}"])
@@ -263,14 +263,14 @@ def test_completion_knows_groups_keys_and_values(tmp_path):
     assert "optimizer.momentum=" not in complete("optimizer.", ["optimizer=adam"])
     assert complete("precision=", ()) == ["precision=fp32", "precision=bf16"]
     assert complete("compile=t", ()) == ["compile=true"]
-    # two words, so that no shell ends the argument behind the '='
+    # with two words no shell ends the argument after the '='
     assert complete("epo", ()) == ["epochs=", "epochs=30.0"]
     assert complete("regr", ())[0] == "regroup.heartbeat_s="
     assert complete("+model.width", ()) == ["+model.width=", "+model.width=128"]
     assert complete("zzz", ()) == [] == complete("zzz.y=", ())
     folder = write(tmp_path, "model/mine.yaml", "# Mine\n_target_: torch.nn.Linear\n")
     assert "model=mine" in complete("model=m", (), [folder])
-    # what was typed before may be wrong, the folder too: no words, no error
+    # earlier overrides or the folder may be wrong: then there are no words and no error
     assert complete("optimizer.l", ["modle=3"]) == ["optimizer.lr=", "optimizer.lr=0.001"]
     assert complete("model=", (), [str(tmp_path / "none")]) == []
 

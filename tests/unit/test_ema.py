@@ -14,7 +14,7 @@ from descent.optim.ema import Ema
 
 
 class Net(nn.Module):
-    """A tied weight, a frozen one, and a batch norm with buffers."""
+    """A network with a tied weight, a frozen weight, and a batch norm with buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_the_decay_warms_up_with_the_step() -> None:
         assert float(ema.shadow["weight"]) == pytest.approx(0.9 + 0.1 * (1 - 2 / 11))
 
 
-def test_swapped_puts_the_averages_in_and_everything_back() -> None:
+def test_swapped_exchanges_the_averages_and_restores_the_weights() -> None:
     model = Net()
     ema = Ema(model, 0.9)
     _train(model, torch.optim.SGD(model.parameters(), lr=0.5), range(2))

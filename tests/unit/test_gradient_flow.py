@@ -20,7 +20,7 @@ from descent.models.resnet import ResNet
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Networks this small only lose by a second thread, above all beside other tests."""
+    """Networks this small run faster on one thread, above all beside other tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,7 +79,7 @@ def test_gpt_gradients_are_those_of_finite_differences():
 
 
 def flow(model: MLP, inputs: Tensor, targets: Tensor) -> float:
-    """The first hidden layer's gradient norm over the last one's."""
+    """The gradient norm of the first hidden layer, divided by that of the last."""
     model.zero_grad()
     F.cross_entropy(model(inputs), targets).backward()
     norms = [layer.linear.weight.grad.norm().item() for layer in model.layers]
@@ -113,13 +113,13 @@ def test_gradients_vanish_in_a_deep_stack(choices):
 
 
 @pytest.mark.parametrize("choices", CURED.values(), ids=CURED)
-def test_each_cure_brings_the_first_layer_back(choices):
+def test_each_cure_restores_the_gradient_of_the_first_layer(choices):
     inputs, targets = digits()
     for seed in range(3):
         assert 1e-2 < flow(deep(seed, **choices), inputs, targets) < 1e2
 
 
-def test_the_demonstration_is_sick_and_each_cure_that_it_lists_works(pytestconfig):
+def test_gradients_vanish_in_the_demonstration_and_each_listed_cure_works(pytestconfig):
     text = (pytestconfig.rootpath / "configs" / "model" / "mlp_vanishing.yaml").read_text()
     spec = yaml.safe_load(text) | {"input_shape": [8, 8], "num_outputs": 10}
     listed = [line for line in text.splitlines() if line.startswith("#   model.")]
@@ -136,7 +136,7 @@ def test_the_demonstration_is_sick_and_each_cure_that_it_lists_works(pytestconfi
         assert 1e-2 < flow_with({key: yaml.safe_load(value) for key, value in pairs}) < 1e2, line
 
 
-def test_weights_too_small_starve_every_layer_and_xavier_feeds_them():
+def test_weights_that_are_too_small_make_all_gradients_vanish_and_xavier_restores_them():
     inputs, targets = digits()
     norms = []
     for choices in ({"init": "normal", "init_std": 0.05}, {"init": "xavier_uniform"}):
@@ -160,7 +160,7 @@ def loss_after(model: nn.Module, num_steps: int, learning_rate: float) -> float:
         return F.cross_entropy(model(inputs), targets).item()
 
 
-def test_the_cured_networks_learn_and_the_sick_one_does_not():
+def test_networks_learn_with_a_cure_and_not_without():
     guessing = 2.303  # log(10)
     assert loss_after(deep(0, init="xavier_normal"), 40, 1e-3) > 0.98 * guessing
     for name in ("relu and kaiming", "tanh and xavier", "sigmoid and layer norm"):
@@ -217,7 +217,7 @@ def test_gumbel_draws_follow_the_softmax():
     assert ((draws.mean(0) - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
 
 
-def test_gumbel_softmax_nears_one_hot_as_the_temperature_falls():
+def test_gumbel_softmax_approaches_one_hot_as_the_temperature_falls():
     torch.manual_seed(0)
     logits = torch.randn(200, 5)
     peaks = []
@@ -230,7 +230,7 @@ def test_gumbel_softmax_nears_one_hot_as_the_temperature_falls():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_gumbel_layer_is_the_same_every_time_in_evaluation(hard):
+def test_the_gumbel_layer_is_deterministic_in_evaluation(hard):
     layer = gates.GumbelSoftmax(0.5, hard=hard).eval()
     logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, -1.0]])
     one_hot = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])

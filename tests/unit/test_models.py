@@ -25,7 +25,7 @@ quick = settings(max_examples=15, deadline=None)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Networks this small only lose by a second thread, above all beside other tests."""
+    """Networks this small run faster on one thread, above all beside other tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def num_parameters(model: nn.Module) -> int:
     residual=st.booleans(),
     dropout=st.sampled_from([0.0, 0.3]),
 )
-def test_mlp_has_its_shape_its_size_and_no_idle_parameter(
+def test_mlp_has_the_stated_shape_and_size_and_uses_every_parameter(
     shape, outputs, depth, width, activation, init, norm, residual, dropout
 ):
     model = MLP(shape, outputs, depth, width, activation, init, None, norm, residual, dropout)
@@ -194,7 +194,7 @@ def test_gain_keeps_the_second_moment_of_a_rectifier(activation):
     assert gain(activation) ** 2 * second_moment.item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_orthogonal_and_normal_are_what_they_say():
+def test_orthogonal_and_normal_have_their_stated_properties():
     linear = nn.Linear(64, 64)
     initialize(linear, "orthogonal", "relu")
     product = linear.weight @ linear.weight.T
@@ -239,7 +239,7 @@ def test_a_seed_fixes_the_initial_weights(make):
 
 @quick
 @given(position=st.integers(1, 11), seed=st.integers(0, 1000))
-def test_gpt_never_looks_ahead(position, seed):
+def test_gpt_positions_depend_on_earlier_tokens_only(position, seed):
     torch.manual_seed(seed)
     model = GPT((12,), 30, layers=2, heads=2, width=16).eval()
     for parameter in model.parameters():
@@ -320,7 +320,7 @@ def test_export_gives_the_same_bits_for_any_batch(name, training):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_autocast_is_near_and_trains(name):
+def test_bf16_autocast_is_close_to_fp32_and_trains(name):
     torch.manual_seed(0)
     model, x = MODELS[name]()
     if name in ("gumbel", "mlp_binary"):
@@ -394,7 +394,7 @@ def test_refuses_in_one_line_with_key_value_and_remedy(make, parts):
         assert part in message
 
 
-def test_a_single_sample_is_fine_where_batch_norm_is_not_asked_to_learn_from_it():
+def test_a_single_sample_is_accepted_where_batch_norm_is_not_trained_on_it():
     assert MLP((4,), 2, norm="batch").eval()(torch.randn(1, 4)).isfinite().all()
     assert MLP((4,), 2, norm="layer")(torch.randn(1, 4)).isfinite().all()
     assert ResNet((8, 8), 2, 1)(torch.randn(1, 8, 8)).isfinite().all()  # 2x2 values per channel

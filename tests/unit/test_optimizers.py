@@ -1,4 +1,4 @@
-"""Optimizers against torch's own built by hand, and their state by name."""
+"""Compares the optimizers with torch's own, built by hand, and saves and loads their state."""
 
 import copy
 import importlib
@@ -34,7 +34,7 @@ property_test = settings(deadline=None, max_examples=60)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Such small tensors only wait for other threads, and longest on a busy machine."""
+    """Tensors this small are computed faster by one thread, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,10 @@ def _one_thread() -> Iterator[None]:
 
 
 class Net(nn.Module):
-    """Small, with one of everything that groups tell apart: 37-wide so that kernels have tails."""
+    """A small network with one parameter of each kind that groups distinguish.
+
+    It is 37 wide, so that vectorized kernels have a remainder.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ DECAY = {"embed.weight", "conv.weight", "hidden.weight", "out.weight"}
 
 
 def _train(model: nn.Module, optimizer: Any, steps: range) -> None:
-    """`optimizer`: one, or a list of them."""
+    """Make the steps `steps`; `optimizer` is an optimizer or a list of them."""
     many = optimizer if isinstance(optimizer, list) else [optimizer]
     for step in steps:
         torch.manual_seed(1000 + step)
@@ -91,7 +94,7 @@ def _named(model: nn.Module, names: set[str]) -> list[nn.Parameter]:
 
 
 def _by_hand(path: Path, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """torch's own class, as its documentation would have it written."""
+    """torch's own optimizers for the config at `path`, built as in torch's documentation."""
     cls, options = _options(path)
     for key in ("groups", "decay_norm_and_bias"):
         options.pop(key)
@@ -175,7 +178,7 @@ def test_a_load_in_the_middle_goes_on_with_the_same_bits(path: Path, kernel: str
 
 
 @every_config
-def test_loading_replaces_whatever_state_there_was(path: Path) -> None:
+def test_loading_replaces_the_former_state(path: Path) -> None:
     cls, options = _options(path)
     ahead, behind = Net(), Net()
     source = build_optimizer(ahead, cls, options, CPU)
@@ -194,7 +197,7 @@ def test_loading_replaces_whatever_state_there_was(path: Path) -> None:
 
 
 class Counting(torch.optim.Optimizer):
-    """Keeps Python numbers in its state, as optimizers from elsewhere do."""
+    """Keeps Python numbers in its state, as optimizers of other libraries do."""
 
     def __init__(self, params: Any, lr: float = 0.1, keep: Any = 0) -> None:
         super().__init__(params, {"lr": lr, "keep": keep})
@@ -211,7 +214,7 @@ class Counting(torch.optim.Optimizer):
                     state["kept"] = [1]
 
 
-def test_python_numbers_in_the_state_come_back_as_themselves() -> None:
+def test_python_numbers_in_the_state_are_restored_with_their_type() -> None:
     optimizer = build_optimizer(Net(), Counting, {"lr": 0.1}, CPU)
     _train(Net(), optimizer, range(3))
     saved = named_state(optimizer)
@@ -385,16 +388,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "options", "said"), REFUSED)
-def test_refuses_in_one_line_that_names_the_key(factory: Any, options: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("factory", "options", "expected"), REFUSED)
+def test_refuses_in_one_line_that_names_the_key(factory: Any, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_optimizer(Net(), factory, options, CPU)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["Rprop", "ASGD"])
-def test_torchs_other_optimizers_work_through_target(name: str) -> None:
+def test_other_optimizers_of_torch_work(name: str) -> None:
     model = Net()
     options = {"lr": 0.001, "weight_decay": 0.0, "groups": [], "decay_norm_and_bias": False}
     optimizer = build_optimizer(model, getattr(torch.optim, name), options, CPU)
@@ -415,7 +418,7 @@ def test_hidden_weights_are_the_matrices_between_embedding_and_head() -> None:
         build_optimizer(nn.Linear(3, 2), MuonWithAdamW, {"lr": 0.1}, CPU)
 
 
-def test_a_group_can_keep_a_matrix_away_from_muon() -> None:
+def test_a_group_can_exclude_a_matrix_from_muon() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     options = {"lr": 0.1, "groups": [{"match": r"^0\.", "use_muon": False}]}
     optimizer = build_optimizer(model, MuonWithAdamW, options, CPU)
@@ -423,7 +426,7 @@ def test_a_group_can_keep_a_matrix_away_from_muon() -> None:
     assert muon == {"1.weight"}
 
 
-def test_muon_is_one_optimizer_to_a_schedule_and_to_torchs_own_state_dict() -> None:
+def test_a_schedule_and_torchs_state_dict_treat_muon_as_one_optimizer() -> None:
     _, options = _options(FOLDER / "muon.yaml")
     model, twin = Net(), Net()
     optimizer = build_optimizer(model, MuonWithAdamW, options, CPU)

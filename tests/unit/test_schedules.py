@@ -242,11 +242,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "arguments", "said"), REFUSED)
-def test_refuses_in_one_line_that_names_the_key(kind: str, arguments: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("kind", "arguments", "expected"), REFUSED)
+def test_refuses_in_one_line_that_names_the_key(kind: str, arguments: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         getattr(ours, kind)(**arguments)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

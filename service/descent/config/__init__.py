@@ -1,7 +1,7 @@
 """The configuration: the one place that knows Hydra.
 
-`compose(overrides)` gives a typed, frozen `RunConfig`; `build(spec)` turns a
-`_target_` into an object through the one gate of trusted modules.
+`compose(overrides)` returns a typed, frozen `RunConfig`. `build(spec)` makes an object from a
+`_target_`; it calls only the classes on its list and the modules that the user trusts.
 """
 
 from descent.config.build import build, resolve_target

@@ -1,4 +1,4 @@
-"""Words for the shell: options of groups, keys, and the values that a key has to choose from."""
+"""Shell completion: the options of a group, the keys, and the values that a key allows."""
 
 import contextlib
 import io
@@ -14,9 +14,10 @@ from descent.config.schema import RunConfig, flatten
 
 
 def complete(incomplete: str, given: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]:
-    """What `incomplete` may become, after the overrides `given` (which choose the keys there are).
+    """The words that complete `incomplete`.
 
-    Never raises: a shell that waits for words can't show an error.
+    `given` holds the overrides typed before it: they choose groups, and so decide which keys exist.
+    Never raises, because a shell can't show an error while it completes a word.
     """
     try:
         return [word for word in _words(incomplete, given, config_dirs) if word != incomplete]
@@ -42,13 +43,13 @@ def _words(incomplete: str, given: Sequence[str], dirs: Sequence[str]) -> list[s
     if len(words) == 1 and words[0].endswith("."):
         words = _by_level(words[0], [*options, *keys])
     if len(words) == 1 and words[0].endswith("="):
-        # Two words keep the shell from ending the argument right behind the '='.
+        # With a single word the shell would end the argument after the '='; with two it waits.
         words.append(words[0] + shown_value(flat[words[0][len(plus) : -1]], key))
     return words
 
 
 def _by_level(typed: str, words: list[str]) -> list[str]:
-    """Of many keys only the next level, as a file completion shows folders first."""
+    """Shorten `words` to the next level of their keys, as file completion shows folders before files."""
     level = typed.count(".")
     short: dict[str, None] = {}
     for word in words:
@@ -64,12 +65,12 @@ def _by_level(typed: str, words: list[str]) -> list[str]:
 def _tree(given: Sequence[str], dirs: Sequence[str]) -> dict[str, Any]:
     try:
         return plain_tree([o for o in given if "=" in o], dirs)
-    except Exception:  # an override typed before is wrong: the run will say so, not the shell
+    except Exception:  # an earlier override is wrong; the command itself reports that
         return plain_tree([], dirs)
 
 
 def _values(key: str) -> Iterator[Any]:
-    """The literal values of a key of `RunConfig`."""
+    """The literal values that `RunConfig` allows for `key`."""
     kind: Any = RunConfig
     for part in key.split("."):
         field = kind.model_fields[part] if hasattr(kind, "model_fields") else None
@@ -92,10 +93,11 @@ def _literals(kind: Any) -> Iterator[Any]:
 
 
 def in_bash(answer_words: Callable[[], None]) -> None:
-    """Run `answer_words`, the command line's own completion, for a shell that cuts words at '=' and ':'.
+    """Run `answer_words`, the completion of the command line, under bash.
 
-    The words are put together again, and only what follows the last cut is printed;
-    `model=re` arrives as three words, and bash replaces only the last of them.
+    bash splits words at '=' and ':': `model=re` arrives as the three words `model`, `=` and `re`,
+    and bash replaces only the last one. This function joins the words again, runs
+    `answer_words`, and prints only the part of each answer that follows the last split.
     """
     words = os.environ.get("COMP_WORDS", "").split("\n")
     at = min(int(os.environ.get("COMP_CWORD", "0") or 0), len(words) - 1)

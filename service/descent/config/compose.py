@@ -1,4 +1,4 @@
-"""From overrides to a `RunConfig`, with errors that say file, key, value and the nearest name."""
+"""Composes a `RunConfig` from overrides; errors name the file, the key, the value and a similar name."""
 
 import os
 import re
@@ -10,29 +10,32 @@ from typing import Any, NoReturn
 from descent.config.files import PRIMARY, groups, option_file, search_path, shown
 from descent.config.former_targets import with_current_targets
 from descent.config.origin import Sources
-from descent.config.overrides import Override, check_keys, near, parse, shown_value
+from descent.config.overrides import Override, check_keys, parse, shown_value, suggest
 from descent.config.schema import Data, RunConfig
 from descent.config.secrets import is_secret, masked, redact
-from descent.config.typed import typed
+from descent.config.validation import validated
 from descent.errors import ConfigError, DescentError
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed configuration and where it came from."""
+    """A composed configuration, and the overrides, options and folders that it was composed from."""
 
     config: RunConfig
     overrides: tuple[str, ...]
     choices: Mapping[str, str]
     """Group -> chosen option."""
     yaml: str
-    """For people: secrets and passwords in addresses are left out."""
+    """For people to read: without secrets and without passwords in addresses."""
     config_dirs: tuple[str, ...] = ()
     sources: Sources | None = field(default=None, compare=False, repr=False)
 
     def located(self, error: DescentError) -> DescentError:
-        """`error` with the name of the file that set the key it speaks of, where that helps."""
-        # A resumed run has overrides of its own, which these sources don't know.
+        """`error`, preceded by the name of the file that set the key at the start of its message.
+
+        The file is named only where the user did not type the key (see `Sources.located`).
+        """
+        # A resumed run adds the overrides that it was started with; `sources` doesn't hold those.
         if self.sources is None or self.config.resume is not None:
             return error
         return type(error)(self.sources.located(str(error)))
@@ -43,13 +46,13 @@ def _hydra_compose(overrides: Sequence[str], dirs: Sequence[str]) -> Any:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    ours, *users = search_path(dirs)
+    packaged, *added = search_path(dirs)
     extra = []
-    if users:
-        path = ",".join(f'"file://{folder}"' for folder in users)
+    if added:
+        path = ",".join(f'"file://{folder}"' for folder in added)
         extra = [f"hydra.searchpath=[{path}]"]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ours)):
+    with initialize_config_dir(version_base="1.3", config_dir=str(packaged)):
         return hydra_compose(PRIMARY, overrides=[*extra, *overrides], return_hydra_config=True)
 
 
@@ -73,7 +76,7 @@ def _guard_environment() -> None:
 
 
 def plain_tree(overrides: Sequence[str], dirs: Sequence[str] = ()) -> dict[str, Any]:
-    """The composed keys and values as they are written, interpolations and all."""
+    """The composed keys and values before interpolations are resolved."""
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(_hydra_compose(overrides, dirs), resolve=False)
@@ -84,7 +87,9 @@ def plain_tree(overrides: Sequence[str], dirs: Sequence[str] = ()) -> dict[str, 
 def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Composed:
     """Compose configs/config.yaml, its groups and `overrides` (Hydra's own grammar).
 
-    Raises ConfigError, in one line, for an unknown group, option or key (with the nearest
+    `config_dirs` are further folders of config groups.
+
+    Raises ConfigError, in one line, for an unknown group, option or key (with the most similar
     name), a wrong type, a value out of range, or a missing value.
     """
     from omegaconf import OmegaConf
@@ -96,7 +101,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     _guard_environment()
     try:
         node = _hydra_compose(overrides, dirs)
-    except Exception as error:  # Hydra raises many kinds; all of them are the config's
+    except Exception as error:  # Hydra raises many types, and each of them is about the config
         _explain(error, parsed, dirs, known)
     choices = {str(k): str(v) for k, v in node.hydra.runtime.choices.items() if not str(k).startswith("hydra")}
     OmegaConf.set_struct(node, False)
@@ -106,7 +111,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     assert isinstance(raw, dict)
     plain = _resolved(node, sources)
     _refuse_idle_data_keys({str(k): v for k, v in raw.items()}, sources)
-    config = typed(plain, sources)
+    config = validated(plain, sources)
     _refuse_self_trust(config, sources)
     yaml = OmegaConf.to_yaml(OmegaConf.create(masked(plain)))
     return Composed(config, tuple(overrides), choices, yaml, dirs, sources)
@@ -121,8 +126,8 @@ def _resolved(node: Any, sources: Sources) -> dict[str, Any]:
         plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "config")
-        ours = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
-        reason = str(ours) if ours else redact(" ".join(str(error).split("full_key")[0].split()))
+        cause = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
+        reason = str(cause) if cause else redact(" ".join(str(error).split("full_key")[0].split()))
         where = sources.where(tuple(re.split(r"\.|\[", key)))
         raise ConfigError(f"{where}: {key}: {reason}") from error
     assert isinstance(plain, dict)
@@ -141,7 +146,7 @@ def _refuse_missing(missing: Sequence[str], sources: Sources) -> None:
 
 
 def _refuse_idle_data_keys(raw: Mapping[str, Any], sources: Sources) -> None:
-    """Keys of `data` serve interpolations; one that none refers to is a typo that would do nothing."""
+    """Refuse a key of `data` that no interpolation refers to: it is a typo and would have no effect."""
     data = raw.get("data")
     if not isinstance(data, Mapping):
         return
@@ -151,7 +156,7 @@ def _refuse_idle_data_keys(raw: Mapping[str, Any], sources: Sources) -> None:
             continue
         if not any(re.search(rf"\$\{{[^}}]*\b{re.escape(str(key))}\b", text) for text in written):
             names = sorted({*Data.model_fields, *map(str, data)} - {str(key)})
-            rule = f"nothing refers to this key; {near(str(key), names, 'data.')}"
+            rule = f"nothing refers to this key; {suggest(str(key), names, 'data.')}"
             raise ConfigError(sources.line(("data", str(key)), value, rule))
 
 
@@ -167,11 +172,11 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def _refuse_self_trust(config: RunConfig, sources: Sources) -> None:
-    """A config file may come from a colleague: it can't vouch for the code that it names."""
+    """Refuse `trusted_modules` in a config file: only an override, which the user types, may trust code."""
     if config.trusted_modules and sources.override_of(("trusted_modules",)) is None:
         file = shown(sources.file_of(("trusted_modules",)))
-        said = f"trusted_modules=[{','.join(config.trusted_modules)}]"
-        raise ConfigError(f"{file}: {said}: a file can't vouch for itself; add {said} as an override")
+        setting = f"trusted_modules=[{','.join(config.trusted_modules)}]"
+        raise ConfigError(f"{file}: {setting}: a file can't vouch for itself; add {setting} as an override")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -186,7 +191,7 @@ def _explain(
     dirs: Sequence[str],
     known: Mapping[str, Mapping[str, str]],
 ) -> NoReturn:
-    """Turn what Hydra raised into one line: a file that can't be read, or a key that isn't there."""
+    """Raise Hydra's `error` as one line about a file that can't be read or a key that doesn't exist."""
     from hydra.errors import MissingConfigException
     from yaml import MarkedYAMLError
 
@@ -197,11 +202,11 @@ def _explain(
             raise ConfigError(f"{place}: is not valid YAML: {cause.problem}") from error
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group, _, option = str(cause.missing_cfg_file).partition("/")
-            file = _asker(group, option, overrides, dirs)
+            file = _file_with_default(group, option, overrides, dirs)
             if group not in known:
-                hint = f"there is no group {group!r}; {near(group, known)}"
+                hint = f"there is no group {group!r}; {suggest(group, known)}"
             else:
-                hint = f"group {group} has no option {option!r}; {near(option, known[group])}"
+                hint = f"group {group} has no option {option!r}; {suggest(option, known[group])}"
             raise ConfigError(f"{file}: defaults: {hint}") from error
     chosen = [o.text for o in overrides if o.key in known and o.action != "delete"]
     try:
@@ -219,8 +224,8 @@ def _experiment(overrides: Sequence[Override], dirs: Sequence[str]) -> str:
     return shown(file) if file else "config"
 
 
-def _asker(group: str, option: str, overrides: Sequence[Override], dirs: Sequence[str]) -> str:
-    """The file whose defaults name `group: option`."""
+def _file_with_default(group: str, option: str, overrides: Sequence[Override], dirs: Sequence[str]) -> str:
+    """The file whose defaults list contains `group: option`."""
     for chosen in (o for o in overrides if o.action in ("change", "add")):
         file = option_file(chosen.key, shown_value(chosen.value), dirs)
         if file and re.search(rf"\b{re.escape(group)}.*:\s*{re.escape(option)}\b", file.read_text()):
@@ -229,8 +234,8 @@ def _asker(group: str, option: str, overrides: Sequence[Override], dirs: Sequenc
 
 
 def recompose(saved: Mapping[str, Any]) -> RunConfig:
-    """The `RunConfig` of an earlier run from what `RunConfig.to_dict` gave."""
+    """The `RunConfig` of an earlier run, from the dict that `RunConfig.to_dict` returned."""
     try:
-        return typed(with_current_targets(saved), Sources((), {}, ()))
+        return validated(with_current_targets(saved), Sources((), {}, ()))
     except ConfigError as error:
         raise ConfigError(f"saved config: {error}") from error

@@ -1,4 +1,4 @@
-"""Where config files lie: the packaged groups, and the folders that a user adds with --config-dir."""
+"""The folders of config files: the packaged groups, and those that a user adds with --config-dir."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +18,8 @@ def config_dir() -> Path:
 def search_path(config_dirs: Iterable[str] = ()) -> list[Path]:
     """The packaged folder and the user's own, in the order in which Hydra looks.
 
-    Raises ConfigError for a folder that isn't there, and for a file in it that would be
-    passed over in silence because an earlier folder has one of its name.
+    Raises ConfigError for a folder that doesn't exist, and for a file that Hydra would never read
+    because an earlier folder has a file of the same name.
     """
     roots = [config_dir()]
     for given in config_dirs:
@@ -32,31 +32,32 @@ def search_path(config_dirs: Iterable[str] = ()) -> list[Path]:
                 "put what it changes into experiment/NAME.yaml and run with experiment=NAME"
             )
         for file in folder.glob("*/**/*.yaml"):
-            rival = next((r for r in roots if (r / file.relative_to(folder)).is_file()), None)
-            if rival is not None and rival != folder:
-                group, option = _place(file, folder)
+            earlier = next((r for r in roots if (r / file.relative_to(folder)).is_file()), None)
+            if earlier is not None and earlier != folder:
+                group, option = _group_and_option(file, folder)
                 raise ConfigError(
-                    f"{shown(file)}: would not be read, {shown(rival / group)} has {group}={option} "
+                    f"{shown(file)}: would not be read, {shown(earlier / group)} has {group}={option} "
                     "already; give yours another name"
                 )
         roots.append(folder)
     return roots
 
 
-def _place(file: Path, root: Path) -> tuple[str, str]:
+def _group_and_option(file: Path, root: Path) -> tuple[str, str]:
     group, *option = file.relative_to(root).with_suffix("").parts
     return group, "/".join(option)
 
 
 def groups(config_dirs: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-    """Group -> option -> its one line of description.
+    """Group -> option -> one line of description.
 
-    That is the file's first comment but for `# @package`, which Hydra wants on top.
+    The description is the first comment in the option's file. A `# @package` line is not
+    counted, because Hydra requires it at the top.
     """
     found: dict[str, dict[str, str]] = {}
     for root in search_path(config_dirs):
         for file in sorted(root.glob("*/**/*.yaml")):
-            group, option = _place(file, root)
+            group, option = _group_and_option(file, root)
             lines = _text(file).splitlines()
             comments = [x for x in lines if x.startswith("#") and not x.startswith("# @")]
             line = comments[0].lstrip("# ").strip() if comments else ""
@@ -72,7 +73,7 @@ def _text(file: Path) -> str:
 
 
 def option_file(group: str, option: str, config_dirs: Iterable[str]) -> Path | None:
-    """The file of `group=option`, if there is one."""
+    """The file of `group=option`; None if no folder has one."""
     for root in search_path(config_dirs):
         file = root / group / f"{option}.yaml"
         if file.is_file():
@@ -81,8 +82,11 @@ def option_file(group: str, option: str, config_dirs: Iterable[str]) -> Path | N
 
 
 def shown(file: Path) -> str:
-    """A config file's name as a user knows it: short for ours, from the current folder for theirs."""
+    """A config file's name for messages.
+
+    Packaged files start with `configs/`; the user's own are relative to the current folder.
+    """
     if file.is_relative_to(config_dir()):
         return str(Path("configs") / file.relative_to(config_dir()))
-    here = Path.cwd()
-    return str(file.relative_to(here)) if file.is_relative_to(here) else str(file)
+    current = Path.cwd()
+    return str(file.relative_to(current)) if file.is_relative_to(current) else str(file)

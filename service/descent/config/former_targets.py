@@ -1,4 +1,4 @@
-"""Targets of runs that were made when the package was called `service`: they still resume."""
+"""Translates `_target_`s of runs that were made when the package was called `service`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ _MOVED = {
     "service.models": "descent.models",
     "service.training": "descent.training",
 }
-"""Former module or package -> where its classes are now; the more exact prefix comes first."""
+"""Former module or package -> its present path. A module comes before the package that holds it."""
 
 
 def current_target(path: str) -> str:
-    """The dotted path under which a target is found today.
+    """The present dotted path of a target; a path that never changed is returned as it is.
 
     >>> current_target("service.training.schedules.Cosine")
     'descent.optim.schedules.Cosine'
@@ -30,7 +30,7 @@ def current_target(path: str) -> str:
 
 
 def with_current_targets(tree: Any) -> Any:
-    """A copy of a config tree in which each `_target_` has the path of today."""
+    """A copy of a config tree in which each `_target_` has its present path."""
     if isinstance(tree, Mapping):
         return {
             key: current_target(value) if key == "_target_" and isinstance(value, str) else with_current_targets(value)

@@ -1,4 +1,4 @@
-"""Which override or file a key of the composed config comes from: errors must say it."""
+"""Finds the override or the file that set a key of the composed config, so that errors can name it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,19 +10,19 @@ from descent.config.files import PRIMARY, config_dir, option_file, shown
 from descent.config.overrides import Override, shown_value
 
 Key = tuple[str, ...]
-_SAID = re.compile(r"^([A-Za-z_]\w*(?:\.\w+)*)")
+_LEADING_KEY = re.compile(r"^([A-Za-z_]\w*(?:\.\w+)*)")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a composition was made of."""
+    """The overrides, the chosen options and the folders of one composition."""
 
     overrides: tuple[Override, ...]
     choices: Mapping[str, str]
     config_dirs: tuple[str, ...]
 
     def override_of(self, path: Key) -> Override | None:
-        """The last override that set `path`, something in it, or something around it."""
+        """The last override that set `path`, a key inside it, or a section that contains it."""
         for override in reversed(self.overrides):
             own = override.path
             group = override.key in self.choices and len(own) == 1
@@ -31,16 +31,22 @@ class Sources:
         return None
 
     def file_of(self, path: Key) -> Path:
-        """The file that has the last word on `path`, or if none names it on what is around it."""
+        """The file that sets `path`; if no file does, the one that sets the nearest section around it.
+
+        Where several files set the key, it is the one whose value Hydra keeps.
+        """
         files = list(self._files(path[0]))
         for length in range(len(path), 0, -1):
             for file, inner in files:
-                if _names(file, path[len(inner) : length]):
+                if _sets(file, path[len(inner) : length]):
                     return file
         return config_dir() / f"{PRIMARY}.yaml"
 
     def _files(self, top: str) -> Iterator[tuple[Path, Key]]:
-        """(file, where it is placed), the one that has the last word first (see configs/config.yaml)."""
+        """(file, the path under which Hydra merges it), the file that overrides the others first.
+
+        The order is the reverse of the defaults list in configs/config.yaml.
+        """
         ordered = ["experiment", "batch", "", *(g for g in (top,) if g != "batch")]
         for group in ordered:
             if not group:
@@ -55,31 +61,37 @@ class Sources:
                 yield file, (group,)
 
     def where(self, path: Key) -> str:
-        """`override 'key=value'`, or the file's name."""
+        """The place that set `path`, for a message: `override 'key=value'`, or the file's name."""
         override = self.override_of(path) if path else None
         if override is not None:
             return str(override)
         return shown(self.file_of(path) if path else config_dir() / f"{PRIMARY}.yaml")
 
     def line(self, path: Key, value: Any, rule: str) -> str:
-        """One line: where, key=value unless the override says just that, and what would be right."""
+        """An error line: the place, `key=value`, and `rule`, which says what would be right.
+
+        `key=value` is left out where the override consists of just that.
+        """
         override = self.override_of(path)
         if override is not None and override.path == path:
             return f"{override}: {rule}"
         key = ".".join(path)
-        said = key if isinstance(value, Mapping) else f"{key}={shown_value(value, key)}"
-        return f"{self.where(path)}: {said}: {rule}"
+        setting = key if isinstance(value, Mapping) else f"{key}={shown_value(value, key)}"
+        return f"{self.where(path)}: {setting}: {rule}"
 
     def located(self, message: str) -> str:
-        """`message`, which starts with a key, with the name of the user's file or the experiment
-        that set it; as it is where an override did (the user has just typed it) or a default."""
-        said = _SAID.match(message)
-        path = tuple(said[1].split(".")) if said else ()
+        """`message`, which starts with a key, preceded by the name of the file that set the key.
+
+        The file is named if it is the user's own or an experiment. An override needs no name,
+        because the user has just typed it, and neither does a default.
+        """
+        leading = _LEADING_KEY.match(message)
+        path = tuple(leading[1].split(".")) if leading else ()
         if not path or path[0] not in _top_level(self) or self.override_of(path) is not None:
             return message
         file = self.file_of(path)
-        ours = file.is_relative_to(config_dir()) and file.parent.name != "experiment"
-        return message if ours else f"{shown(file)}: {message}"
+        is_default = file.is_relative_to(config_dir()) and file.parent.name != "experiment"
+        return message if is_default else f"{shown(file)}: {message}"
 
 
 def _top_level(sources: Sources) -> set[str]:
@@ -88,7 +100,7 @@ def _top_level(sources: Sources) -> set[str]:
     return set(RunConfig.model_fields) | set(sources.choices)
 
 
-def _names(file: Path, path: Sequence[str]) -> bool:
+def _sets(file: Path, path: Sequence[str]) -> bool:
     from omegaconf import OmegaConf
 
     tree: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)

@@ -1,4 +1,4 @@
-"""Overrides as they are typed: Hydra's grammar, refused one by one before anything is composed."""
+"""Reads overrides in Hydra's grammar and refuses wrong ones, one by one, before Hydra composes."""
 
 import difflib
 import json
@@ -10,12 +10,12 @@ from descent.config.secrets import is_secret, redact
 from descent.errors import ConfigError
 
 SPECS = ("model", "data", "loss", "optimizer", "schedule")
-"""Groups whose keys are arguments of a class, so that a user's own may be added with `+`."""
+"""Groups whose keys are arguments of a class; a user may add further arguments with `+`."""
 
 
 @dataclass(frozen=True)
 class Override:
-    """One override: what was typed, and what Hydra reads in it."""
+    """One override: the text as typed, and the key, action and value that Hydra reads from it."""
 
     text: str
     key: str
@@ -31,13 +31,13 @@ class Override:
 
 
 def shown_override(text: str) -> str:
-    """The override without what it may hold of secrets."""
+    """The override for a message, with `***` in place of a secret."""
     key, equals, _ = text.partition("=")
     return f"{key}=***" if equals and is_secret(key.lstrip("+~")) else redact(text)
 
 
 def shown_value(value: Any, key: str = "") -> str:
-    """A value as one would type it; a secret's is hidden.
+    """A value as a user would type it; `***` if `key` names a secret.
 
     >>> shown_value(None), shown_value(True), shown_value("abc"), shown_value([1, "a"])
     ('null', 'true', 'abc', '[1, "a"]')
@@ -49,10 +49,10 @@ def shown_value(value: Any, key: str = "") -> str:
     return redact(json.dumps(value, default=str, ensure_ascii=False))
 
 
-def near(word: str, names: Iterable[str], before: str = "", after: str = "") -> str:
-    """'did you mean …?', or what there is if nothing is near.
+def suggest(word: str, names: Iterable[str], before: str = "", after: str = "") -> str:
+    """ "did you mean …?" with the most similar of `names`, or a list of them if none is similar.
 
-    >>> near("resnte", ["mlp", "resnet"])
+    >>> suggest("resnte", ["mlp", "resnet"])
     "did you mean 'resnet'?"
     """
     names = list(names)
@@ -63,10 +63,10 @@ def near(word: str, names: Iterable[str], before: str = "", after: str = "") -> 
 
 
 def parse(texts: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> list[Override]:
-    """Read overrides and refuse what no composition could take.
+    """Read overrides. `known` maps group -> option -> description.
 
-    `known` is group -> options. Raises ConfigError for a malformed override, several values
-    where a run has one, an unknown option of a group, and Hydra's own settings.
+    Raises ConfigError for a malformed override, for several values where a run has one, for an
+    unknown option of a group, and for Hydra's own settings.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -75,52 +75,52 @@ def parse(texts: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> list[
 
 
 def _parse_one(parser: Any, text: str, known: Mapping[str, Mapping[str, str]]) -> Override:
-    said = f"override {shown_override(text)!r}"
+    label = f"override {shown_override(text)!r}"
     if not text.lstrip("+~").partition("=")[0].strip() or ("=" not in text and text[:1] != "~"):
-        raise ConfigError(f"{said}: needs the form key=value")
+        raise ConfigError(f"{label}: needs the form key=value")
     try:
         read = parser.parse_override(text)
         value = None if read.is_sweep_override() else read.value()
     except Exception as error:  # the parser's own and those of its generated lexer
         raise ConfigError(
-            f"{said}: can't be read; brackets and quotes must close, and a value with spaces or "
+            f"{label}: can't be read; brackets and quotes must close, and a value with spaces or "
             "any of , : = [ ] { } needs quotes that the shell leaves: 'key=\"a, b\"'"
         ) from error
     if read.is_sweep_override():
         raise ConfigError(
-            f"{said}: gives several values, and a run has one; a list is key=[a,b], a text with a comma 'key=\"a,b\"'"
+            f"{label}: gives several values, and a run has one; a list is key=[a,b], a text with a comma 'key=\"a,b\"'"
         )
     key = read.key_or_group
     if key.split(".")[0] == "hydra":
         raise ConfigError(
-            f"{said}: Hydra's own settings have no effect here; "
+            f"{label}: Hydra's own settings have no effect here; "
             "output_dir=… says where runs go, --config-dir where your groups are"
         )
     if read.package is not None:
-        raise ConfigError(f"{said}: a group has its place; write {key}=OPTION")
+        raise ConfigError(f"{label}: a group has its place; write {key}=OPTION")
     if "/" in key:
-        raise ConfigError(f"{said}: there is no group {key!r}; did you mean {key.replace('/', '.')!r}?")
+        raise ConfigError(f"{label}: there is no group {key!r}; did you mean {key.replace('/', '.')!r}?")
     kind = read.type.name
     action: Any = {"CHANGE": "change", "ADD": "add", "FORCE_ADD": "force", "DEL": "delete"}[kind]
     if key in known and action != "delete":
-        _check_option(said, key, value, known[key])
+        _check_option(label, key, value, known[key])
     return Override(text, key, action, value)
 
 
-def _check_option(said: str, group: str, value: Any, options: Mapping[str, str]) -> None:
+def _check_option(label: str, group: str, value: Any, options: Mapping[str, str]) -> None:
     if value is None and group == "experiment":
         return
     if isinstance(value, list):
-        raise ConfigError(f"{said}: group {group} takes one option; {near('', options)}")
+        raise ConfigError(f"{label}: group {group} takes one option; {suggest('', options)}")
     option = shown_value(value)
     if option not in options:
-        raise ConfigError(f"{said}: group {group} has no option {option!r}; {near(option, options)}")
+        raise ConfigError(f"{label}: group {group} has no option {option!r}; {suggest(option, options)}")
 
 
 def check_keys(overrides: Sequence[Override], tree: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse the first override whose key isn't there (or, to be added, is there already).
+    """Refuse the first override that changes a key which doesn't exist, or adds one that exists.
 
-    `tree` is the composition of the groups alone.
+    `tree` is the composition of the groups alone, without the other overrides.
     """
     groups = set(known)
     added: set[tuple[str, ...]] = set()
@@ -135,8 +135,8 @@ def check_keys(overrides: Sequence[Override], tree: Mapping[str, Any], known: It
         if override.action in ("add", "force"):
             added.add(path)
         elif exists and override.action == "delete" and _value(tree, path) is None:
-            # Hydra takes a null for a key that isn't there, and says so
-            raise ConfigError(f"{override}: {override.key} is null, and a null can't be taken away")
+            # Hydra can't delete a key whose value is null: it takes the key for a missing one.
+            raise ConfigError(f"{override}: {override.key} is null, and a null can't be deleted")
         elif not exists:
             raise ConfigError(f"{override}: {_unknown(override, tree, depth, groups)}")
 
@@ -164,7 +164,7 @@ def _unknown(override: Override, tree: Any, depth: int, groups: set[str]) -> str
         return f"there is no key {override.key!r}; {parent[:-1]} is a single value"
     names = set(tree) if depth else set(tree) | groups
     rest = "".join(f".{part}" for part in path[depth + 1 :])
-    hint = near(path[depth], sorted(names), parent, rest)
+    hint = suggest(path[depth], sorted(names), parent, rest)
     if override.action == "change" and depth > 0 and path[0] in SPECS:
         hint += f" (a new argument: +{shown_override(override.text)})"
     what = "key" if depth or rest else "key or group"

@@ -1,8 +1,7 @@
-"""`RunConfig`: what a composed configuration must look like, typed and frozen.
+"""The schema of a composed configuration, typed and frozen.
 
-Objects that are built from a `_target_` (model, data sets, optimizer, schedule,
-loss) stay mappings here; their arguments are checked when they are built, which
-happens before any worker starts.
+Model, data sets, optimizer, schedule and loss are built from a `_target_` and stay mappings
+here. Their arguments are checked when they are built, before any worker starts.
 """
 
 import difflib
@@ -28,7 +27,7 @@ _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Section(BaseModel):
-    """Unknown keys and wrong types are errors; nothing is converted in silence."""
+    """A group of keys. Unknown keys and wrong types are errors; no value is converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -46,20 +45,20 @@ class WorkerRange(Section):
 
 class Resources(Section):
     cpus: Annotated[float, Field(gt=0)] = 1.0
-    """CPU cores of one worker; also its number of threads (at least one)."""
+    """CPU cores of one worker, and its number of threads (at least one)."""
     gpus: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
-    """GPUs of one worker, which drives one or shares it."""
+    """GPUs of one worker: 1, or a share of one that several workers use."""
 
 
 class DataCache(Section):
-    """Where a node keeps what it fetched of data sets that lie elsewhere."""
+    """The folder in which a node keeps data that it has fetched from S3."""
 
     dir: str | None = None
     gb: Annotated[float, Field(gt=0)] = 20.0
 
 
 class Data(BaseModel):
-    """`train` and `evaluate` are built; other keys serve as interpolation targets."""
+    """The data sets. `train` and `evaluate` are built; interpolations refer to the other keys."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     name: str
@@ -101,7 +100,7 @@ class KeepBest(Section):
 
     @property
     def higher(self) -> bool:
-        """Whether more is better; as the metric has it unless `mode` says otherwise."""
+        """Whether a higher value is better: by `mode`, or where that is None by the metric."""
         return (self.mode or ("max" if self.metric == "eval/accuracy" else "min")) == "max"
 
 
@@ -109,7 +108,7 @@ class Checkpoint(Section):
     dir: str | None = None
     every: Positive | str | None = "1m"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """With every=auto: the largest part of the time that saving may take."""
+    """With every=auto: the largest share of the running time that saving may take."""
     keep_last: Positive = 2
     keep_every: Positive | None = None
     keep_best: KeepBest | None = None
@@ -124,7 +123,7 @@ class Checkpoint(Section):
 
     @field_validator("keep_best", mode="before")
     @classmethod
-    def _by_name(cls, value: Any) -> Any:
+    def _metric_alone(cls, value: Any) -> Any:
         return {"metric": value} if isinstance(value, str) else value
 
     @field_validator("dir")
@@ -136,7 +135,7 @@ class Checkpoint(Section):
 
     @property
     def every_s(self) -> float | None:
-        """The cadence in seconds, None for auto; infinity where it isn't one of time."""
+        """`every` in seconds; None for auto, infinity where `every` is not a duration."""
         if self.every == "auto":
             return None
         match = _DURATION.match(self.every) if isinstance(self.every, str) else None
@@ -179,46 +178,46 @@ class Regroup(Section):
 
 
 class Straggler(Section):
-    """What is done about a rank that is slower than the others."""
+    """Measures against a rank that is slower than the others."""
 
     deal: bool = True
-    """Deal the slots by measured speed; needs more slots than workers."""
+    """Give faster ranks more slots; needs more slots than workers."""
     factor: Annotated[float, Field(gt=1)] = 1.5
-    """Slow: this many times the median of the ranks' time per sample."""
+    """A rank is slow if its time per sample is this many times the median of the ranks."""
     after_s: Seconds = 30.0
-    """Lasting: slow for this long; it is then named as an incident."""
+    """A rank that has been slow for this long becomes an incident."""
     replace: bool = False
 
 
 class Chaos(Section):
-    """Faults to inject into this run, at seeded random moments."""
+    """Faults that are injected into this run, at seeded random moments."""
 
     faults: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
     every_s: Seconds = 5.0
-    """Mean time between two faults."""
+    """Mean time between two faults, in seconds."""
     kinds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """Kind -> weight."""
+    """Kind of fault -> weight in the random choice."""
 
     @field_validator("kinds")
     @classmethod
     def _known(cls, value: dict[str, float]) -> dict[str, float]:
         for kind in value:
             if kind not in CHAOS_KINDS:
-                close = difflib.get_close_matches(kind, CHAOS_KINDS, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(CHAOS_KINDS)}"
+                similar = difflib.get_close_matches(kind, CHAOS_KINDS, 1)
+                hint = f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(CHAOS_KINDS)}"
                 raise ValueError(f"there is no fault {kind!r}; {hint}")
         return value
 
     @model_validator(mode="after")
-    def _some(self) -> "Chaos":
+    def _has_a_kind(self) -> "Chaos":
         if self.faults and not any(self.kinds.values()):
             raise ValueError(f"faults={self.faults}, but no kind has a weight above 0")
         return self
 
 
 class RunConfig(Section):
-    """One run, whole. The comments in configs/config.yaml say what each key does."""
+    """The whole configuration of one run. The comments in configs/config.yaml say what each key does."""
 
     name: str | None
     output_dir: str
@@ -291,7 +290,7 @@ class RunConfig(Section):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and scalars, fit for JSON and for `RunConfig(**…)`."""
+        """Plain dicts, lists and scalars that JSON and `RunConfig(**…)` accept."""
         return self.model_dump(mode="json")
 
 

@@ -1,4 +1,4 @@
-"""Checks of a network's arguments: one line that names key, value and what would be right."""
+"""Checks of a network's arguments. An error names the key, its value and what would be right."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from descent.errors import ConfigError
 
 
 def choice(key: str, value: object, valid: Iterable[str]) -> str:
-    """`value` if it is one of `valid`; otherwise ConfigError with the nearest one.
+    """`value` if it is one of `valid`; otherwise raises ConfigError with the most similar one.
 
     >>> choice("model.activation", "rellu", ["relu", "tanh"])
     Traceback (most recent call last):
@@ -17,42 +17,45 @@ def choice(key: str, value: object, valid: Iterable[str]) -> str:
     names = list(valid)
     if isinstance(value, str) and value in names:
         return value
-    near = difflib.get_close_matches(str(value).lower(), names, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? (one of {', '.join(names)})" if near else ""
+    similar = difflib.get_close_matches(str(value).lower(), names, 1, cutoff=0.5)
+    hint = f"did you mean {similar[0]}? (one of {', '.join(names)})" if similar else ""
     raise ConfigError(f"{key}={shown(value)}: {hint or 'must be one of ' + ', '.join(names)}")
 
 
 def count(key: str, value: object, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`."""
-    # A bool is an int to Python, but 'depth: true' is a slip of somebody's hand.
+    """`value` if it is a whole number, `least` or more; otherwise raises ConfigError."""
+    # Python counts a bool as an int, but 'depth: true' is a typing error.
     if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return value
     raise ConfigError(f"{key}={shown(value)}: must be a whole number, {least} or more")
 
 
 def probability(key: str, value: object) -> float:
-    """`value` if it is a number in [0, 1)."""
+    """`value` as a float if it is a number in [0, 1); otherwise raises ConfigError."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
         return float(value)
-    raise ConfigError(f"{key}={shown(value)}: must be a number from 0 up to, but not, 1")
+    raise ConfigError(f"{key}={shown(value)}: must be at least 0 and below 1")
 
 
 def positive(key: str, value: object) -> float:
-    """`value` if it is a finite number above zero."""
+    """`value` as a float if it is a finite number above zero; otherwise raises ConfigError."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         return float(value)
     raise ConfigError(f"{key}={shown(value)}: must be a number above 0")
 
 
 def flag(key: str, value: object) -> bool:
-    """`value` if it is true or false; the string 'no' would count as true otherwise."""
+    """`value` if it is true or false; otherwise raises ConfigError.
+
+    Without this check Python would take the string 'no' for true.
+    """
     if isinstance(value, bool):
         return value
     raise ConfigError(f"{key}={shown(value)}: must be true or false")
 
 
 def sizes(key: str, value: object) -> tuple[int, ...]:
-    """`value` as a tuple of whole numbers of at least 1, at least one of them."""
+    """`value` as a tuple if it is a non-empty list of whole numbers above 0; otherwise raises ConfigError."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
         whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value)
         if whole:
@@ -61,23 +64,23 @@ def sizes(key: str, value: object) -> tuple[int, ...]:
 
 
 def input_sizes(value: object, example: str) -> tuple[int, ...]:
-    """`model.input_shape`, which is null where the data set doesn't say it either."""
+    """`model.input_shape` as a tuple. Raises ConfigError for null: then the data set doesn't define it either."""
     if value is None:
         raise ConfigError(
-            f"model.input_shape=null: the data set doesn't say it; set it, e.g. model.input_shape={example}"
+            f"model.input_shape=null: the data set doesn't define it; set it, e.g. model.input_shape={example}"
         )
     return sizes("model.input_shape", value)
 
 
 def outputs(value: object) -> int:
-    """`model.num_outputs`, which is null where the data set doesn't say it either."""
+    """`model.num_outputs` as an int. Raises ConfigError for null: then the data set doesn't define it either."""
     if value is None:
-        raise ConfigError("model.num_outputs=null: the data set doesn't say it; set it, e.g. model.num_outputs=10")
+        raise ConfigError("model.num_outputs=null: the data set doesn't define it; set it, e.g. model.num_outputs=10")
     return count("model.num_outputs", value)
 
 
 def shown(value: object) -> str:
-    """A value as somebody would write it in an override."""
+    """A value as a user would type it in an override."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Sequence) and not isinstance(value, str):

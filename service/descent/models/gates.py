@@ -1,7 +1,8 @@
 """Operations without a useful gradient, made trainable: straight-through and Gumbel-softmax.
 
-A sign, a rounding or a choice has derivative zero almost everywhere, so the chain rule
-passes nothing through it. Both ways around that are here, as functions and as layers.
+A sign, a rounding or a choice has derivative zero almost everywhere, so backpropagation
+gives everything before it a gradient of zero. The straight-through estimator and the
+Gumbel-softmax replace that derivative. Each is here as a function and as a layer.
 """
 
 import torch
@@ -13,12 +14,14 @@ from descent.models.arguments import flag, positive
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard` with the gradient of `soft` (Bengio, Léonard, Courville 2013).
+    """A tensor with the value of `hard` and the gradient of `soft`, both of the same shape.
+
+    Bengio, Léonard, Courville 2013:
 
         y = stop(hard) + (soft - stop(soft))        dy/dx = dsoft/dx
 
-    The bracket is exactly zero, so y has the very bits of `hard`; the more common
-    soft + stop(hard - soft) is off by a rounding. `soft` must be finite.
+    The bracket is exactly zero, so y is equal to `hard` bit for bit; the more common
+    soft + stop(hard - soft) differs from it by a rounding error. `soft` must be finite.
     """
     return hard.detach() + (soft - soft.detach())
 
@@ -28,8 +31,8 @@ def sign(x: Tensor) -> Tensor:
 
         y = +1 if x >= 0 else -1        dy/dx := 1 if |x| < 1 else 0
 
-    The estimator of Bengio et al. (2013), cut off where the sign no longer hangs on a
-    small change of x (Hubara et al. 2016, 'Binarized Neural Networks').
+    The estimator of Bengio et al. (2013), with gradient zero where a small change of x can't
+    change the sign (Hubara et al. 2016, 'Binarized Neural Networks').
 
     >>> x = torch.tensor([-2.0, -0.3, 0.0, 0.7], requires_grad=True)
     >>> sign(x).tolist()
@@ -38,7 +41,7 @@ def sign(x: Tensor) -> Tensor:
     >>> x.grad.tolist()
     [0.0, 1.0, 1.0, 1.0]
     """
-    # Not torch.sign: that has a third value, 0 at 0, and a binary unit has two.
+    # torch.sign is 0 at 0, a third value; a binary unit has only two.
     hard = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     return straight_through(hard, F.hardtanh(x))
 
@@ -63,14 +66,14 @@ def gumbel_softmax(logits: Tensor, temperature: float = 1.0, *, hard: bool = Fal
         g_i = -log(e_i),  e_i ~ Exponential(1)      (so g_i ~ Gumbel(0, 1))
         y   = softmax((logits + g) / temperature)
 
-    argmax(logits + g) is an exact draw; y comes as near to its one-hot vector as the
-    temperature is low. With `hard`, y *is* that one-hot vector and the gradient is the
-    soft one's, straight through. Jang, Gu, Poole 2017; Maddison, Mnih, Teh 2017.
-    Same shape as `logits`; draws from torch's global generator. Raises ConfigError for
-    a temperature that isn't above 0.
+    argmax(logits + g) is an exact draw from the distribution, and y approaches its one-hot
+    vector as the temperature approaches 0. With `hard`, y is that one-hot vector and has the
+    gradient of the soft y (straight through). Jang, Gu, Poole 2017; Maddison, Mnih, Teh 2017.
+    Returns the shape and dtype of `logits`; draws from torch's global generator. Raises
+    ConfigError for a temperature that is not above 0.
     """
     temperature = positive("model.temperature", temperature)
-    # Noise in half precision has so few values that rare classes would never come up.
+    # Half precision has too few values for the noise: rare classes would never be drawn.
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     noise = -torch.empty_like(wide, memory_format=torch.contiguous_format).exponential_().log()
     soft = F.softmax((wide + noise) / temperature, dim)
@@ -78,14 +81,14 @@ def gumbel_softmax(logits: Tensor, temperature: float = 1.0, *, hard: bool = Fal
 
 
 class Sign(nn.Module):
-    """`sign` as a layer: any shape to the same shape, every entry ±1."""
+    """`sign` as a layer: a tensor of any shape to one of the same shape with entries ±1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return sign(x)
 
 
 class Round(nn.Module):
-    """`round` as a layer: any shape to the same shape, every entry whole."""
+    """`round` as a layer: a tensor of any shape to one of the same shape with whole entries."""
 
     def forward(self, x: Tensor) -> Tensor:
         return round(x)
@@ -94,8 +97,9 @@ class Round(nn.Module):
 class GumbelSoftmax(nn.Module):
     """`gumbel_softmax` over the last dimension as a layer: [..., K] logits to [..., K].
 
-    In evaluation there is no noise: softmax(logits / temperature), or with `hard` the
-    one-hot vector of the likeliest class, so that one input has one answer.
+    In evaluation mode no noise is added: the output is softmax(logits / temperature), or with
+    `hard` the one-hot vector of the likeliest class, so that it depends on the input alone.
+    Raises ConfigError for a temperature that is not above 0 and for logits of whole numbers.
     """
 
     def __init__(self, temperature: float = 1.0, hard: bool = False) -> None:
@@ -116,5 +120,5 @@ class GumbelSoftmax(nn.Module):
 
 
 def _one_hot(x: Tensor, dim: int) -> Tensor:
-    """1 at the largest entry along `dim`, the first one of equals, 0 elsewhere."""
+    """1 at the largest entry along `dim` (the first of several equal ones), 0 elsewhere."""
     return torch.zeros_like(x).scatter_(dim, x.argmax(dim, keepdim=True), 1.0)

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: tokens (or bytes) in, the next one's logits out."""
+"""A decoder-only transformer: it predicts the next token (or byte) at each position."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from descent.models.arguments import count, flag, input_sizes, outputs, probabil
 
 
 class GPT(nn.Module):
-    """[B, T] int64 token ids to [B, T, num_outputs] logits, each position seeing only its past.
+    """[B, T] int64 token ids to [B, T, num_outputs] logits; a position sees itself and those before it.
 
-    GPT-2 (Radford et al. 2019): learned positions, norm before attention and before the
-    feed-forward part (Xiong et al. 2020 say why it trains), GELU, N(0, 0.02) weights, and
-    the two projections that write into the residual stream smaller by sqrt(2 · layers), so
-    that the stream's variance doesn't grow with depth. 12 layers, 12 heads, width 768, a
+    GPT-2 (Radford et al. 2019): learned positions, norms before attention and before the
+    feed-forward part (Xiong et al. 2020 show why this trains well), GELU, N(0, 0.02) weights.
+    The weights of the two projections that add to the residual stream are smaller by
+    sqrt(2 · layers), so that the variance of the stream doesn't grow with depth. 12 layers, 12 heads, width 768, a
     context of 1024 and GPT-2's vocabulary of 50,257 give its 124,439,808 parameters.
 
-    input_shape: (T,), the longest context; shorter inputs are welcome
-    num_outputs: the vocabulary's size, of inputs and outputs alike
+    input_shape: (T,), the longest context; inputs may be shorter
+    num_outputs: the size of the vocabulary, for inputs and outputs
     tied: the output layer is the token embedding's transpose (Press, Wolf 2017)
-    bias: whether linear layers and norms have one
+    bias: whether linear layers and norms have a bias
 
-    Raises ConfigError for arguments out of range, and in forward for anything but whole
-    numbers of shape [B, up to T].
+    Raises ConfigError for arguments out of range, and in forward for inputs that are not whole
+    numbers of shape [B, 1 to T].
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.blocks = nn.ModuleList(Block(width, heads, dropout, bias) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=bias)
-        # Tied, there is no second module that holds the same tensor: one weight, one name.
+        # With tied weights there is no second module for the same tensor: one weight has one name.
         self.head = None if flag("model.tied", tied) else nn.Linear(width, num_outputs, bias=False)
         self._initialize(layers)
 
@@ -88,7 +88,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """[B, T, width] to the same: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """[B, T, width] to the same shape: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -101,13 +101,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
-        # GPT-2's own GELU is the tanh form, and it is the cheaper one too.
+        # GPT-2 uses the tanh form of GELU, which is also the cheaper one.
         y = F.gelu(self.up(self.norm2(x)), approximate="tanh")
         return x + self.dropout(self.down(y))
 
 
 class Attention(nn.Module):
-    """[B, T, width] to the same: softmax(q kᵀ / sqrt(d) + causal mask) v per head (Vaswani et al. 2017)."""
+    """[B, T, width] to the same shape: softmax(q kᵀ / sqrt(d) + causal mask) v per head (Vaswani et al. 2017)."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Initial weights: how large they are decides whether a deep network's gradients survive."""
+"""Initial weights. Their scale decides whether gradients vanish in a deep network."""
 
 import math
 
@@ -18,15 +18,15 @@ SCHEMES = (
 
 _NAMES_IN_TORCH = {"identity": "linear", "binary": "linear"}
 
-# torch has no gain for these three. As He et al. derive sqrt(2) for ReLU, it is
-# 1 / sqrt(E[f(z)^2]) for z ~ N(0, 1): what keeps the second moment from layer to layer.
+# torch has no gain for these three. The gain is 1 / sqrt(E[f(z)^2]) for z ~ N(0, 1), which keeps
+# the second moment equal from layer to layer; He et al. derive sqrt(2) for ReLU in this way.
 _OWN_GAINS = {"gelu": 1.5335304, "silu": 1.6765325, "elu": 1.2451983}
 
 
 def gain(activation: str) -> float:
-    """The factor by which weights must be larger to make up for what `activation` takes away.
+    """The factor for the weights that compensates for the loss of variance in `activation`.
 
-    torch's recommended one where it has one (`torch.nn.init.calculate_gain`).
+    It is torch's own where `torch.nn.init.calculate_gain` knows the activation.
 
     >>> round(gain("relu") ** 2, 6)
     2.0
@@ -38,11 +38,11 @@ def gain(activation: str) -> float:
 
 
 def initialize(linear: nn.Linear, scheme: str, activation: str, std: float = DEFAULT_STD) -> None:
-    """Draw `linear`'s weights in place from torch's global generator; its bias becomes zero.
+    """Draw the weights of `linear` in place from torch's global generator and set its bias to zero.
 
     With g the gain of the activation that follows, n inputs and m outputs:
 
-    - default: as torch has them, U(±1/sqrt(n)), weights and bias; nothing is done
+    - default: nothing is changed; torch has drawn weights and bias from U(±1/sqrt(n))
     - xavier: variance 2 g² / (n + m) (Glorot, Bengio 2010)
     - kaiming: variance g² / n (He et al. 2015)
     - orthogonal: g times a (semi-)orthogonal matrix (Saxe et al. 2014)

@@ -1,4 +1,4 @@
-"""A fully connected network in which every cause and cure of vanishing gradients is a choice."""
+"""A fully connected network whose arguments include the causes and cures of vanishing gradients."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -41,10 +41,10 @@ class MLP(nn.Module):
 
         h <- [h +] dropout(f(W norm(h) + b))            h + … where `residual` is true
 
-    and the output is W norm(h) + b. The norm stands before the weights and not before
-    the activation: there, a sigmoid's mean of 1/2 swamps what differs between samples,
-    layer norm can't take it out, and gradients vanish with it all the same. `depth: 0`
-    is a linear model.
+    and the output is W norm(h) + b. The norm stands before the weights instead of before the
+    activation: a sigmoid's outputs have mean 1/2, which hides the differences between samples
+    from the next layer, and a norm behind the weights can't remove that mean any more, so
+    gradients would vanish in spite of it. `depth: 0` is a linear model.
 
     activation: relu, gelu, tanh, sigmoid, silu, leaky_relu, elu, identity, or binary
       (straight-through sign, `descent.models.gates.sign`)
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
 
 class _Layer(nn.Module):
-    """[B, inputs] to [B, width]: norm, weights, activation, dropout, and around them the skip."""
+    """[B, inputs] to [B, width]: norm, linear, activation, dropout; with `residual` the input is added."""
 
     def __init__(
         self,
@@ -138,11 +138,11 @@ class _Layer(nn.Module):
 
 
 def refuse_single_sample(x: Tensor, remedy: str) -> None:
-    """Raise ConfigError if batch norm would have to learn from one value per channel.
+    """Raise ConfigError if batch norm would be trained on one value per channel.
 
-    The variance of one value is zero; torch refuses it too, in words of its own.
+    The variance of a single value is zero. torch refuses it too, but without naming a setting.
     """
-    # While a graph is traced the batch's size is a symbol; asking it for 1 would pin it.
+    # While torch.compile traces, the batch size is a symbol; comparing it with 1 would fix it.
     if not torch.compiler.is_compiling() and x.shape[0] == 1:
         raise ConfigError(
             f"model.norm=batch: can't train on a single sample, its variance is zero; "

@@ -1,4 +1,4 @@
-"""A residual network for small images: 1×8×8 digits to 3×64×64 photographs."""
+"""A residual network for small images, from 1×8×8 digits to 3×64×64 photographs."""
 
 from collections.abc import Sequence
 
@@ -16,16 +16,16 @@ class ResNet(nn.Module):
     """[B, *input_shape] floating point to [B, num_outputs]; input_shape is (C, H, W) or (H, W).
 
     The CIFAR form of He et al. 2015 ('Deep Residual Learning for Image Recognition',
-    section 4.2): a 3×3 stem without pooling, then one stage per entry of `widths`, each
-    of basic blocks with two 3×3 convolutions, halving height and width from the second
-    stage on, then the mean over all positions and a linear layer. Where a block changes
+    section 4.2): a 3×3 convolution without pooling, then one stage of basic blocks (two 3×3
+    convolutions each) per entry of `widths`, then the mean over all positions and a linear
+    layer. Each stage but the first halves height and width. Where a block changes
     the shape, its skip is a strided 1×1 convolution. `blocks` is one number for all
     stages or a list of one per stage: blocks=3, widths=(16, 32, 64) is the paper's
     ResNet-20, blocks=[2, 2, 2, 2], widths=(64, 128, 256, 512) is ResNet-18's body.
 
     norm: batch, or group (Wu, He 2018; with `groups` groups, independent of the batch)
-    zero_init_residual: each block starts as its skip alone, because the scale of its last
-      norm starts at zero (Goyal et al. 2017)
+    zero_init_residual: the scale of each block's last norm starts at zero, so that the block
+      starts as its skip connection alone (Goyal et al. 2017)
 
     Raises ConfigError for arguments out of range, and in forward for inputs of another
     shape and for whole numbers.
@@ -68,7 +68,7 @@ class ResNet(nn.Module):
                 before = width
             self.stages.append(nn.Sequential(*layers))
         self.head = nn.Linear(before, num_outputs)
-        # What is left of height and width after the halvings, each rounded up.
+        # Height and width after all stages; each halving rounds up.
         halved = [-(-side // 2 ** (len(widths) - 1)) for side in self.input_shape[-2:]]
         self.ends_in_one_pixel = halved == [1, 1]
 
@@ -110,7 +110,10 @@ class BasicBlock(nn.Module):
 
 
 def _convolution(inputs: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Same size (or halved), no bias (the norm that follows has one), He et al. 2015's init."""
+    """A convolution that keeps height and width for stride 1; initialized as in He et al. 2015.
+
+    It has no bias, because the norm behind it has one.
+    """
     conv = nn.Conv2d(inputs, width, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

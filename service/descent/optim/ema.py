@@ -1,7 +1,7 @@
-"""The averaged weights that are evaluated and exported in place of the last ones.
+"""An average of the weights over the training, which is evaluated and exported instead of the last weights.
 
-Averaging the iterates gives the benefit of a smaller learning rate without its slowness:
-Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992;
+The average has less noise than the last weights, as with a smaller learning rate, while the
+training itself keeps its pace: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992;
 exponential form as in Tan and Le, "EfficientNet", arXiv:1905.11946.
 """
 
@@ -17,15 +17,16 @@ from descent.errors import ConfigError
 class Ema:
     """Exponential moving average of a model's trainable parameters.
 
-    `shadow[name]` has the parameter's shape, dtype and device; a tied weight is there once,
-    under its first name. Buffers (batch norm's statistics) are not averaged: they are
-    averages already.
+    `shadow[name]` is the average of the parameter `name`, with its shape, dtype and device. A
+    tied weight is held once, under its first name. Buffers are not averaged: those of batch
+    norm are running averages already.
 
     After the update of step t (0 for the first):
         shadow ← d·shadow + (1 − d)·parameter,    d = min(decay, (1 + t) / (10 + t))
 
-    The rising d is what keeps the random initial weights from staying in the average for
-    1 / (1 − decay) steps. It is a function of the step, so the shadow is all the state.
+    d rises with the step, because a constant d = decay would keep the random initial weights in
+    the average for about 1 / (1 − decay) steps. d depends on the step alone, so `shadow` is the
+    whole state.
 
     Raises ConfigError for a decay outside (0, 1).
     """
@@ -38,22 +39,22 @@ class Ema:
         self.shadow: dict[str, Tensor] = {n: p.detach().clone() for n, p in _averaged(model)}
 
     def decay_at(self, step: int) -> float:
-        """The decay used after the update of `step` (0 for the first)."""
+        """The decay d that `update` uses after the update of `step` (0 for the first)."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move the averages towards the model's weights; `step` is 0 after the first update."""
+        """Move the averages towards the weights of `model`; `step` is 0 after the first update."""
         current = [p.detach() for _, p in _averaged(model)]
         torch._foreach_lerp_(list(self.shadow.values()), current, 1.0 - self.decay_at(step))
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Put the averages into the model, and its own weights back at the end, bit for bit.
+        """A context in which `model` holds the averages; afterwards its weights are the former ones, bit for bit.
 
-        Contents are exchanged in place, one parameter at a time, so that whoever holds the
-        tensors keeps them and no second copy of the model is needed. Meanwhile `shadow`
-        holds the model's own weights: nothing may be saved or updated inside.
+        The contents are exchanged in place, one parameter at a time: references to the tensors
+        stay valid, and no second copy of the model is needed. Inside, `shadow` holds the
+        model's weights, so nothing may be saved or updated there.
         """
         self._exchange(model)
         try:

@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for the rest, as one optimizer."""
+"""One optimizer that updates hidden matrices with Muon and all other parameters with AdamW."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ _USE_MUON = "use_muon"
 def hidden_weights(model: nn.Module) -> set[str]:
     """Names of the trainable 2-D weights between the input and the output of a network.
 
-    Not hidden: embeddings (their rows are looked up, not multiplied), everything tied to
-    one, norms over two dimensions, and the output head, which is the last `nn.Linear` in the order of
-    `model.named_modules()`, i.e. of construction.
+    Left out are embeddings (their rows are looked up and not multiplied), weights tied to an
+    embedding, norms over two dimensions, and the output head. The head is the last `nn.Linear`
+    of `model.named_modules()`, that is, the one constructed last.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -34,16 +34,16 @@ def hidden_weights(model: nn.Module) -> set[str]:
 class MuonWithAdamW(Optimizer):
     """torch's Muon on the hidden 2-D weights, torch's AdamW on everything else.
 
-    Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal one, so that all
-    its directions are learned at one pace: Jordan et al., "Muon: An optimizer for hidden
+    Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that all
+    directions are learned equally fast: Jordan et al., "Muon: An optimizer for hidden
     layers in neural networks", 2024. With `adjust_lr_fn="match_rms_adamw"` (Liu et al.,
     arXiv:2502.16982) its updates are as large as AdamW's, so one `lr` fits both parts.
-    With `"original"` Muon wants a larger one: give AdamW's part its own by `groups`.
+    With `"original"` Muon needs a larger `lr`: give AdamW's part a smaller one by `groups`.
 
     Args:
-        params: parameter groups; each may say `use_muon`, by default false. `split` sets it.
-        momentum, nesterov, ns_steps, adjust_lr_fn: Muon's own.
-        betas, eps, fused, foreach: AdamW's own.
+        params: parameter groups; `use_muon` (default false) selects Muon for a group. `split` sets it.
+        momentum, nesterov, ns_steps, adjust_lr_fn: arguments of Muon.
+        betas, eps, fused, foreach: arguments of AdamW.
 
     Raises ValueError for a value that Muon or AdamW refuses.
     """
@@ -76,22 +76,22 @@ class MuonWithAdamW(Optimizer):
             "foreach": foreach,
         }
         shared = {"lr": lr, "weight_decay": weight_decay, _USE_MUON: False}
-        # torch checks only an optimizer's defaults, and one of the two parts may be empty:
-        # a throw-away of each looks at all the values.
+        # torch checks the arguments of an optimizer when it is constructed, and one of the two parts
+        # may be empty. So one of each is constructed here, only to have all arguments checked.
         probe = [torch.zeros(1, 1)]
         Muon(probe, lr=lr, weight_decay=weight_decay, **self._muon_defaults)
         AdamW(probe, lr=lr, weight_decay=weight_decay, **self._adamw_defaults)
-        # An option of both parts (none today) would mean two things under one name.
+        # The two parts have no option in common; if they had, one value would serve both.
         super().__init__(params, {**shared, **self._muon_defaults, **self._adamw_defaults})
         for group in self.param_groups:
             if group[_USE_MUON]:
-                # fused and foreach are about kernels that Muon doesn't have.
+                # Muon has no fused and no foreach kernels.
                 group["fused"] = group["foreach"] = None
-                group["eps"] = 1e-7  # of the orthogonalization, torch's own default
+                group["eps"] = 1e-7  # torch's default for the orthogonalization
         self._link()
 
     def _link(self) -> None:
-        """Inner optimizers on the outer's own group dicts and state: one truth, seen by both."""
+        """Construct Muon and AdamW on this optimizer's own group dicts and state, so that they share them."""
         self._parts: list[Optimizer] = []
         for use_muon, kind in ((True, Muon), (False, AdamW)):
             groups = [g for g in self.param_groups if bool(g[_USE_MUON]) is use_muon]
@@ -106,7 +106,7 @@ class MuonWithAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of both parts; `closure` recomputes the loss first, as in torch."""
+        """Update all parameters once. `closure` recomputes the loss before, as in torch."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -117,12 +117,12 @@ class MuonWithAdamW(Optimizer):
 
     @staticmethod
     def split(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Cut each group of (name, parameter) pairs in two: hidden weights, and the rest.
+        """Divide each group of (name, parameter) pairs into hidden weights and the rest.
 
-        A group that says `use_muon: false` (for a matrix that only looks hidden, such as a
-        table of positions) goes to AdamW whole.
+        A group with `use_muon: false` goes to AdamW undivided; this is for a matrix that
+        `hidden_weights` takes for a hidden one by mistake, such as a table of positions.
 
-        Raises ConfigError where the model has no hidden 2-D weight.
+        Raises ConfigError if the model has no hidden 2-D weight.
         """
         hidden = hidden_weights(model)
         if not hidden:

@@ -1,4 +1,7 @@
-"""An optimizer's state as a flat dict of named tensors, and back: no pickle, no group order."""
+"""Converts the state of an optimizer to a flat dict of named tensors and back.
+
+No pickle is needed, and the result does not depend on the order of the parameter groups.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,18 +17,18 @@ _PYTHON: dict[str, tuple[type, torch.dtype]] = {
     "float": (float, torch.float64),
 }
 _HOST_KEYS = ("step", "mu_product")
-"""What torch's optimizers keep as one number per parameter, on the host."""
+"""Keys under which torch's optimizers keep one number per parameter, in host memory."""
 
 
 def named_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All of the state as {"<parameter name>/<key>": tensor}, in the groups' order.
+    """The whole state as {"<parameter name>/<key>": tensor}, in the order of the groups.
 
-    The tensors are the optimizer's own, not copies. A Python number becomes a 0-d tensor
-    under "<parameter name>/<key>:int" (or :float, :bool), because a 0-d tensor and a number
-    are not the same to the optimizer that finds them. Options (lr, betas, …) are not state:
+    The tensors are the optimizer's own, not copies. A Python number becomes a 0-d tensor under
+    "<parameter name>/<key>:int" (or :float, :bool); the suffix is needed because an optimizer
+    does not treat a 0-d tensor and a number alike. Options (lr, betas, …) are left out, because
     they come from the config.
 
-    Raises ConfigError for an optimizer that keeps something else, such as a list.
+    Raises ConfigError for an optimizer whose state holds anything else, such as a list.
     """
     found: dict[str, Tensor] = {}
     for name, parameter, _ in _named_parameters(optimizer):
@@ -38,19 +41,20 @@ def named_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             elif value is not None:
                 raise ConfigError(
                     f"optimizer._target_={type(optimizer).__name__}: keeps a {type(value).__name__} "
-                    f"as its state {key!r}, which can't be saved as tensors; take another optimizer"
+                    f"as its state {key!r}, which can't be saved as tensors; use another optimizer"
                 )
     return found
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Replace all of the state by copies of `tensors`; the optimizer need never have stepped.
+    """Replace the whole state by copies of `tensors`, which `named_state` returned.
 
-    Each tensor goes to its parameter's device, with its memory layout where the shape is
-    the same (fused kernels require that); numbers per parameter (step) stay on the host
-    unless the group is fused or capturable, as torch has it.
+    The optimizer may be a new one that has never made a step. A tensor is copied to the device
+    of its parameter, and to the parameter's memory layout if the shapes are equal (fused kernels
+    require that). Numbers per parameter (step) stay in host memory unless the group is fused or
+    capturable, as in torch.
 
-    Raises CheckpointError for the name of a parameter that the optimizer doesn't have.
+    Raises CheckpointError for a parameter that the optimizer doesn't have and for an unknown type.
     """
     known = {name: (parameter, group) for name, parameter, group in _named_parameters(optimizer)}
     states: dict[Tensor, dict[str, Any]] = {}
@@ -61,7 +65,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         parameter, group = known[name]
         key, _, kind = key.partition(":")
         if kind and kind not in _PYTHON:
-            raise CheckpointError(f"the optimizer's state {full!r} is of an unknown kind {kind!r}")
+            raise CheckpointError(f"the optimizer's state {full!r} is of an unknown type {kind!r}")
         placed = _PYTHON[kind][0](value.item()) if kind else _placed(key, value, parameter, group)
         states.setdefault(parameter, {})[key] = placed
     optimizer.state.clear()

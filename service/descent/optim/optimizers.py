@@ -1,7 +1,7 @@
-"""From the config's options to an optimizer: the fastest kernels, and clear refusals.
+"""Builds an optimizer from the options of a config, with the fastest kernels of its class.
 
-Its groups are made in `parameter_groups.py`, its state is named in `optimizer_state.py`,
-Muon is in `muon.py`; what others need of them is importable from here.
+`parameter_groups.py` makes its groups, `optimizer_state.py` saves and loads its state, and
+`muon.py` holds Muon. Other packages import all of this from here.
 """
 
 import difflib
@@ -27,24 +27,24 @@ __all__ = [
 
 Factory = Callable[..., torch.optim.Optimizer]
 
-_OF_THE_RUN = ("decay_norm_and_bias", "groups")  # options that no optimizer class sees
-_KERNELS = ("fused", "foreach", "capturable", "differentiable")  # of the optimizer, not of a group
+_OF_THE_RUN = ("decay_norm_and_bias", "groups")  # options of Descent, not of an optimizer class
+_KERNELS = ("fused", "foreach", "capturable", "differentiable")  # options of an optimizer, not of a group
 
 
 def build_optimizer(
     model: nn.Module, factory: Factory, options: Mapping[str, Any], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer for a model whose parameters are on `device`, with the fastest kernels it has.
+    """An optimizer for a model whose parameters are on `device`, with the fastest kernels of its class.
 
     Args:
-        factory: the class, already let through the gate of `config.build`.
-        options: the config's other keys: lr, weight_decay, decay_norm_and_bias, groups,
+        factory: the class, as `config.resolve_target` returned it.
+        options: the other keys of the config: lr, weight_decay, decay_norm_and_bias, groups,
             and any argument of the class; lists become tuples.
 
-    Each group keeps its own `initial_lr`, as torch's schedulers have it, for the schedule
-    to multiply.
+    Each group keeps its learning rate as `initial_lr`, which the schedule multiplies; torch's
+    schedulers use the same key.
 
-    Raises ConfigError for an unknown option (with the nearest valid one), for a value that
+    Raises ConfigError for an unknown option (with the most similar valid one), for a value that
     the class refuses, and for an optimizer that needs more than one gradient per step.
     """
     lr = number("optimizer.lr", options.get("lr"))
@@ -69,7 +69,7 @@ def build_optimizer(
     try:
         optimizer = factory(groups, **own, **_kernels(factory, own, device, dtypes))
     except (ValueError, RuntimeError) as error:
-        # The options were fine on one number, so it is about these parameters.
+        # The same options were accepted for a single number, so the parameters are the reason.
         message = f"optimizer._target_={_name(factory)}: refuses this model's parameters: {error}"
         raise ConfigError(message) from error
     for group in optimizer.param_groups:
@@ -82,12 +82,12 @@ def _name(factory: Factory) -> str:
 
 
 def _checked(factory: Factory, own: dict[str, Any]) -> torch.optim.Optimizer:
-    """Refuse what can't work before any parameter is touched; returns one built on one number."""
+    """Refuse options that can't work. Returns an optimizer of one number, built with them."""
     name = _name(factory)
     arguments, open_ended = _arguments_of(factory)
     if not open_ended:
         if own.get("weight_decay") == 0 and "weight_decay" not in arguments:
-            del own["weight_decay"]  # every config has the key; 0 asks nothing of the class
+            del own["weight_decay"]  # every config has the key, and 0 needs no support by the class
         for key in own:
             _known(f"optimizer.{key}", key, name, arguments)
     probe = _refusals_named(factory, own, "optimizer")
@@ -97,7 +97,7 @@ def _checked(factory: Factory, own: dict[str, Any]) -> torch.optim.Optimizer:
     if "closure" in _required(type(probe).step):
         raise ConfigError(
             f"optimizer._target_={name}: evaluates the loss several times a step, and Descent "
-            "has one gradient per step: take another optimizer"
+            "computes one gradient per step: use another optimizer"
         )
     try:
         _step_once(probe)
@@ -114,7 +114,7 @@ def _check_override(
     override: Override,
     lr: float,
 ) -> None:
-    """torch looks at an optimizer's defaults only, so an override is tried as if it were them."""
+    """Refuse a value of an override. torch checks only defaults, so the value is tried as a default."""
     settable = [key for key in probe.defaults if key not in _KERNELS]
     for key in override.entry:
         _known(f"{override.where}.{key}", key, _name(factory), [*settable, "lr_scale"])
@@ -124,13 +124,14 @@ def _check_override(
 
 
 def _refusals_named(factory: Factory, own: Mapping[str, Any], where: str) -> Any:
-    """Build it on one number, to have what it refuses blamed on the option that it is about."""
+    """Build the optimizer on one number; a refusal becomes a ConfigError that names the option."""
     try:
         return factory(_tiny([torch.float32], torch.device("cpu")), **own)
     except Exception as error:
-        guilty = [k for k in own if _accepts(factory, {o: v for o, v in own.items() if o != k})]
-        said = ", ".join(f"{where}.{k}={shown(own[k])}" for k in guilty) or where
-        raise ConfigError(f"{said}: {_name(factory)} refuses it: {error}") from error
+        # An option is refused if the class accepts the others without it.
+        refused = [k for k in own if _accepts(factory, {o: v for o, v in own.items() if o != k})]
+        settings = ", ".join(f"{where}.{k}={shown(own[k])}" for k in refused) or where
+        raise ConfigError(f"{settings}: {_name(factory)} refuses it: {error}") from error
 
 
 def _accepts(factory: Factory, own: Mapping[str, Any]) -> bool:
@@ -147,12 +148,12 @@ def _kernels(
     device: torch.device,
     dtypes: Sequence[torch.dtype],
 ) -> dict[str, bool]:
-    """{fused: True}, {foreach: True} or {}: the fastest that takes a step on such parameters.
+    """{fused: True}, {foreach: True} or {}: the fastest kernels that can update such parameters.
 
-    Whether a class has a fused kernel for a device and dtype is nowhere written down but in
-    torch's code, so one step is tried. foreach is for accelerators only, where it saves
-    kernel launches; on CPU it is the same arithmetic (bit for bit) with more temporaries,
-    and up to 4 times slower on large layers.
+    Only torch's code says whether a class has a fused kernel for a device and dtype, so one step
+    is tried. foreach is tried on accelerators only, where it saves kernel launches. On a CPU it
+    computes the same bits with more temporary tensors and is up to 4 times slower on large
+    layers.
     """
     if any(own.get(key) is not None for key in ("fused", "foreach")) or own.get("differentiable"):
         return {}
@@ -182,7 +183,7 @@ def _tiny(dtypes: Sequence[torch.dtype], device: torch.device) -> list[nn.Parame
 
 
 def _arguments_of(factory: Factory) -> tuple[list[str], bool]:
-    """Names of a class's options (without the parameters), and whether it takes any other."""
+    """The names of a class's options (without the parameters), and whether it accepts any others."""
     given = list(inspect.signature(factory).parameters.values())
     open_ended = any(p.kind is p.VAR_KEYWORD for p in given)
     return [p.name for p in given[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], open_ended
@@ -194,6 +195,6 @@ def _required(function: Callable[..., Any]) -> list[str]:
 
 def _known(where: str, key: str, name: str, valid: Sequence[str]) -> None:
     if key not in valid:
-        near = difflib.get_close_matches(key, valid, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(valid)}"
+        similar = difflib.get_close_matches(key, valid, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(valid)}"
         raise ConfigError(f"{where}: {name} has no such option; {hint}")

@@ -1,4 +1,4 @@
-"""Which parameter is trained with which options: every one in exactly one group."""
+"""Assigns each trainable parameter to exactly one group of options."""
 
 import difflib
 import math
@@ -32,33 +32,35 @@ def parameter_groups(
     decay_norm_and_bias: bool = False,
     groups: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group of equal options, in the model's order.
+    """The trainable parameters of `model` in groups of equal options, in the order of the model.
 
-    Decayed are the weights that multiply: matrices, convolutions, and embeddings too, as in
-    GPT-2's own training and nanoGPT (an embedding is a matrix product with a one-hot vector,
-    and often tied to the head; rows that are never looked up would otherwise keep their
-    random start). Not decayed, unless `decay_norm_and_bias`: biases, the parameters of
-    norms, and whatever has fewer than two dimensions, because pulling a scale or a shift
-    to zero only biases the function. A tied weight counts once, under its first name.
+    Weight decay applies to matrices, convolutions and embeddings. It includes embeddings as in
+    GPT-2's training and in nanoGPT: an embedding is a matrix product with a one-hot vector and
+    is often tied to the head, and without decay the rows that are never looked up would keep
+    their random initial values. Biases, the parameters of norms and all parameters with fewer
+    than two dimensions are not decayed unless `decay_norm_and_bias` is true, because pulling a
+    scale or a shift to zero biases the function without making it simpler. A tied weight
+    belongs to one group, under its first name.
 
     Args:
-        lr: base learning rate of groups that don't say their own.
-        groups: overrides, `{match: regex, …}`, searched in parameter names (all names of a
-            tied weight); the first that matches wins. `lr_scale` multiplies `lr`; `lr`,
-            `weight_decay` (which then holds for biases and norms too) and any other option
-            of the optimizer replace the general one.
+        lr: learning rate of the groups without one of their own.
+        groups: overrides, `{match: regex, …}`. The regex is searched in parameter names (in all
+            names of a tied weight), and the first override that matches applies. `lr_scale`
+            multiplies `lr`. `lr`, `weight_decay` (then for biases and norms too) and any other
+            option of the optimizer replace the general value.
 
     Returns:
-        dicts of `params` [(name, parameter), …], which is how torch learns `param_names`,
-        `lr`, `weight_decay`, and what an override added.
+        One dict per group: `params` as [(name, parameter), …], the form from which torch takes
+        `param_names`; `lr`; `weight_decay`; and the options of an override.
 
     Raises:
-        ConfigError: an override without a valid `match`, one whose `match` finds nothing
-            or only what an earlier one has taken, both `lr` and `lr_scale`.
+        ConfigError: an override has no valid `match`, matches no parameter or only those of an
+            earlier override, or has both `lr` and `lr_scale`; or the model has no trainable
+            parameters.
     """
     names = _names_by_parameter(model)
     if not names:
-        raise ConfigError("model: it has no trainable parameters, so there is nothing to optimize")
+        raise ConfigError("model: has no trainable parameters, so there is nothing to optimize")
     undecayed = set() if decay_norm_and_bias else norm_and_bias(model)
     overrides = [Override(index, entry) for index, entry in enumerate(groups)]
     taken: dict[int, int] = {}
@@ -80,7 +82,7 @@ def parameter_groups(
 
 
 class Override:
-    """One entry of `optimizer.groups`."""
+    """One entry of `optimizer.groups`: a regex on parameter names, and the options for those that match."""
 
     def __init__(self, index: int, entry: Mapping[str, Any]) -> None:
         self.index = index
@@ -100,21 +102,24 @@ class Override:
                 number(f"{self.where}.{key}", self.entry[key])
 
     def matches(self, aliases: Sequence[str]) -> bool:
+        """Whether the regex is found in one of a parameter's names."""
         return any(self._regex.search(name) for name in aliases)
 
     def options(self, lr: float) -> dict[str, Any]:
+        """The options of the entry; `lr_scale` becomes an `lr`, relative to the base rate `lr`."""
         given = dict(self.entry)
         if "lr_scale" in given:
             given["lr"] = lr * given.pop("lr_scale")
         return given
 
     def why_unused(self, names: Sequence[Sequence[str]]) -> str:
+        """The error message for an entry that applies to no parameter; `names` are those of the model."""
         where = f"{self.where}.match={self.pattern}"
         if any(self.matches(aliases) for aliases in names):
             return f"{where}: an earlier entry takes every parameter that it matches; put it before that one"
         known = [alias for aliases in names for alias in aliases]
-        near = difflib.get_close_matches(re.sub(r"[^\w.]+", "", self.pattern), known, 1, cutoff=0.0)
-        return f"{where}: matches no trainable parameter; the nearest name is {near[0]}"
+        similar = difflib.get_close_matches(re.sub(r"[^\w.]+", "", self.pattern), known, 1, cutoff=0.0)
+        return f"{where}: matches no trainable parameter; the nearest name is {similar[0]}"
 
 
 def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -126,7 +131,7 @@ def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def norm_and_bias(model: nn.Module) -> set[nn.Parameter]:
-    """What shifts and scales instead of mixing: biases, norms, all below two dimensions."""
+    """The parameters that shift or scale: biases, those of norms, and all with fewer than two dimensions."""
     found = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -143,10 +148,10 @@ def number(where: str, value: Any) -> float:
 
 
 def as_tuple(value: Any) -> Any:
-    """Lists, nested ones too, as tuples: YAML has only lists, torch wants tuples."""
+    """A list as a tuple, nested lists included; any other value as it is. YAML has lists, torch expects tuples."""
     return tuple(as_tuple(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def shown(value: Any) -> str:
-    """A value as the config's author would type it."""
+    """A value as a user would type it in a config."""
     return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)

@@ -1,4 +1,4 @@
-"""The one schedule with a memory: it falls when the evaluation loss stops falling."""
+"""The only schedule with a state: it lowers the learning rate when the evaluation loss stops falling."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,20 +6,20 @@ from typing import Literal
 
 from descent.errors import CheckpointError, ConfigError
 
-_MEMORY = ("multiplier", "num_bad", "cooldown_left")
+_STATE_KEYS = ("multiplier", "num_bad", "cooldown_left")
 
 
 class Plateau:
-    """Multiplies by `factor` after more than `patience` evaluations in a row without progress.
+    """Multiplies the learning rate by `factor` after more than `patience` evaluations without progress.
 
     Progress is a loss below best · (1 − threshold) (`threshold_mode: rel`) or below
-    best − threshold (`abs`). A reduction is followed by `cooldown` evaluations that don't
-    count. The same as torch's ReduceLROnPlateau with mode="min", eps=0. A linear warm-up
-    over the first W = `warmup_steps` updates as in every schedule:
+    best − threshold (`abs`). The `cooldown` evaluations after a reduction are not
+    counted. This is torch's ReduceLROnPlateau with mode="min", eps=0, preceded by the linear
+    warm-up of every schedule over the first W = `warmup_steps` updates:
 
         m(step) = (step + 1) / W · multiplier,  step < W;   multiplier afterwards
 
-    `total_steps` is taken so that all schedules are built alike; nothing depends on it.
+    `total_steps` is accepted because all schedules are built alike; it has no effect.
 
     Raises ConfigError for an argument out of range, naming its key.
 
@@ -62,14 +62,14 @@ class Plateau:
         self._cooldown_left = 0
 
     def __call__(self, step: int) -> float:
-        """The multiplier of update number `step` (0 for the first), as things stand."""
+        """The multiplier of update number `step` (0 for the first), given the evaluations so far."""
         assert step >= 0, step
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps * self._multiplier
         return self._multiplier
 
     def observe(self, eval_loss: float) -> None:
-        """Take note of an evaluation; a loss that isn't a number counts as no progress."""
+        """Record the loss of an evaluation. NaN counts as no progress."""
         if self._is_progress(eval_loss):
             self._best = eval_loss
             self._num_bad = 0
@@ -91,7 +91,7 @@ class Plateau:
         return loss < self._best - self.threshold
 
     def state_dict(self) -> dict[str, float]:
-        """All of the memory, as numbers that JSON can hold: `best` only once there is one."""
+        """The whole state, as numbers that JSON can hold; `best` is left out before the first evaluation."""
         state: dict[str, float] = {
             "multiplier": self._multiplier,
             "num_bad": self._num_bad,
@@ -102,8 +102,8 @@ class Plateau:
         return state
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a memory. Raises CheckpointError where it is another schedule's."""
-        missing = [key for key in _MEMORY if key not in state]
+        """Restore a state. Raises CheckpointError if it was written by another schedule."""
+        missing = [key for key in _STATE_KEYS if key not in state]
         if missing:
             raise CheckpointError(
                 f"the state has no {missing[0]!r} of the plateau schedule: it was written with another schedule"

@@ -1,4 +1,4 @@
-"""What every schedule is made of: the warm-up rule, and the checks of its arguments."""
+"""The base class of schedules: the warm-up, and the checks of the arguments."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from descent.errors import ConfigError
 
 
 def refuse(key: str, value: object, wanted: str) -> ConfigError:
-    """The error for an argument out of range, in the words of the config."""
+    """A ConfigError for an argument out of range; `key` is relative to `schedule`."""
     return ConfigError(f"schedule.{key}={value}: must be {wanted}")
 
 
@@ -18,7 +18,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pure function from a step to a multiplier; a subclass says what follows the warm-up.
+    """A pure function from a step to a multiplier; a subclass defines the part after the warm-up.
 
     Raises ConfigError at construction for an argument out of range, naming its key.
     """
@@ -45,7 +45,7 @@ class Schedule:
         return self._after(step - self.warmup_steps)
 
     def _after(self, t: int) -> float:
-        """f(t), t steps after the warm-up."""
+        """f(t), the multiplier t steps after the warm-up."""
         raise NotImplementedError
 
     def _length(self) -> int:
@@ -64,7 +64,7 @@ class Schedule:
         return min(t, length) / length
 
     def _steps_of(self, key: str, value: float) -> int:
-        """A length in steps: given as such, or as a share of T."""
+        """`value` in steps: a whole number is a number of steps, one between 0 and 1 a share of T."""
         if type(value) is int and value >= 1:
             return value
         if type(value) is float and 0.0 < value < 1.0:

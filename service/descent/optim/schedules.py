@@ -1,20 +1,19 @@
 """Learning-rate schedules: pure functions from a step to a multiplier of the base rate.
 
-`schedule(step)` is the multiplier of update number `step`, 0 for the first. All share one
-rule for the warm-up: over the first W = `warmup_steps` updates the multiplier rises in
-equal parts,
+`schedule(step)` is the multiplier of update number `step`, 0 for the first. All schedules have
+the same warm-up: over the first W = `warmup_steps` updates the multiplier rises in equal parts,
 
     m(step) = (step + 1) / W · f(0),      step < W
 
-so the first update is already worth 1/W and the last one of the warm-up has it whole. Then
-the schedule proper begins, counted from there:
+so the first update has 1/W of the rate and the last update of the warm-up has all of it. The
+schedule itself is counted from there:
 
     m(step) = f(t),   t = step − W
 
-What refers to the run's length sees T = `total_steps` − W, the steps after the warm-up, and
-stays at its last value beyond. Lengths inside it (`step_size`, `milestones`, `period`) are
-whole steps, or shares of T when they lie between 0 and 1. torch's schedulers give the same
-values where they exist (`LinearLR(1 / W, total_iters=W − 1)` before them in a
+A schedule that depends on the length of the run uses T = `total_steps` − W, the steps after the
+warm-up, and keeps its last value beyond them. The lengths `step_size`, `milestones` and `period`
+are whole steps, or shares of T if they lie between 0 and 1. Where torch has the same schedule,
+its scheduler gives the same values (`LinearLR(1 / W, total_iters=W − 1)` before them in a
 `SequentialLR`); only the learning rate is scheduled, never the momentum.
 """
 
@@ -75,7 +74,7 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class MultiStep(Schedule):
-    """f(t) = gamma ^ (how many milestones ≤ t)
+    """f(t) = gamma ^ (number of milestones ≤ t)
 
     >>> [MultiStep(milestones=(2, 5), gamma=0.5)(s) for s in range(7)]
     [1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
@@ -170,7 +169,7 @@ class Cosine(Schedule):
 
 
 def _cosine(start: float, end: float, share: float) -> float:
-    """From start to end along half a cosine."""
+    """The value at `share` (0 to 1) of the way from `start` to `end` along half a cosine."""
     return end + (start - end) * (1.0 + math.cos(math.pi * share)) / 2.0
 
 
@@ -208,14 +207,14 @@ class CosineRestarts(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Up from 1/div_factor to 1 over the first pct_start of T, then down to almost nothing.
+    """Rises from 1/div_factor to 1 over the first pct_start of T, then falls to almost 0.
 
         f(t) = g(1/d, 1, t/e)                          t < e = pct_start · T − 1
                g(1, 1/(d·D), (t − e) / (T − 1 − e))    otherwise
 
     with d = div_factor, D = final_div_factor, g(a, b, x) half a cosine or a line from a to
     b. The peak is the base rate (torch's max_lr). torch's OneCycleLR also cycles the
-    momentum by default; this is it with cycle_momentum=False. Smith and Topin,
+    momentum by default; this is the schedule with cycle_momentum=False. Smith and Topin,
     "Super-Convergence", arXiv:1708.07120.
 
     >>> [round(OneCycle(total_steps=5, pct_start=0.6, div_factor=4.0)(s), 4) for s in range(5)]
@@ -233,7 +232,7 @@ class OneCycle(Schedule):
         super().__post_init__()
         self._in_range("pct_start", 0.0, 1.0)
         if self.pct_start == 1:
-            raise refuse("pct_start", self.pct_start, "below 1, or there is no way down")
+            raise refuse("pct_start", self.pct_start, "below 1, because the rate must fall again")
         self._in_range("div_factor", 1.0, math.inf)
         self._in_range("final_div_factor", 1.0, math.inf)
         self._one_of("anneal", ("cos", "linear"))
@@ -255,13 +254,13 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    """1 until the last D = decay_share · total_steps steps, then down to min_multiplier.
+    """1 until the last D = decay_share · total_steps steps, then falls to min_multiplier.
 
         f(t) = 1                               t ≤ T − D
                m + (1 − m) · h((T − t) / D)    otherwise,   m = min_multiplier
 
-    with h(x) = x (linear), (1 − cos(πx)) / 2 (cosine) or 1 − √(1 − x) (sqrt). A run can be
-    made longer without having known its length at the start: Hu et al., "MiniCPM",
+    with h(x) = x (linear), (1 − cos(πx)) / 2 (cosine) or 1 − √(1 − x) (sqrt). The length of a run
+    need not be known at its start: Hu et al., "MiniCPM",
     arXiv:2404.06395; the forms of the decay: Hägele et al., arXiv:2405.18392.
 
     >>> [WarmupStableDecay(total_steps=8, warmup_steps=2, decay_share=0.5)(s) for s in range(9)]
@@ -280,7 +279,7 @@ class WarmupStableDecay(Schedule):
         self._in_range("min_multiplier", 0.0, 1.0)
         self._one_of("decay", ("linear", "cosine", "sqrt"))
         if self._decay_steps() > self._length():
-            wanted = f"at most what the warm-up of {self.warmup_steps} steps leaves of the run"
+            wanted = f"at most the share of the run that the warm-up of {self.warmup_steps} steps leaves"
             raise refuse("decay_share", self.decay_share, wanted)
 
     def _decay_steps(self) -> int:
@@ -304,7 +303,7 @@ class InverseSquareRoot(Schedule):
     """f(t) = √(s / (s + t)),   s = timescale, or warmup_steps where that is null
 
     With s = W it is the schedule of the first Transformer: √(W / step) after a linear
-    warm-up (Vaswani et al., arXiv:1706.03762). It needs no total: the run may go on forever.
+    warm-up (Vaswani et al., arXiv:1706.03762). It doesn't depend on the length of the run.
 
     >>> [round(InverseSquareRoot(warmup_steps=4)(s), 4) for s in (0, 3, 4, 8, 16)]
     [0.25, 1.0, 1.0, 0.7071, 0.5]

@@ -1,4 +1,4 @@
-"""From composed plain values to a `RunConfig`; pydantic's complaints in the words of a config."""
+"""Makes a `RunConfig` from composed plain values and words pydantic's errors as errors of a config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from descent.config.origin import Key, Sources
-from descent.config.overrides import near, shown_value
+from descent.config.overrides import shown_value, suggest
 from descent.config.schema import RunConfig
 from descent.errors import ConfigError
 
@@ -27,8 +27,11 @@ _BOUNDS = {
 }
 
 
-def typed(plain: Mapping[str, Any], sources: Sources) -> RunConfig:
-    """The `RunConfig` of `plain`. Raises ConfigError: where, key, value and what would be right."""
+def validated(plain: Mapping[str, Any], sources: Sources) -> RunConfig:
+    """The `RunConfig` of `plain`.
+
+    Raises ConfigError with the place, the key, its value and what would be right.
+    """
     try:
         return RunConfig(**plain)
     except ValidationError as error:
@@ -37,7 +40,8 @@ def typed(plain: Mapping[str, Any], sources: Sources) -> RunConfig:
 
 def _refuse(error: ValidationError, plain: Mapping[str, Any], sources: Sources) -> NoReturn:
     found = [(_path(plain, e), e) for e in error.errors()]
-    # A union complains once for each of its members: the deepest key is the one that was meant.
+    # pydantic reports one error for each member of a union; the member that the user meant is the
+    # one whose error lies deepest.
     top = found[0][1]["loc"][:1]
     alike = [(path, e) for path, e in found if e["loc"][:1] == top]
     deepest = max(len(path) for path, _ in alike)
@@ -47,28 +51,28 @@ def _refuse(error: ValidationError, plain: Mapping[str, Any], sources: Sources) 
     value = these[0]["input"]
     kinds = {e["type"] for e in these}
     if not path:
-        words = _own_words(these[-1])
+        words = _message(these[-1])
         lengths = words.startswith("steps=")
         raise ConfigError(_two_lengths(plain, sources) if lengths else words) from error
     if path == ("experiment",):
         rule = "an experiment needs '# @package _global_' as its first line"
         raise ConfigError(f"{sources.where(path)}: {rule}") from error
     if "extra_forbidden" in kinds:
-        hint = near(path[-1], _names_at(path[:-1]), "".join(f"{part}." for part in path[:-1]))
+        hint = suggest(path[-1], _names_at(path[:-1]), "".join(f"{part}." for part in path[:-1]))
         raise ConfigError(sources.line(path, value, f"there is no such key; {hint}")) from error
     if "missing" in kinds:
         raise ConfigError(f"{sources.where(path)}: {'.'.join(path)} is needed") from error
     message = str(these[-1]["msg"])
     if "_target_" in message:
         path, value = (*path, "_target_"), value.get("_target_")
-    own = [_own_words(e) for e in these if e["type"] == "value_error"]
-    if (own and isinstance(value, Mapping)) or len(own) == len(these):
-        raise ConfigError(sources.line(path, value, own[-1])) from error
+    ours = [_message(e) for e in these if e["type"] == "value_error"]
+    if (ours and isinstance(value, Mapping)) or len(ours) == len(these):
+        raise ConfigError(sources.line(path, value, ours[-1])) from error
     rules = dict.fromkeys(_rule(e) for e in these)
     raise ConfigError(sources.line(path, value, f"must be {' or '.join(rules)}")) from error
 
 
-def _own_words(e: Mapping[str, Any]) -> str:
+def _message(e: Mapping[str, Any]) -> str:
     return str(e["msg"]).removeprefix("Value error, ")
 
 
@@ -82,7 +86,7 @@ def _rule(e: Mapping[str, Any]) -> str:
         return f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
     if kind in ("model_type", "dataclass_type"):
         return f"{{{', '.join(_fields(context.get('class_name', '')))}}}"
-    return _WORDS.get(kind.split("_")[0], _own_words(e))
+    return _WORDS.get(kind.split("_")[0], _message(e))
 
 
 def _fields(name: str) -> list[str]:
@@ -106,7 +110,7 @@ def _two_lengths(plain: Mapping[str, Any], sources: Sources) -> str:
 
 
 def _path(plain: Any, e: Mapping[str, Any]) -> Key:
-    """The parts of pydantic's location that are keys of the config, without its union labels."""
+    """The keys of the config in pydantic's location, which also holds labels of union members."""
     loc: Sequence[Any] = e["loc"]
     parts: list[str] = []
     node = plain
