@@ -65,12 +65,49 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known about one committed step, the same on every rank."""
+    """The metrics of one committed step; every rank has the same ones."""
 
     step: int
     metrics: dict[str, float]
     time_ms: int
     """Unix time of the commit, in milliseconds."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """The metrics of an evaluation of the state that `step` committed; every rank has the same ones."""
+
+    step: int
+    metrics: dict[str, float]
+    time_ms: int
+    """Unix time at the end of the evaluation, in milliseconds."""
+
+
+@dataclass(frozen=True)
+class ClusterRecord:
+    """The metrics of the cluster (world size, generation, incidents), made by the controller's process."""
+
+    step: int
+    """The last step that was committed when the metrics changed."""
+    metrics: dict[str, float]
+    time_ms: int
+    """Unix time of the change, in milliseconds."""
+
+
+TrainingRecord = StepRecord | EvaluationRecord
+"""The records that workers make and the run log keeps."""
+Record = StepRecord | EvaluationRecord | ClusterRecord
+"""The records that tracking keeps."""
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """The last records that the controller has logged; workers need not keep these and earlier ones."""
+
+    step: int
+    """The step of the last StepRecord; 0 before the first."""
+    evaluation: int
+    """The step of the last EvaluationRecord; -1 before the first."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +205,7 @@ class WorkerStatus:
     phase: str
     phase_age_s: float
     """How long the training thread has been in `phase`."""
-    records: tuple[StepRecord, ...] = ()
+    records: tuple[TrainingRecord, ...] = ()
     parts: tuple[ShareWritten, ...] = ()
     notices: tuple[Notice, ...] = ()
     failure: WorkerFailure | None = None

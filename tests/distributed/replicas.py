@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from descent.config import RunConfig, compose, recompose
-from descent.messages import Fault, Membership, Notice, ShareWritten, StepRecord
+from descent.messages import Fault, Membership, Notice, ShareWritten, TrainingRecord
 from descent.training.collectives import Store
 from descent.training.faults import PHASES
 from descent.training.plan import Plan, prepare
@@ -109,7 +109,7 @@ class Told:
     evaluated: int
     sha256: str = ""
     leaving: bool = False
-    records: tuple[StepRecord, ...] = ()
+    records: tuple[TrainingRecord, ...] = ()
     parts: tuple[ShareWritten, ...] = ()
     error: str = ""
     notices: tuple[Notice, ...] = ()

@@ -1,6 +1,9 @@
 """The run's own files: each step once over resumes, torn lines, incidents that are amended."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +20,15 @@ from descent.cluster.record.run_log import (
     write_run_file,
 )
 from descent.errors import CheckpointError
-from descent.messages import Incident, StepRecord
+from descent.messages import EvaluationRecord, Incident, StepRecord
 
 
 def train(step: int, loss: float = 1.0) -> StepRecord:
     return StepRecord(step, {"train/loss": loss}, 1000 * step)
 
 
-def evaluation(step: int) -> StepRecord:
-    return StepRecord(step, {"eval/loss": 0.5}, 1000 * step)
+def evaluation(step: int) -> EvaluationRecord:
+    return EvaluationRecord(step, {"eval/loss": 0.5}, 1000 * step)
 
 
 def test_after_a_resume_known_steps_are_not_new(tmp_path: Path) -> None:
@@ -72,6 +75,49 @@ def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(
 
 def _ends(content: bytes) -> list[int]:
     return [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe[1,", b'"text"', b"[1, 2]", b'["1", 2, {}]', b"[3, 4, 5]", b"[]", b"null"]
+)
+def test_a_damaged_line_is_passed_over(tmp_path: Path, damage: bytes) -> None:
+    first = RunLog(tmp_path)
+    first.append(train(1))
+    first.close()
+    with (tmp_path / METRICS_FILE).open("ab") as file:
+        file.write(damage + b"\n")
+    log = RunLog(tmp_path)
+    log.append(train(2))
+    assert log.history()["train/loss"] == [(1, 1.0), (2, 1.0)]
+    log.close()
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A real limit of the kernel's: what would make a file larger is refused, as by a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_one_line_and_nothing_else(tmp_path: Path) -> None:
+    shown: list[str] = []
+    log = RunLog(tmp_path, shown.append)
+    with files_of_at_most(1000):
+        for step in range(1, 201):
+            log.append(train(step))
+            log.incident(Incident("step repeated", step, 1000 * step, detail="x" * 30))
+            log.flush()
+        log.amend(3, replace(log.incidents[3], recovered_in_s=0.5))
+    assert len(shown) == 1 and "can't be written to" in shown[0] and "training goes on" in shown[0]
+    log.flush()  # there is room again
+    assert log.history()["train/loss"] == [(step, 1.0) for step in range(1, 201)]
+    kept = [json.loads(line) for line in (tmp_path / INCIDENTS_FILE).read_text().splitlines()]
+    assert [i["step"] for i in kept] == list(range(1, 201)) and kept[3]["recovered_in_s"] == 0.5
+    log.close()
 
 
 def test_an_incident_is_kept_at_once_and_amended_later(tmp_path: Path) -> None:

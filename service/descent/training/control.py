@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from descent.errors import TrainingError
-from descent.messages import Fault, Notice, ShareWritten, StepRecord
+from descent.messages import Fault, Notice, ShareWritten, TrainingRecord
 from descent.training.faults import Target, strike
 
 PAUSE, SAVE = 0, 1
@@ -35,7 +35,7 @@ class Control:
     evaluated: int = -1
     phase: str = "starting"
     phase_since: float = field(default_factory=time.monotonic)
-    records: deque[StepRecord] = field(default_factory=deque)
+    records: deque[TrainingRecord] = field(default_factory=deque)
     parts: deque[ShareWritten] = field(default_factory=deque)
     notices: deque[Notice] = field(default_factory=deque)
     useful_s: float = 0.0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from descent.config import RunConfig
-from descent.messages import Membership, Notice, StepRecord
+from descent.messages import EvaluationRecord, Membership, Notice, StepRecord
 from descent.storage.location import place
 from descent.training import collectives, nonfinite, sentinel, slot_balancer
 from descent.training.buffers import Buffers
@@ -314,7 +314,7 @@ class Trainer:
         self.saves.copied()  # averaged weights are put into the model for a while
         metrics = self.evaluator.evaluate(group)
         self.control.evaluated = self.state.evaluated
-        self.control.records.append(StepRecord(self.state.step, metrics, int(time.time() * 1000)))
+        self.control.records.append(EvaluationRecord(self.state.step, metrics, int(time.time() * 1000)))
         self.control.notify()
 
     # -- checkpoints ------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Reports:
         """Take in what is new, as soon as there is something, else after about `wait_s`; who has answered."""
         heard = set()
         for status in self._group.poll(
-            acknowledged=(self._log.last_step, self._log.last_evaluation),
+            acknowledged=self._log.acknowledged,
             reporter=reporter,
             wait_s=wait_s,
         ):
@@ -82,9 +82,10 @@ class Reports:
             if self._log.is_new(record):
                 self._log.append(record)
                 self._listener.record(record, len(members))
-                self._recovered(record)
-                if self._chaos is not None:
-                    self._chaos.observe(record)
+                if isinstance(record, StepRecord):
+                    self._recovered(record)
+                    if self._chaos is not None:
+                        self._chaos.observe(record)
         self.committed = max(self.committed, status.step)
         self._holders.hear(status, self._generation.number)
         self._ledger.hear(status, status.worker_id == self.reporter)

@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-from descent.messages import Incident, StepRecord
+from descent.messages import Incident, TrainingRecord
 
 
 class Listener(Protocol):
     """What the controller calls: the live display and the tracking, or a double of them in a test."""
 
-    def record(self, record: StepRecord, world_size: int) -> None:
+    def record(self, record: TrainingRecord, world_size: int) -> None:
         """A step was committed, or an evaluation after it; `world_size`: replicas in the generation."""
         ...
 

@@ -4,15 +4,18 @@ The metrics file is what makes 'each step once' hold over resumes: it remembers 
 steps were logged already, and the plots are drawn from it.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from descent.errors import CheckpointError
-from descent.messages import Incident, StepRecord
+from descent.messages import Acknowledged, EvaluationRecord, Incident, StepRecord, TrainingRecord
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -20,59 +23,84 @@ INCIDENTS_FILE = "incidents.jsonl"
 
 
 class RunLog:
-    """Append-only files in the run's folder; every step and every evaluation once."""
+    """Append-only files in the run's folder, with every step and every evaluation once.
 
-    def __init__(self, run_dir: Path) -> None:
+    The files only record the training, so a folder that can't be written to never ends it: lines that
+    don't reach the disk (it is full, say) are kept in memory and written as soon as there is room. One
+    line says so, through `on_error`.
+    """
+
+    def __init__(self, run_dir: Path, on_error: Callable[[str], None] | None = None) -> None:
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._on_error, self._error_shown = on_error or _print_error, False
         self.last_step, self.last_evaluation = 0, -1
         self.incidents: list[Incident] = []
+        """Those of this process's part of the run."""
         for record in self.records():
             self._note(record)
         self.earlier_incidents = _lines(run_dir / INCIDENTS_FILE)
-        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._end_torn_line()
+        # Unbuffered: after a write that the disk took in part, the rest is still known here.
+        self._metrics = (run_dir / METRICS_FILE).open("ab", buffering=0)
+        self._unwritten = bytearray(b"\n" if self._ends_torn() else b"")
+        self._incidents_unwritten = False
 
-    def _end_torn_line(self) -> None:
-        """A crash may have left half a line: end it, so that it spoils no other."""
+    @property
+    def acknowledged(self) -> Acknowledged:
+        """The last records that are logged."""
+        return Acknowledged(self.last_step, self.last_evaluation)
+
+    def _ends_torn(self) -> bool:
+        """Whether a crash has left half a line, which must be ended so that it spoils no other."""
         with (self.run_dir / METRICS_FILE).open("rb") as file:
             file.seek(0, os.SEEK_END)
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    self._metrics.write("\n")
+            if not file.tell():
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
 
-    def _note(self, record: StepRecord) -> None:
-        if "eval/loss" in record.metrics:
+    def _note(self, record: TrainingRecord) -> None:
+        if isinstance(record, EvaluationRecord):
             self.last_evaluation = max(self.last_evaluation, record.step)
         else:
             self.last_step = max(self.last_step, record.step)
 
-    def is_new(self, record: StepRecord) -> bool:
+    def is_new(self, record: TrainingRecord) -> bool:
         """Whether this step (or evaluation) hasn't been logged yet."""
-        if "eval/loss" in record.metrics:
+        if isinstance(record, EvaluationRecord):
             return record.step > self.last_evaluation
         return record.step > self.last_step
 
-    def append(self, record: StepRecord) -> None:
+    def append(self, record: TrainingRecord) -> None:
+        """Log a record; `flush` writes it to the file."""
         self._note(record)
-        self._metrics.write(json.dumps([record.step, record.time_ms, record.metrics]) + "\n")
+        self._unwritten += json.dumps([record.step, record.time_ms, record.metrics]).encode() + b"\n"
 
     def flush(self) -> None:
-        self._metrics.flush()
+        """Write what isn't in the files yet. Never raises: what the disk doesn't take is tried again next time."""
+        with self._best_effort():
+            while self._unwritten:
+                written = self._metrics.write(self._unwritten)
+                del self._unwritten[:written]
+        if self._incidents_unwritten:
+            self._write_incidents()
 
-    def records(self) -> Iterator[StepRecord]:
-        """All records so far; a torn last line (a crash while writing) is left out."""
+    def records(self) -> Iterator[TrainingRecord]:
+        """All records in the file; damaged lines, such as a last one torn by a crash, are left out."""
         path = self.run_dir / METRICS_FILE
         if not path.is_file():
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     step, time_ms, metrics = json.loads(line)
                 except (ValueError, TypeError):
                     continue
-                yield StepRecord(step, metrics, time_ms)
+                if not (isinstance(step, int) and isinstance(time_ms, int) and isinstance(metrics, dict)):
+                    continue
+                # The file names no kinds: only an evaluation has this metric.
+                kind = EvaluationRecord if "eval/loss" in metrics else StepRecord
+                yield kind(step, metrics, time_ms)
 
     def history(self) -> dict[str, list[tuple[int, float]]]:
         """Metric -> its points (step, value), in order."""
@@ -86,23 +114,58 @@ class RunLog:
     def incident(self, incident: Incident) -> None:
         """Keep an incident of this process's part of the run."""
         self.incidents.append(incident)
-        with (self.run_dir / INCIDENTS_FILE).open("a", encoding="utf-8") as file:
+        if self._incidents_unwritten:
+            return self._write_incidents()
+        with self._best_effort() as tried, (self.run_dir / INCIDENTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(incident)) + "\n")
+        self._incidents_unwritten = not tried.succeeded
 
     def amend(self, index: int, incident: Incident) -> None:
         """Replace an incident of which more is known by now; the file changes in one piece."""
         self.incidents[index] = incident
+        self._write_incidents()
+
+    def _write_incidents(self) -> None:
         lines = [*self.earlier_incidents, *(json.dumps(asdict(i)) for i in self.incidents)]
         temporary = self.run_dir / f".{INCIDENTS_FILE}"
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self.run_dir / INCIDENTS_FILE)
+        with self._best_effort() as tried:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(temporary, self.run_dir / INCIDENTS_FILE)
+        self._incidents_unwritten = not tried.succeeded
+
+    @contextmanager
+    def _best_effort(self) -> Iterator["_Tried"]:
+        """Suppress an OSError; the first one is shown."""
+        tried = _Tried()
+        try:
+            yield tried
+            tried.succeeded = True
+        except OSError as error:
+            if not self._error_shown:
+                self._error_shown = True
+                self._on_error(
+                    f"{self.run_dir}: can't be written to ({error.strerror or error}); training goes on, and "
+                    "metrics and incidents wait in memory for room"
+                )
 
     def close(self) -> None:
+        """Write what the disk takes, and close the file."""
+        self.flush()
         self._metrics.close()
 
 
+@dataclass
+class _Tried:
+    succeeded: bool = False
+
+
+def _print_error(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal
+        print(line, file=sys.stderr, flush=True)
+
+
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def write_run_file(run_dir: Path, content: dict[str, Any]) -> None:

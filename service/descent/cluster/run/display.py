@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from descent.messages import Incident, StepRecord
+from descent.messages import EvaluationRecord, Incident, TrainingRecord
 
 _LINE_EVERY_S = 5.0
 _SAME_STEP_S = 30.0
@@ -108,10 +108,10 @@ class Display:
         self._status = line
         self._draw(force=True)
 
-    def record(self, record: StepRecord, world_size: int) -> None:
+    def record(self, record: TrainingRecord, world_size: int) -> None:
         metrics = record.metrics
         self._world = world_size
-        if "eval/loss" in metrics:
+        if isinstance(record, EvaluationRecord):
             self._eval_loss = metrics["eval/loss"]
             self._best_loss = min(self._best_loss, self._eval_loss)
             self._accuracy = metrics.get("eval/accuracy", math.nan)

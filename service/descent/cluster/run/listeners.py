@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING
 
 from descent.cluster.run.display import Display
-from descent.messages import Incident, StepRecord
+from descent.messages import ClusterRecord, Incident, Record, StepRecord, TrainingRecord
 
 if TYPE_CHECKING:
     from descent.tracking import Tracker
@@ -16,7 +16,7 @@ class ListenerGroup:
     def __init__(self, display: Display) -> None:
         self.display = display
         self.tracker: Tracker | None = None
-        self._held: list[StepRecord] = []
+        self._held: list[Record] = []
         self._incidents = 0
         self.first_step_at: float | None = None
 
@@ -27,13 +27,13 @@ class ListenerGroup:
             tracker.log_metrics(record.step, record.metrics, record.time_ms)
         self._held.clear()
 
-    def record(self, record: StepRecord, world_size: int) -> None:
-        if self.first_step_at is None and "train/loss" in record.metrics:
+    def record(self, record: TrainingRecord, world_size: int) -> None:
+        if self.first_step_at is None and isinstance(record, StepRecord):
             self.first_step_at = record.time_ms / 1000
         self.display.record(record, world_size)
         self._log(record)
 
-    def _log(self, record: StepRecord) -> None:
+    def _log(self, record: Record) -> None:
         if self.tracker is None:
             self._held.append(record)
         else:
@@ -43,12 +43,12 @@ class ListenerGroup:
         self.display.incident(incident)
         self._incidents += 1
         count = {"cluster/incidents": float(self._incidents)}
-        self._log(StepRecord(incident.step, count, incident.time_ms))
+        self._log(ClusterRecord(incident.step, count, incident.time_ms))
 
     def world(self, generation: int, world_size: int, step: int) -> None:
         self.display.world(generation, world_size, step)
         size = {"cluster/world_size": float(world_size), "cluster/generation": float(generation)}
-        self._log(StepRecord(step, size, int(time.time() * 1000)))
+        self._log(ClusterRecord(step, size, int(time.time() * 1000)))
 
     def note(self, line: str) -> None:
         self.display.note(line)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from descent.cluster.record.run_log import RunLog
+from descent.messages import StepRecord
 
 if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome
@@ -71,5 +72,5 @@ def figures_of(log: RunLog) -> dict[str, float]:
 
 def training_s(log: RunLog, started_at: float) -> float:
     """Seconds between the first and the last step of the part of the run that began at `started_at`."""
-    times = [r.time_ms for r in log.records() if "train/loss" in r.metrics and r.time_ms >= started_at * 1000]
+    times = [r.time_ms for r in log.records() if isinstance(r, StepRecord) and r.time_ms >= started_at * 1000]
     return (times[-1] - times[0]) / 1000 * len(times) / (len(times) - 1) if len(times) > 1 else 0.0

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from descent.cluster.workers.ray_cluster import placeable
 from descent.cluster.workers.worker import Worker
-from descent.messages import Fault, Membership, WorkerSpec, WorkerStatus
+from descent.messages import Acknowledged, Fault, Membership, WorkerSpec, WorkerStatus
 
 
 @dataclass
@@ -89,7 +89,7 @@ class WorkerGroup:
             return set(ray._private.state.state.get_draining_nodes())
         return set()
 
-    def poll(self, *, acknowledged: tuple[int, int], reporter: str | None, wait_s: float) -> list[WorkerStatus]:
+    def poll(self, *, acknowledged: Acknowledged, reporter: str | None, wait_s: float) -> list[WorkerStatus]:
         """New statuses, as soon as there is one, else after about `wait_s`; notes who died."""
         pending = {}
         for handle in self.handles.values():

@@ -23,9 +23,11 @@ import psutil
 import ray
 
 from descent.messages import (
+    Acknowledged,
+    EvaluationRecord,
     Fault,
     Membership,
-    StepRecord,
+    TrainingRecord,
     WorkerFailure,
     WorkerSpec,
     WorkerState,
@@ -168,11 +170,10 @@ class Worker:
 
     # -- the event loop ---------------------------------------------------------------
 
-    async def poll(self, acknowledged: tuple[int, int], with_records: bool, wait_s: float) -> WorkerStatus:
+    async def poll(self, acknowledged: Acknowledged, with_records: bool, wait_s: float) -> WorkerStatus:
         """How things stand; returns at once when something happened, else after `wait_s`.
 
-        acknowledged: the last step and the last evaluation whose records the controller
-        has; they need not be kept any longer.
+        acknowledged: the records that the controller has logged; they are kept no longer.
         """
         if self._wake is None:
             self._wake, self._loop = asyncio.Event(), asyncio.get_running_loop()
@@ -183,14 +184,14 @@ class Worker:
         self._changed.clear()
         return self._status(acknowledged, with_records)
 
-    def _status(self, acknowledged: tuple[int, int], with_records: bool) -> WorkerStatus:
+    def _status(self, acknowledged: Acknowledged, with_records: bool) -> WorkerStatus:
         control = self._control
         state = self._state  # read first: what follows is at least as new
-        records: tuple[StepRecord, ...] = ()
+        records: tuple[TrainingRecord, ...] = ()
         parts = notices = ()
         if control is not None:
             kept = control.records
-            while kept and kept[0].step <= acknowledged["eval/loss" in kept[0].metrics]:
+            while kept and _is_acknowledged(kept[0], acknowledged):
                 kept.popleft()
             parts = tuple(control.parts.popleft() for _ in range(len(control.parts)))
             # What the run will go on from must be logged before it does: this may be the last
@@ -257,3 +258,9 @@ class Worker:
     async def exit(self) -> None:
         """End the process; the training thread is a daemon."""
         os._exit(0)
+
+
+def _is_acknowledged(record: TrainingRecord, acknowledged: Acknowledged) -> bool:
+    if isinstance(record, EvaluationRecord):
+        return record.step <= acknowledged.evaluation
+    return record.step <= acknowledged.step
