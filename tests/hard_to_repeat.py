@@ -122,6 +122,42 @@ class SetByTheFirstBatch(Plain):
         return super().forward(x - self.shift)
 
 
+class OtherLayouts(Plain):
+    """Its parameters lie in memory in other ways than row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1, stride=2).to(memory_format=torch.channels_last)
+        self.second = nn.Conv2d(6, 8, 3, padding=1, stride=2).to(memory_format=torch.channels_last)
+        self.mixed = nn.Parameter(torch.randn(32, 40).T / 6)
+        self.slice = nn.Parameter(torch.randn(40, 24)[:, 3:15] / 6)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.second(self.first(x).relu()).relu().flatten(1) @ self.mixed.T
+        return super().forward(hidden.tanh() @ self.slice)
+
+
+class LaidOutByItsForward(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, padding=1)
+        self.head = nn.Linear(6 * 64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv.weight.data = self.conv.weight.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        return super().forward(self.conv(x))
+
+
+class Expanded(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1).expand(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1) * self.scale)
+
+
 class WithoutDeterministicKernel(Plain):
     def forward(self, x: Tensor) -> Tensor:
         pooled, at = F.max_pool2d(x, 2, return_indices=True)

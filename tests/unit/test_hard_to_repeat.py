@@ -24,6 +24,8 @@ def prepared(model: type[nn.Module], *more: str) -> Prepared:
         (hard.LateBuffer, "first forward registers the buffer 'mean'; do that in __init__"),
         (hard.Counting, "gives another output when the same samples come again.*register_buffer"),
         (hard.SetByTheFirstBatch, "writes the parameter 'shift'.*set it in __init__"),
+        (hard.LaidOutByItsForward, "changes how the parameter 'conv.weight' lies in memory.*in __init__"),
+        (hard.Expanded, r"entries of the parameter 'scale', of shape \[64\], lie at one place in memory.*clone it"),
         (hard.WithoutDeterministicKernel, "max_unpool.* does not have a deterministic .*reduction=fast"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from descent.errors import ConfigError
+from descent.optim.memory_layout import is_dense
 from descent.optim.muon import MuonWithAdamW
 from descent.optim.optimizer_state import load_named_state, named_state
 from descent.optim.parameter_groups import Override, as_tuple, number, parameter_groups, shown
@@ -66,8 +67,14 @@ def build_optimizer(
     if isinstance(factory, type) and issubclass(factory, MuonWithAdamW):
         groups = factory.split(model, groups)
     dtypes = sorted({p.dtype for p in model.parameters() if p.requires_grad}, key=str)
+    gaps = next((n for n, p in model.named_parameters() if p.requires_grad and not is_dense(p)), None)
+    if gaps is not None and own.get("fused"):
+        raise ConfigError(
+            f"optimizer.fused=true: torch's fused kernels need parameters without gaps in memory, and {gaps!r} is "
+            "a slice of another tensor; leave optimizer.fused out, or clone the slice in the model's __init__"
+        )
     try:
-        optimizer = factory(groups, **own, **_kernels(factory, own, device, dtypes))
+        optimizer = factory(groups, **own, **_kernels(factory, own, device, dtypes, dense=gaps is None))
     except (ValueError, RuntimeError) as error:
         # The same options were accepted for a single number, so the parameters are the reason.
         message = f"optimizer._target_={_name(factory)}: refuses this model's parameters: {error}"
@@ -147,8 +154,12 @@ def _kernels(
     own: Mapping[str, Any],
     device: torch.device,
     dtypes: Sequence[torch.dtype],
+    *,
+    dense: bool,
 ) -> dict[str, bool]:
     """{fused: True}, {foreach: True} or {}: the fastest kernels that can update such parameters.
+
+    dense: whether no parameter has gaps in memory. A fused kernel would write into the gaps.
 
     Only torch's code says whether a class has a fused kernel for a device and dtype, so one step
     is tried. foreach is tried on accelerators only, where it saves kernel launches. On a CPU it
@@ -158,6 +169,8 @@ def _kernels(
     if any(own.get(key) is not None for key in ("fused", "foreach")) or own.get("differentiable"):
         return {}
     wanted = ["fused"] if device.type == "cpu" else ["fused", "foreach"]
+    if not dense:
+        wanted.remove("fused")
     arguments, _ = _arguments_of(factory)
     for kernel in wanted:
         if kernel not in arguments:

@@ -17,12 +17,15 @@ class ModelSnapshot:
     """Name -> identity, version, values."""
     parameters: dict[str, Tensor | None]
     """Name -> hash."""
+    strides: dict[str, tuple[int, ...]]
+    """Name of a parameter -> how it lies in memory."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSnapshot":
         return cls(
             {name: (id(b), b._version, b.clone()) for name, b in model.named_buffers()},
             {name: _hash(p) for name, p in model.named_parameters()},
+            {name: p.stride() for name, p in model.named_parameters()},
         )
 
     def written(self, model: nn.Module) -> tuple[str, ...]:
@@ -51,6 +54,11 @@ class ModelSnapshot:
                 return (
                     f"its forward writes the parameter {name!r}, from whatever samples it sees, which are "
                     "others on each worker; set it in __init__, or make it a buffer"
+                )
+            if parameter.stride() != self.strides[name]:
+                return (
+                    f"its forward changes how the parameter {name!r} lies in memory (memory_format, or .data), after "
+                    "gradients and the optimizer's state were laid out like it; do that in __init__"
                 )
         for name in written:
             if name not in kept:

@@ -16,6 +16,7 @@ from descent.data.cache import use_cache
 from descent.data.map_style import adapt
 from descent.data.splits import split
 from descent.errors import ConfigError, DataError
+from descent.optim.memory_layout import shares_places
 from descent.optim.optimizers import build_optimizer
 from descent.training.determinism import deterministic
 from descent.training.objective import Objective
@@ -134,6 +135,13 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         )
     if any(is_lazy(p) for p in model.parameters()):
         materialize(config, model, data)
+    for name, parameter in model.named_parameters():
+        if shares_places(parameter):
+            raise ConfigError(
+                f"model._target_={config.model['_target_']}: several entries of the parameter {name!r}, of shape "
+                f"{list(parameter.shape)}, lie at one place in memory (expand), so that no optimizer can update them; "
+                "make the small tensor the parameter and expand it in the forward, or clone it"
+            )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
     return model

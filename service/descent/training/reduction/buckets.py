@@ -7,10 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descent.optim.memory_layout import is_dense
+
 BUCKET_BYTES = 8 << 20
 _ALIGNED_BYTES = 64
 """Each gradient begins at a multiple of this, however many pieces a bucket has: a kernel may read
 by vectors, and so add up a norm in another order, where its input's address allows it."""
+
+
+def like(parameter: nn.Parameter, block: Tensor) -> Tensor:
+    """`block`, [numel], as a gradient of `parameter`: laid out in memory as the parameter is, where that is dense.
+
+    That is autograd's own rule for gradients. A fused update pairs the two by their places in memory.
+    """
+    return block.as_strided(parameter.shape, parameter.stride()) if is_dense(parameter) else block.view_as(parameter)
 
 
 class FlatBuckets:
@@ -51,7 +61,7 @@ class FlatBuckets:
                 start, count = end, 0
         flat = torch.zeros(end, dtype=dtype, device=device)
         for p, offset, _ in self.places:
-            p.grad = flat[offset : offset + p.numel()].view_as(p)
+            p.grad = like(p, flat[offset : offset + p.numel()])
         return flat
 
     def _ready(self, bucket: int) -> Callable[[Tensor], None]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from descent.optim.memory_layout import is_dense
 from descent.training.collectives import Group
 from descent.training.reduction.buckets import FlatBuckets
 
@@ -145,22 +146,17 @@ class _PowerSGD:
         self._whole: list[list[Tensor]] = [[] for _ in buckets.bounds]
         generator = torch.Generator().manual_seed(0)
         for parameter, offset, bucket in buckets.places:
-            view = buckets.flat[offset : offset + parameter.numel()]
-            rows = parameter.shape[0] if parameter.dim() > 1 else 1
-            columns = parameter.numel() // max(1, rows)
+            block = buckets.flat[offset : offset + parameter.numel()]
+            gradient = as_matrix(parameter, block)
+            rows, columns = gradient.shape
             rank = min(RANK, rows, columns)
             if rows == 1 or rank * (rows + columns) * _WORTH > parameter.numel():
-                self._whole[bucket].append(view)
+                self._whole[bucket].append(block)
                 continue
-            q = torch.randn(columns, rank, generator=generator).to(view)
+            q = torch.randn(columns, rank, generator=generator).to(block)
             self._matrices[bucket].append(
                 _Matrix(
-                    bucket,
-                    view.view(rows, columns),
-                    torch.zeros_like(view).view(rows, columns),
-                    q,
-                    view.new_empty(rows, rank),
-                    torch.empty_like(q),
+                    bucket, gradient, torch.zeros_like(gradient), q, block.new_empty(rows, rank), torch.empty_like(q)
                 )
             )
         self._arriving: list[tuple[Any, Tensor]] = []
@@ -201,6 +197,23 @@ class _PowerSGD:
                 m.error.zero_()
                 m.q.copy_(torch.randn(m.q.shape, generator=generator))
         return ()  # the messages are summed on their way
+
+
+def as_matrix(parameter: nn.Parameter, block: Tensor) -> Tensor:
+    """`block`, [numel], laid out in memory as `parameter` is, as the matrix [rows, columns] that is factored; a view.
+
+    The rows are the parameter's first dimension; the columns are the others, in the order in which they lie in
+    memory. Where the first dimension lies between others, the rows are the outermost dimension in memory.
+    """
+    if parameter.dim() < 2:
+        return block.view(1, -1)
+    rows = parameter.shape[0]
+    if not is_dense(parameter):  # such a gradient is row-major
+        return block.view(rows, -1)
+    order = sorted((d for d in range(parameter.dim()) if parameter.shape[d] > 1), key=lambda d: -parameter.stride()[d])
+    if rows == 1 or order[0] == 0:
+        return block.view(rows, -1)
+    return block.view(-1, rows).T if order[-1] == 0 else block.view(parameter.shape[order[0]], -1)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
