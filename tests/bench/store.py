@@ -22,7 +22,7 @@ from descent.checkpoint import manifest as checkpoint
 from descent.checkpoint.retention import delete
 from descent.checkpoint.writer import ShareWriter
 from descent.messages import ShareWritten
-from descent.storage.location import Location, place, store_at
+from descent.storage import Location, open_store, to_location
 from tests.bench.measure import BenchError, Result, result_of, worst
 
 _MB = 300
@@ -83,8 +83,8 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
     with moto() as server, mock.patch.dict(os.environ, server.environment()):
         client = server.client()
         client.create_bucket(Bucket="bench")
-        saver, parts = _saver(place("s3://bench/run"))
-        bucket = store_at(place("s3://bench"))
+        saver, parts = _saver(to_location("s3://bench/run"))
+        bucket = open_store(to_location("s3://bench"))
 
         def upload() -> None:
             client.upload_file(str(source), "bench", "raw")

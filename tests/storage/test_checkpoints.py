@@ -10,7 +10,7 @@ from descent.checkpoint.retention import Retention, prune
 from descent.checkpoint.writer import ShareWriter
 from descent.errors import CheckpointError, StoreError
 from descent.messages import ShareWritten
-from descent.storage.location import Location, place
+from descent.storage import Location, to_location
 from tests.storage.proxy import Proxy, always, first
 from tests.storage.servers import S3Server
 
@@ -36,7 +36,7 @@ def save(root: Location, step: int) -> Location:
 
 @pytest.fixture
 def root(bucket: str) -> Location:
-    return place(f"s3://{bucket}/runs/mine/")
+    return to_location(f"s3://{bucket}/runs/mine/")
 
 
 def test_saved_and_restored(root: Location, server: S3Server, bucket: str) -> None:

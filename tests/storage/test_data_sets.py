@@ -15,7 +15,6 @@ from descent.data.tokens import Tokens
 from descent.errors import DataError
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder
-from descent.training.remote_data import connect
 from tests.storage.proxy import sometimes
 from tests.unit.test_data_tables import IRIS
 from tests.unit.test_data_tokens import write_tokens
@@ -30,7 +29,6 @@ def local(tmp_path, monkeypatch):
     write_tokens(tmp_path / "set", [rng.integers(0, 256, 401) for _ in range(10)], "uint8", 256)
     monkeypatch.setattr(cache_module, "_cache", [])
     use_cache(str(tmp_path / "cache"), 2.6e-6)
-    connect()
     return tmp_path / "set"
 
 
@@ -70,7 +68,7 @@ def test_a_shard_that_was_changed_on_the_server_is_named(local, bucket, server):
     there = f"s3://{bucket}/set"
     descent("copy", str(local), there)
     server.client().put_object(Bucket=bucket, Key="set/3.bin", Body=b"x" * 401)
-    with pytest.raises(DataError, match=r"set/3\.bin: is corrupt: its sha256 is"):
+    with pytest.raises(DataError, match=r"set/3\.bin: is corrupt: its SHA-256 is"):
         Tokens(there, 8, window=100).gather(np.arange(3 * 50, 3 * 50 + 5))
     done = CliRunner().invoke(app, ["data", "inspect", there, "--verify"])
     assert done.exit_code == 1 and "set/3.bin: is corrupt" in done.output

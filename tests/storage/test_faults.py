@@ -152,7 +152,7 @@ def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
         lambda: store.get("x"),
         lambda: list(store.list()),
         lambda: store.upload(BIG, "x"),
-        lambda: store.size("x"),
+        lambda: store.find("x"),
         lambda: store.delete(["x"]),
     ):
         with pytest.raises(StoreError, match=r"127\.0\.0\.1:9 doesn't answer"):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import multiprocessing as mp
 import os
 import signal
@@ -13,36 +14,50 @@ import pytest
 import torch
 
 from descent.data import cache as cache_module
+from descent.data import files
 from descent.data.cache import NodeCache, use_cache
+from descent.data.images import Images
 from descent.data.shards import local_file
-from descent.data.storage import LocalFolder, provide
 from descent.data.tokens import Tokens
 from descent.errors import DataError
+from descent.storage import LocalStore, open_store
+from descent.storage.local import explaining
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder
 from tests.unit.test_data_tokens import write_tokens
 
 
-class Elsewhere(LocalFolder):
+class Elsewhere(LocalStore):
     """A folder that is treated as if it lay beyond a network; counts what is fetched, and can fail."""
+
+    folder = None
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.folder = None
-        self.uri = f"far://{folder}"
         self.fetched: list[str] = []
         self.faults: list = []
 
-    def fetch(self, name: str, target: Path) -> None:
-        self.fetched.append(name)
-        super().fetch(name, target)
-        if self.faults:
-            self.faults.pop(0)(target)
+    @property
+    def address(self) -> str:
+        return f"s3://far{self.root}"
+
+    def download(self, key: str, target: Path, **expected) -> None:
+        """As of a folder; a fault is done to the file for the time of this transfer."""
+        self.fetched.append(key)
+        if not self.faults:
+            return super().download(key, target, **expected)
+        file, content = self.root / key, (self.root / key).read_bytes()
+        try:
+            with explaining(target):
+                self.faults.pop(0)(file)
+            return super().download(key, target, **expected)
+        finally:
+            file.write_bytes(content)
 
 
 @pytest.fixture
 def far(tmp_path):
-    """A storage with three files of 1,000 bytes, and `name -> sha256`."""
+    """A store with three files of 1,000 bytes, and `name -> sha256`."""
     folder = tmp_path / "far"
     folder.mkdir()
     for name in "abc":
@@ -52,6 +67,11 @@ def far(tmp_path):
 
 def sha256(name: str) -> str:
     return hashlib.sha256(name.encode() * 1000).hexdigest()
+
+
+def own(folder: Path) -> Path:
+    """The cache's own folder below the one that the user gives."""
+    return folder / "descent-data-cache"
 
 
 def get(cache: NodeCache, far: Elsewhere, name: str) -> Path:
@@ -77,7 +97,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path, far):
     get(cache, far, "b")
     assert not a.exists()
     assert bytes(mapped) == b"a" * 1000, "who has it mapped keeps it"
-    held = [f for f in (tmp_path / "cache").iterdir() if f.is_file() and f.suffix != ".lock"]
+    held = [f for f in own(tmp_path / "cache").iterdir() if f.is_file() and f.name != "CACHEDIR.TAG"]
     assert sum(f.stat().st_size for f in held) <= 2_500
 
 
@@ -98,10 +118,10 @@ def test_a_corrupt_or_cut_transfer_is_fetched_again_and_refused_at_last(tmp_path
     assert get(cache, far, "a").read_bytes() == b"a" * 1000
     assert far.fetched == ["a"] * 3
     far.faults = [fault] * 3
-    with pytest.raises(DataError, match=r"is corrupt: its sha256|700 bytes came, 1000 were") as said:
+    with pytest.raises(DataError, match=r"is corrupt: its SHA-256|700 bytes instead of 1000") as caught:
         get(cache, far, "b")
-    assert str(said.value).startswith(f"{far.uri}/b: ")
-    assert not list((tmp_path / "cache" / "coming").glob(f"*{sha256('b')}*")), "nothing half done"
+    assert f"{far.address}/b" in str(caught.value)
+    assert not list((own(tmp_path / "cache") / "coming").glob(f"*{sha256('b')}*")), "nothing half done"
     assert get(cache, far, "b").read_bytes() == b"b" * 1000
 
 
@@ -166,13 +186,74 @@ def test_what_a_dead_process_was_fetching_takes_no_room(tmp_path, far):
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    coming = tmp_path / "cache" / "coming"
-    assert any(f.suffix != ".lock" for f in coming.iterdir())
+    coming = own(tmp_path / "cache") / "coming"
+    assert any(coming.iterdir())
     cache = NodeCache(tmp_path / "cache", 2_500)
     get(cache, far, "b")
     get(cache, far, "c")
-    assert not any(f.suffix != ".lock" for f in coming.iterdir())
+    assert not any(coming.iterdir())
     assert get(cache, far, "a").read_bytes() == b"a" * 1000
+
+
+# --- what is not the cache's own stays ---
+
+
+def test_files_beside_the_cache_and_foreign_names_in_it_are_never_deleted(tmp_path, far):
+    """As when somebody gives a home folder: it holds far more than the cache may."""
+    home = tmp_path / "home"
+    (home / "papers").mkdir(parents=True)
+    kept = [home / "thesis.tex", home / "a.bin", home / ("f" * 64), home / "papers" / "b.lock"]
+    for file in kept:
+        file.write_bytes(b"x" * 5000)
+    cache = NodeCache(home, 1_500)
+    first = get(cache, far, "a")
+    kept += [own(home) / "notes.txt", own(home) / "coming" / "notes"]
+    for file in kept[-2:]:
+        file.write_bytes(b"x" * 5000)
+    (own(home) / ("0" * 64)).symlink_to(home / "thesis.tex")
+    get(cache, far, "b")
+    assert not first.exists(), "its own file gave way"
+    assert all(file.stat().st_size == 5000 for file in kept)
+    assert (own(home) / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
+
+
+def test_a_folder_of_the_cache_s_name_that_holds_somebody_s_files_is_refused(tmp_path, far):
+    own(tmp_path).mkdir()
+    (own(tmp_path) / "mine").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"data\.cache\.dir=.*holds files and no CACHEDIR.TAG"):
+        get(NodeCache(tmp_path, 10_000), far, "a")
+    assert [f.name for f in own(tmp_path).iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "sha256", ["../" * 20 + "etc/x", "../" + "a" * 61, "A" * 64, "g" * 64, "a" * 63 + "\n", "", "a/b"]
+)
+def test_a_hash_that_is_none_never_becomes_a_path(tmp_path, far, sha256):
+    with pytest.raises(DataError, match=r"sha256 .* is not 64 hexadecimal digits"):
+        NodeCache(tmp_path / "cache", 10_000).get(far, "a", 1000, sha256)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_name_from_an_index_can_not_bend_the_path_of_its_copy(tmp_path, far):
+    odd = "a.b c\u202e$(x)"
+    (tmp_path / "far" / odd).write_bytes(b"a" * 1000)
+    path = NodeCache(tmp_path / "cache", 10_000).get(far, odd, 1000, sha256("a"))
+    assert path == own(tmp_path / "cache") / sha256("a") and path.read_bytes() == b"a" * 1000
+
+
+@pytest.mark.parametrize(
+    "change", [{"sha256": "../" + "a" * 61}, {"sha256": "Z" * 64}, {"file": "../x"}, {"file": "a//b"}]
+)
+@pytest.mark.parametrize("where", ["shards", "members"])
+def test_what_an_index_says_is_looked_at_before_it_is_a_path(tmp_path, change, where):
+    shard = {"file": "a", "bytes": 1000, "sha256": sha256("a"), "samples": 1}
+    entries = {"shards": shard, "members": shard, where: {**shard, **change}}
+    about = {"classes": ["x"], "members": entries["members"]}
+    content = {"format": "descent-shards-1", "kind": "images", "about": about, "shards": [entries["shards"]]}
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    (tmp_path / "a").write_bytes(b"a" * 1000)
+    with pytest.raises(DataError, match=r"64 hexadecimal digits|does not lie beside the index"):
+        Images(str(tmp_path), size=[1, 1])
 
 
 # --- a set of shards elsewhere, through the feed ---
@@ -180,19 +261,21 @@ def test_what_a_dead_process_was_fetching_takes_no_room(tmp_path, far):
 
 @pytest.fixture
 def far_tokens(tmp_path, monkeypatch):
-    """12 shards of 40 windows on far://, and the storage that serves them."""
+    """12 shards of 40 windows on s3://far, and the store that serves them."""
     rng = np.random.default_rng(0)
     shards = [rng.integers(0, 256, 40 * 8 + 1) for _ in range(12)]
     write_tokens(tmp_path / "set", shards, "uint8", 256)
     opened = Elsewhere(tmp_path / "set")
-    provide("far", lambda _: opened)
+    monkeypatch.setattr(
+        files, "open_store", lambda where: opened if str(where) == "s3://far/set" else open_store(where)
+    )
     monkeypatch.setattr(cache_module, "_cache", [])
     use_cache(str(tmp_path / "cache"), 2.3e-6)  # 2,300 bytes: 7 of the 12 shards
     return opened
 
 
 def test_an_epoch_from_elsewhere_is_the_local_one_and_shards_come_ahead(far_tokens, tmp_path):
-    data = Tokens("far://set", 8, window=80)
+    data = Tokens("s3://far/set", 8, window=80)
     local = Tokens(str(tmp_path / "set"), 8, window=80)
     order = SampleOrder.of(data, 30, seed=5)
     feed = Feed(data, order, torch.device("cpu"))
@@ -211,25 +294,25 @@ def test_an_epoch_from_elsewhere_is_the_local_one_and_shards_come_ahead(far_toke
 @pytest.mark.usefixtures("far_tokens")
 def test_a_cache_too_small_for_two_windows_is_refused():
     with pytest.raises(DataError, match=r"data\.cache\.gb=2.3e-06: two windows of 480 samples"):
-        Tokens("far://set", 8, window=480)
+        Tokens("s3://far/set", 8, window=480)
 
 
 def test_a_shard_that_stays_corrupt_ends_the_run_by_name(far_tokens):
-    data = Tokens("far://set", 8, window=80)
+    data = Tokens("s3://far/set", 8, window=80)
     far_tokens.faults = [flip] * 99
-    with pytest.raises(DataError, match=r"^far://.*\.bin: is corrupt"):
+    with pytest.raises(DataError, match=r"s3://far.*\.bin"):
         data.gather(np.arange(4))
 
 
 @pytest.mark.usefixtures("far_tokens")
 def test_one_file_from_elsewhere_is_fetched_again_when_it_changed(tmp_path):
     file = tmp_path / "set" / "0.bin"
-    first = local_file("far://set/0.bin")
+    first = local_file("s3://far/set/0.bin")
     assert first.read_bytes() == file.read_bytes()
-    assert local_file("far://set/0.bin") == first
+    assert local_file("s3://far/set/0.bin") == first
     file.write_bytes(b"changed")
     os.utime(file, ns=(1, 1))
-    assert local_file("far://set/0.bin").read_bytes() == b"changed"
+    assert local_file("s3://far/set/0.bin").read_bytes() == b"changed"
 
 
 def test_two_threads_want_the_same_shard(tmp_path, far):

@@ -16,7 +16,7 @@ from descent.data.images import Images
 from descent.data.manage import make_index, verify
 from descent.data.pictures import Form
 from descent.data.records import BadRecords, read_good
-from descent.data.storage import open_storage
+from descent.storage import open_store
 from tests.unit.test_data_refusals import refusal
 
 
@@ -95,7 +95,7 @@ def test_tar_shards_give_the_same_as_the_folder(folder, tmp_path, with_cls):
     write_tars(tmp_path / "tars", pixels, labels, with_cls)
     index = make_index(tmp_path / "tars", quiet)
     assert index.about["classes"] == [str(i) for i in range(10)]
-    assert verify(open_storage(str(tmp_path / "tars")), index, quiet) == []
+    assert verify(open_store(str(tmp_path / "tars")), index, quiet) == []
     shards = Images(str(tmp_path / "tars"), channels=1, processes=2)
     whole = Images(str(path), channels=1)
     everything = np.arange(120)
@@ -153,7 +153,7 @@ def test_a_bad_image_in_a_tar_is_named_by_shard_and_index(folder, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(BadRecords, match=r"tars/1\.tar, image 5 \(from 0\): is not an image"):
         data.gather(np.array([44, 45]))
-    said = verify(open_storage(str(tmp_path / "tars")), data._files.shards.index, quiet)
+    said = verify(open_store(str(tmp_path / "tars")), data._files.shards.index, quiet)
     assert len(said) == 1 and "tars/1.tar: is corrupt" in said[0]
 
 

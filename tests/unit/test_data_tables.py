@@ -16,8 +16,8 @@ from descent.data.manage import make_index
 from descent.data.parquet import Parquet
 from descent.data.records import BadRecords, read_good
 from descent.data.shards import read_index
-from descent.data.storage import open_storage
 from descent.errors import DataError
+from descent.storage import open_store
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder
 from tests.unit.test_data_refusals import refusal
@@ -58,7 +58,7 @@ def test_a_folder_of_files_is_one_table_with_an_index_or_without(tmp_path, iris)
     iris.unlink()
     data = Parquet(str(tmp_path), "target", memory_mb=0.0)
     make_index(tmp_path, quiet)
-    index = read_index(open_storage(str(tmp_path)), "parquet")
+    index = read_index(open_store(str(tmp_path)), "parquet")
     assert index.about["row_groups"] == [[30, 20], [30, 10], [30, 30]]
     indexed = Parquet(str(tmp_path), "target", memory_mb=0.0)
     everything = np.random.default_rng(0).permutation(150)

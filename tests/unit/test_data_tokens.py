@@ -162,7 +162,7 @@ def test_what_is_wrong_with_an_index_is_named(tmp_path, change, words):
 
 def test_tokens_without_path_index_or_shard(tmp_path):
     assert "data.path is not set" in refusal(Tokens)
-    assert f"{tmp_path}/index.json doesn't exist" in refusal(Tokens, str(tmp_path))
+    assert f"{tmp_path}/index.json: there is no such file" in refusal(Tokens, str(tmp_path))
     (tmp_path / INDEX).write_text("{")
     assert "is not JSON" in refusal(Tokens, str(tmp_path))
     write_tokens(tmp_path, [np.arange(50)], "uint8", 256)

@@ -28,8 +28,7 @@ import xxhash
 
 from descent.errors import CheckpointError, StoreError
 from descent.messages import ShareWritten
-from descent.storage import Store
-from descent.storage.location import Location, place, store_at
+from descent.storage import Location, Store, open_store, to_location
 
 if TYPE_CHECKING:  # torch takes seconds to import, and looking for a checkpoint doesn't need it
     from torch import Tensor
@@ -84,7 +83,7 @@ class NoCheckpoint(CheckpointError):
 
 def folder(run_dir: Path, configured: str | None) -> Location:
     """Where a run's checkpoints lie."""
-    return place(configured) / run_dir.name if configured else run_dir / "checkpoints"
+    return to_location(configured) / run_dir.name if configured else run_dir / "checkpoints"
 
 
 def rescue_folder(run_dir: Path) -> Path:
@@ -134,7 +133,7 @@ def commit(root: P, parts: Sequence[ShareWritten], *, run: str, config_sha256: s
     """
     step = parts[0].step
     target = step_dir(root, step)
-    store = store_at(target)
+    store = open_store(target)
     there = {entry.key: entry.size for entry in store.list()}
     written = {f.name: f for part in parts for f in part.files}
     for file in written.values():
@@ -180,7 +179,7 @@ def read_manifest(target: Location) -> Manifest:
     """The manifest of a checkpoint folder. Raises CheckpointError if it has none that is valid,
     StoreError if that can't be found out."""
     try:
-        raw = store_at(target).get(MANIFEST)
+        raw = open_store(target).get(MANIFEST)
     except StoreError as error:
         if error.kind == "missing":
             raise CheckpointError(f"{target}: no {MANIFEST}, so no complete checkpoint") from error
@@ -220,7 +219,7 @@ def load(target: Location) -> tuple[dict[str, "Tensor"], Manifest]:
 
 def load_files(target: Location, manifest: Manifest, names: Collection[str]) -> dict[str, "Tensor"]:
     """The tensors in some of a checkpoint's files; raises like `load`."""
-    store = store_at(target)
+    store = open_store(target)
     tensors: dict[str, Tensor] = {}
     for name, found in _each(names, lambda n: _load_file(store, n, manifest.files[n], target)):
         group = _group(name)
@@ -236,7 +235,7 @@ def shares(manifest: Manifest, world_size: int) -> list[list[str]]:
 def verify(target: Location, *, thorough: bool = False) -> Manifest:
     """Read everything and compare; raises like `load`. thorough: SHA-256 too, not XXH3 alone."""
     manifest = read_manifest(target)
-    store, which = store_at(target), tuple(DIGESTS) if thorough else _QUICK
+    store, which = open_store(target), tuple(DIGESTS) if thorough else _QUICK
     _each(manifest.files, lambda n: _verified(store, n, manifest.files[n], target, which))
     return manifest
 
@@ -273,11 +272,11 @@ def _verified(
     digests = {kind: DIGESTS[kind]() for kind in which}
     try:
         if isinstance(target, Path):
-            actual = store.size(name)
-            if actual is None:
+            found = store.find(name)
+            if found is None:
                 raise CheckpointError(f"{target}/{name}: missing")
-            if actual != entry["size"]:
-                raise CheckpointError(f"{target}/{name}: {actual} bytes, the manifest says {entry['size']}")
+            if found.size != entry["size"]:
+                raise CheckpointError(f"{target}/{name}: {found.size} bytes, the manifest says {entry['size']}")
             _hash_file(target / name, digests.values())
         else:
             content = store.read(name, entry["size"])
@@ -311,7 +310,7 @@ def _hash_file(path: Path, digests: Collection[Digest]) -> None:
 def committed(root: P) -> list[P]:
     """The complete checkpoints under `root`, newest first. Raises StoreError if it can't be looked at."""
     found = set()
-    for entry in store_at(root).list("step-"):
+    for entry in open_store(root).list("step-"):
         name, _, rest = entry.key.partition("/")
         step = step_of(name)
         if step is not None and rest == MANIFEST:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from descent.checkpoint.manifest import MANIFEST, committed, read_manifest, step_of
 from descent.errors import CheckpointError
-from descent.storage.location import Location, store_at
+from descent.storage import Location, open_store
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def prune(root: Location, rule: Retention) -> list[str]:
     scores = {step: _score(target, rule) for step, target in complete.items() if step is not None}
     kept, newest = to_keep(scores, rule), max(scores)
     doomed: dict[str, list[str]] = {}
-    for entry in store_at(root).list("step-"):
+    for entry in open_store(root).list("step-"):
         name, _, rest = entry.key.partition("/")
         step = step_of(name)
         if step is not None and rest and step < newest and step not in kept:
@@ -65,7 +65,7 @@ def prune(root: Location, rule: Retention) -> list[str]:
 
 def delete(target: Location, files: list[str] | None = None) -> None:
     """Delete a checkpoint, its manifest first."""
-    store = store_at(target)
+    store = open_store(target)
     found = [entry.key for entry in store.list()] if files is None else files
     store.delete(sorted(found, key=lambda key: key != MANIFEST))
     store.tidy(older_than_s=0.0)

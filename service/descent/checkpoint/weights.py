@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from descent.checkpoint import manifest as checkpoint
 from descent.errors import CheckpointError, StoreError
-from descent.storage.location import Location, store_at
+from descent.storage import Location, open_store
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPED = ("state_dict", "model", "model_state_dict")
@@ -46,11 +46,11 @@ def model_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _content(source: Location) -> bytearray:
-    store = store_at(source.parent)
-    size = store.size(source.name)
-    if size is None:
+    store = open_store(source.parent)
+    entry = store.find(source.name)
+    if entry is None:
         raise StoreError(f"{source}: there is no such file", kind="missing")
-    return store.read(source.name, size)
+    return store.read(source.name, entry.size)
 
 
 def _parse_safetensors(content: bytearray, source: Location) -> dict[str, Tensor]:
@@ -131,4 +131,4 @@ def write_weights(weights: Mapping[str, Tensor], target: Path, metadata: Mapping
     from safetensors.torch import save
 
     content = save({n: t.contiguous() for n, t in weights.items()}, dict(metadata))
-    store_at(target.parent).upload(content, target.name)
+    open_store(target.parent).upload(content, target.name)

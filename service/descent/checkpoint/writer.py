@@ -28,8 +28,8 @@ from descent.checkpoint.manifest import DIGESTS, file_name, share, step_dir
 from descent.checkpoint.safetensors_file import Layout, layout
 from descent.errors import StoreError
 from descent.messages import FileWritten, ShareWritten
+from descent.storage import Location, open_store
 from descent.storage.direct_io import BLOCK
-from descent.storage.location import Location, store_at
 
 _NICE = 10
 _DUTY = 0.03
@@ -215,7 +215,7 @@ class ShareWriter:
         uploads: list[Future[None]] = []
         try:
             memory = self._buffer.numpy().data
-            store = store_at(step_dir(self.root, part.step))
+            store = open_store(step_dir(self.root, part.step))
             contents = [(name, memory[at : at + found.size]) for name, at, found in files]
             paces = self._paces(len(files), sum(len(content) for _, content in contents))
             digests = []

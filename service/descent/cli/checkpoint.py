@@ -34,10 +34,10 @@ def _root(run: str, output_dir: Path) -> Any:
     """Where a run's checkpoints lie. Raises CheckpointError."""
     from descent.checkpoint import manifest as checkpoint
     from descent.cluster.record import run_log
-    from descent.storage.location import Address, place
+    from descent.storage import S3Path, to_location
 
-    where = place(run)
-    if isinstance(where, Address):
+    where = to_location(run)
+    if isinstance(where, S3Path):
         return where
     if where.is_dir() and any(checkpoint.step_of(p.name) is not None for p in where.iterdir()):
         return where
@@ -191,7 +191,7 @@ def prune_(
 ) -> None:
     """Delete a run's checkpoints but those to keep, and what died half written. Not while the run is going on."""
     from descent.checkpoint.retention import Retention, prune
-    from descent.storage.location import store_at
+    from descent.storage import open_store
 
     with _refusing():
         if keep_best not in (None, "eval/loss", "eval/accuracy"):
@@ -199,7 +199,7 @@ def prune_(
         root = _root(run, output_dir)
         mode: Any = "max" if keep_best == "eval/accuracy" else "min"
         gone = prune(root, Retention(keep_last, keep_every, keep_best, mode))
-        half = store_at(root).tidy(older_than_s=3600.0)
+        half = open_store(root).tidy(older_than_s=3600.0)
     print(f"deleted: {', '.join(gone) or 'nothing'}" + (f", {half} unfinished files" if half else ""))
 
 

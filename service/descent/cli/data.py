@@ -123,15 +123,13 @@ def inspect(
 ) -> None:
     """Say what a sharded set holds; with --verify, whether its shards are what the index says."""
     from descent.data import manage
+    from descent.data.files import open_data
     from descent.data.shards import read_index
-    from descent.data.storage import open_storage
-    from descent.training.remote_data import connect
 
-    connect()
     with _refusals(), _progress() as tell:
-        storage = open_storage(path)
-        found = read_index(storage)
-        wrong = manage.verify(storage, found, tell) if verify else []
+        store = open_data(path)
+        found = read_index(store)
+        wrong = manage.verify(store, found, tell) if verify else []
     _say(found, path)
     for line in wrong:
         Console(highlight=False, soft_wrap=True).print(f"  [red]✗[/red] {escape(line)}")
@@ -148,9 +146,7 @@ def copy(
 ) -> None:
     """Copy a sharded set, verified; one that was interrupted goes on where it stopped."""
     from descent.data import manage
-    from descent.training.remote_data import connect
 
-    connect()
     with _refusals(), _progress() as tell:
         done, kept = manage.copy(source, target, tell)
     _say(done, target)

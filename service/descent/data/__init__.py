@@ -33,8 +33,8 @@ overrides `TensorData.decode`, as `idx.py` and `stdlib_bytes.py` do.
 
 A set that is read piece by piece has a `layout` (`shards.Layout`) and `expect(shards)`: then the
 order goes shard by shard. One without reading to do says `in_memory`. Splits are views
-(`splits`), bad samples raise `records.BadRecords`, and what lies elsewhere comes through
-`storage` and `cache`.
+(`splits`), bad samples raise `records.BadRecords`, and files on S3 come through
+`descent.storage` and the node's `cache`.
 
 Whatever is wrong with a file is a `descent.errors.DataError` that names the file, the place in
 it, and what to do.

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 
 from descent.data.base import Indices, Pair, check_inside, digest_of
 from descent.data.decoding import Decoder
+from descent.data.files import is_remote, open_data
 from descent.data.pictures import Files, Form, Item, decode
 from descent.data.records import BadRecords
 from descent.data.shards import INDEX, Layout, ShardFiles, layout_of, read_index
-from descent.data.storage import is_remote, open_storage
 from descent.data.tar_shards import Members
 from descent.errors import DataError
 
@@ -198,6 +198,6 @@ class _Folder:
 def _open(path: str) -> Any:
     if not is_remote(path) and not (Path(path).expanduser() / INDEX).is_file():
         return _Folder(Path(path).expanduser())
-    storage = open_storage(path)
-    index = read_index(storage, "images")
-    return Members(path, ShardFiles(path, index, storage))
+    store = open_data(path)
+    index = read_index(store, "images")
+    return Members(path, ShardFiles(store, index))

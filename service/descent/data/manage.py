@@ -6,20 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from descent.data.files import data_errors, find_file, open_data
 from descent.data.images import SUFFIXES
 from descent.data.shards import (
     INDEX,
     Shard,
     ShardIndex,
+    parse_shard,
     read_index,
     sha256_of,
     shard_of,
     write_index,
 )
-from descent.data.storage import Storage, open_storage
 from descent.data.tar_shards import index_tars
 from descent.data.tokens import DTYPES
 from descent.errors import DataError
+from descent.storage import Store
 
 Progress = Callable[[str, int, int], None]
 """(what is under way, bytes done, bytes in all)"""
@@ -93,22 +95,22 @@ def _tokens(files: list[Path], progress: Progress, dtype: str | None, vocabulary
 def _all_files(index: ShardIndex) -> list[Shard]:
     """The shards, and what else belongs to the set."""
     members: Any = index.about.get("members")
-    return [*index.shards, *([Shard(**members)] if isinstance(members, dict) else [])]
+    return [*index.shards, *([parse_shard(members, f"{INDEX}, members")] if isinstance(members, dict) else [])]
 
 
-def verify(storage: Storage, index: ShardIndex, progress: Progress) -> list[str]:
+def verify(store: Store, index: ShardIndex, progress: Progress) -> list[str]:
     """Read every file and compare with the index; one line on each that is wrong."""
     files = _all_files(index)
     total, done, wrong = sum(s.bytes for s in files), 0, []
     for shard in files:
         try:
-            found = _digest(storage, shard)
+            found = _digest(store, shard)
         except DataError as error:
             wrong.append(str(error))
         else:
             if found != shard.sha256:
                 wrong.append(
-                    f"{storage.uri}/{shard.file}: is corrupt: its sha256 is {found[:12]}…, not {shard.sha256[:12]}…"
+                    f"{store.address}/{shard.file}: is corrupt: its SHA-256 is {found[:12]}…, not {shard.sha256[:12]}…"
                 )
         done += shard.bytes
         progress("verifying", done, total)
@@ -118,16 +120,18 @@ def verify(storage: Storage, index: ShardIndex, progress: Progress) -> list[str]
 _PIECE = 8 << 20
 
 
-def _digest(storage: Storage, shard: Shard) -> str:
-    size = storage.size(shard.file)
+@data_errors()
+def _digest(store: Store, shard: Shard) -> str:
+    size = find_file(store, shard.file).size
     if size != shard.bytes:
-        raise DataError(f"{storage.uri}/{shard.file}: has {size} bytes, the index says {shard.bytes}")
+        raise DataError(f"{store.address}/{shard.file}: has {size} bytes, the index says {shard.bytes}")
     content = hashlib.sha256()
     for start in range(0, size, _PIECE):
-        content.update(storage.read(shard.file, start, min(_PIECE, size - start)))
+        content.update(store.get_range(shard.file, start, min(start + _PIECE, size)))
     return content.hexdigest()
 
 
+@data_errors()
 def copy(source: str, target: str, progress: Progress) -> tuple[ShardIndex, int]:
     """Copy a sharded set from a folder or s3:// to another; (its index, files that were there already).
 
@@ -135,10 +139,10 @@ def copy(source: str, target: str, progress: Progress) -> tuple[ShardIndex, int]
     set at the target, and a copy that was interrupted goes on where it stopped.
     Raises DataError when a file isn't what the index says, or the target holds another set.
     """
-    here, there = open_storage(source), open_storage(target)
+    here, there = open_data(source), open_data(target)
     index = read_index(here)
-    present = set(there.list())
-    if INDEX in present and there.read(INDEX) != here.read(INDEX):
+    present = {entry.key for entry in there.list()}
+    if INDEX in present and there.get(INDEX) != here.get(INDEX):
         raise DataError(f"{target}: holds another data set ({INDEX}); choose another place")
     files = _all_files(index)
     total, done, kept = sum(s.bytes for s in files), 0, 0
@@ -150,26 +154,23 @@ def copy(source: str, target: str, progress: Progress) -> tuple[ShardIndex, int]
                 _copy_one(here, there, shard, Path(scratch) / "shard")
             done += shard.bytes
             progress("copying", done, total)
-        last = Path(scratch) / INDEX
-        last.write_bytes(here.read(INDEX))
-        there.put(INDEX, last)
+        there.put(INDEX, here.get(INDEX))
     return index, kept
 
 
-def _is_whole(storage: Storage, shard: Shard) -> bool:
-    return storage.size(shard.file) == shard.bytes and _digest(storage, shard) == shard.sha256
+def _is_whole(store: Store, shard: Shard) -> bool:
+    return find_file(store, shard.file).size == shard.bytes and _digest(store, shard) == shard.sha256
 
 
-def _copy_one(here: Storage, there: Storage, shard: Shard, scratch: Path) -> None:
+def _copy_one(here: Store, there: Store, shard: Shard, scratch: Path) -> None:
     if here.folder is not None:
         file = here.folder / shard.file
-        here.size(shard.file)  # says so where it is missing
+        find_file(here, shard.file)  # raises the error that names it
     else:
         file = scratch
-        try:
-            here.fetch(shard.file, file)
-        except OSError as error:
-            raise DataError(f"{file}: can't be written: {error.strerror}") from error
+        here.download(shard.file, file)
     if (found := sha256_of(file)) != shard.sha256:
-        raise DataError(f"{here.uri}/{shard.file}: is corrupt: its sha256 is {found[:12]}…, not {shard.sha256[:12]}…")
-    there.put(shard.file, file)
+        raise DataError(
+            f"{here.address}/{shard.file}: is corrupt: its SHA-256 is {found[:12]}…, not {shard.sha256[:12]}…"
+        )
+    there.upload(file, shard.file)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from descent.data.files import data_errors, find_file, is_remote, open_data
 from descent.data.shards import INDEX, Shard, ShardFiles, ShardIndex, local_file, read_index
-from descent.data.storage import LocalFolder, Storage, is_remote, open_storage
 from descent.errors import DataError
+from descent.storage import LocalStore, Store
 
 _OPEN = 64  # files kept open
 _FOOTER = 1 << 16
@@ -122,26 +123,28 @@ def _files_of(path: str) -> tuple[ShardFiles, list[str]]:
         file = local_file(path)
         if not file.is_file():
             raise DataError(f"{path} doesn't exist: give data.path=FILE.parquet, or a folder")
-        index = index_of(LocalFolder(file.parent), [file.name])
-        return ShardFiles(str(file.parent), index, LocalFolder(file.parent)), [path]
-    storage = open_storage(path)
-    if is_remote(path) or (storage.folder is not None and (storage.folder / INDEX).is_file()):
-        index = read_index(storage, "parquet")
+        store: Store = LocalStore(file.parent)
+        index = index_of(store, [file.name])
+        return ShardFiles(store, index), [path]
+    store = open_data(path)
+    if is_remote(path) or (store.folder is not None and (store.folder / INDEX).is_file()):
+        index = read_index(store, "parquet")
     else:
         folder = Path(path).expanduser()
         found = sorted(p.name for p in (*folder.glob("*.parquet"), *folder.glob("*.pq")))
         if not found:
             raise DataError(f"{path}: no *.parquet file there: give data.path=FILE.parquet, or a folder of them")
-        index = index_of(storage, found)
-    return ShardFiles(path, index, storage), [f"{path}/{shard.file}" for shard in index.shards]
+        index = index_of(store, found)
+    return ShardFiles(store, index), [f"{path}/{shard.file}" for shard in index.shards]
 
 
-def index_of(storage: Storage, names: list[str]) -> ShardIndex:
+@data_errors()
+def index_of(store: Store, names: list[str]) -> ShardIndex:
     """An index made on the spot: by size and footer (it has each column's place and range), not by all bytes."""
     shards = []
     for name in names:
-        size = storage.size(name)
-        footer = storage.read(name, max(0, size - _FOOTER))
+        size = find_file(store, name).size
+        footer = store.get_range(name, max(0, size - _FOOTER), size)
         tag = hashlib.sha256(f"{name} {size} ".encode() + footer).hexdigest()
         shards.append(Shard(name, size, tag, 0))
     return ShardIndex("parquet", tuple(shards), {})

@@ -11,18 +11,22 @@ What a sample is depends on the kind: a token, an image, a row.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from descent.data.cache import node_cache
-from descent.data.storage import Storage, is_remote, open_storage, split_file
+from descent.data.files import data_errors, find_file, is_remote, open_data
 from descent.errors import DataError
+from descent.storage import Store, to_location
+from descent.storage.atomic import write_atomic
+from descent.storage.base import is_key
 
 INDEX = "index.json"
 _FORMAT = "descent-shards-1"
@@ -87,11 +91,12 @@ def layout_of(counts: Iterable[int], window: int | None) -> Layout:
     return Layout(starts, window or max(1, _WINDOW_SHARDS * average))
 
 
-def read_index(storage: Storage, kind: str | None = None) -> ShardIndex:
-    """The index at `storage`, checked, of any kind without one. Raises DataError naming file and key."""
-    where = f"{storage.uri}/{INDEX}"
+@data_errors()
+def read_index(store: Store, kind: str | None = None) -> ShardIndex:
+    """The index in `store`, checked; of any kind if `kind` is None. Raises DataError naming file and key."""
+    where = f"{store.address}/{INDEX}"
     try:
-        told = json.loads(storage.read(INDEX))
+        told = json.loads(store.get(INDEX))
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from error
     if not isinstance(told, dict) or told.get("format") != _FORMAT:
@@ -103,14 +108,15 @@ def read_index(storage: Storage, kind: str | None = None) -> ShardIndex:
     about, listed = told.get("about"), told.get("shards")
     if not isinstance(about, dict) or not isinstance(listed, list) or not listed:
         raise DataError(f"{where}: needs an object 'about' and a list 'shards'")
-    shards = tuple(_shard(entry, f"{where}, shard {i}") for i, entry in enumerate(listed))
+    shards = tuple(parse_shard(entry, f"{where}, shard {i}") for i, entry in enumerate(listed))
     names = [shard.file for shard in shards]
     if len(set(names)) < len(names):
         raise DataError(f"{where}: names a file twice")
     return ShardIndex(told["kind"], shards, about)
 
 
-def _shard(entry: Any, where: str) -> Shard:
+def parse_shard(entry: Any, where: str) -> Shard:
+    """One file's entry in an index; its name and its hash may be used in paths. Raises DataError."""
     try:
         shard = Shard(**entry)
     except TypeError as error:
@@ -119,10 +125,9 @@ def _shard(entry: Any, where: str) -> Shard:
     if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in numbers):
         raise DataError(f"{where}: bytes and samples must be whole numbers, 0 or more")
     texts = (shard.file, shard.sha256)
-    if not all(isinstance(x, str) for x in texts) or len(shard.sha256) != 64:
-        raise DataError(f"{where}: file must be a name and sha256 have 64 digits")
-    path = PurePosixPath(shard.file)
-    if path.is_absolute() or ".." in path.parts or not path.name or "\\" in shard.file:
+    if not all(isinstance(x, str) for x in texts) or not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+        raise DataError(f"{where}: file must be a name and sha256 have 64 hexadecimal digits")
+    if not is_key(shard.file) or "\\" in shard.file:
         raise DataError(f"{where}: file {shard.file!r} does not lie beside the index")
     return shard
 
@@ -139,46 +144,44 @@ def shard_of(file: Path, name: str, samples: int) -> Shard:
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
-    """The index of a local set, whole or not at all."""
-    part = folder / f".{INDEX}.part"
-    part.write_text(index.to_json(), encoding="utf-8")
-    part.replace(folder / INDEX)
+    """Write the index of a local set in one piece."""
+    write_atomic(folder / INDEX, index.to_json())
 
 
 class ShardFiles:
     """The shards of one set as local files: in place where they are local, else through the cache."""
 
-    def __init__(self, uri: str, index: ShardIndex, storage: Storage | None = None) -> None:
-        self.storage = storage or open_storage(uri)
+    def __init__(self, store: Store, index: ShardIndex) -> None:
+        self.store = store
         self.index = index
         self._ahead: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[Path]] = {}
-        if self.storage.folder is not None:
+        if store.folder is not None:
             for shard in index.shards:
-                size = self.storage.size(shard.file)
+                size = find_file(store, shard.file).size
                 if size != shard.bytes:
                     raise DataError(
-                        f"{self.storage.uri}/{shard.file}: has {size} bytes, the index says {shard.bytes}: "
+                        f"{store.address}/{shard.file}: has {size} bytes, the index says {shard.bytes}: "
                         "write it again, or its index (descent data index)"
                     )
 
     @property
     def remote(self) -> bool:
-        return self.storage.folder is None
+        return self.store.folder is None
 
     def path(self, number: int) -> Path:
         """Where shard `number` lies on this node; fetched and verified if it doesn't yet."""
         shard = self.index.shards[number]
-        if self.storage.folder is not None:
-            return self.storage.folder / shard.file
+        if self.store.folder is not None:
+            return self.store.folder / shard.file
         coming = self._coming.pop(number, None)
         if coming is not None and not coming.cancel():
             coming.exception()  # wait; had it failed, the next line tries again, and says why
-        return node_cache().get(self.storage, shard.file, shard.bytes, shard.sha256)
+        return node_cache().get(self.store, shard.file, shard.bytes, shard.sha256)
 
     def expect(self, numbers: Iterable[int]) -> None:
         """Fetch these shards in the background: they are needed soon, in this order."""
-        if self.storage.folder is not None:
+        if self.store.folder is not None:
             return
         if self._ahead is None:
             self._ahead = ThreadPoolExecutor(_FETCHERS, "shards")
@@ -187,12 +190,12 @@ class ShardFiles:
                 continue
             shard = self.index.shards[number]
             self._coming[number] = self._ahead.submit(
-                node_cache().get, self.storage, shard.file, shard.bytes, shard.sha256
+                node_cache().get, self.store, shard.file, shard.bytes, shard.sha256
             )
 
     def check_room(self, layout: Layout) -> None:
         """Refuse a cache that can't hold the shards that are in use at the same time."""
-        if self.storage.folder is not None:
+        if self.store.folder is not None:
             return
         share = min(1.0, layout.window / max(1, int(layout.starts[-1])))
         in_use = min(self.index.bytes, 2 * math.ceil(self.index.bytes * share))
@@ -201,24 +204,27 @@ class ShardFiles:
         if needed > node_cache().max_bytes:
             raise DataError(
                 f"data.cache.gb={node_cache().max_bytes / 1e9:g}: two windows of {layout.window} samples of "
-                f"{self.storage.uri} take {needed / 1e9:.3g} GB; give it more, or a smaller data.window"
+                f"{self.store.address} take {needed / 1e9:.3g} GB; give it more, or a smaller data.window"
             )
 
 
+@data_errors()
 def local_file(uri: str) -> Path:
-    """One file as a local path: itself, or its copy in the cache. Raises DataError."""
+    """One file as a local path: itself, or its copy in the cache, fetched again when it has changed. Raises DataError."""
     if not is_remote(uri):
         return Path(uri).expanduser()
-    place, name = split_file(uri)
-    storage = open_storage(place)
-    key = hashlib.sha256(f"{uri} {storage.version(name)}".encode()).hexdigest()
-    return node_cache().get(storage, name, storage.size(name), None, key=key)
+    where = to_location(uri)
+    store = open_data(where.parent)
+    entry = find_file(store, where.name)
+    key = hashlib.sha256(f"{uri} {entry.size} {entry.version}".encode()).hexdigest()
+    return node_cache().get(store, where.name, entry.size, None, key=key)
 
 
+@data_errors()
 def size_of(uri: str) -> int:
     """Bytes of one file, before it is fetched; 0 for a local one that isn't there."""
     if not is_remote(uri):
         file = Path(uri).expanduser()
         return file.stat().st_size if file.is_file() else 0
-    place, name = split_file(uri)
-    return open_storage(place).size(name)
+    where = to_location(uri)
+    return find_file(open_data(where.parent), where.name).size

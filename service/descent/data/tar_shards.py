@@ -13,7 +13,7 @@ import torch
 
 from descent.data.base import Indices
 from descent.data.pictures import Item
-from descent.data.shards import Shard, ShardFiles, ShardIndex, layout_of, shard_of
+from descent.data.shards import ShardFiles, ShardIndex, layout_of, parse_shard, shard_of
 from descent.errors import DataError
 
 MEMBERS = "members.bin"
@@ -32,8 +32,8 @@ class Members:
         listed = about.get("members")
         if not isinstance(listed, dict):
             raise DataError(f"{path}/index.json: about.members must name {MEMBERS}")
-        one = ShardIndex("members", (Shard(**listed),), {})
-        file = ShardFiles(path, one, shards.storage).path(0)
+        one = ShardIndex("members", (parse_shard(listed, f"{path}/index.json, about.members"),), {})
+        file = ShardFiles(shards.store, one).path(0)
         table = np.memmap(file, dtype="<i8", mode="r").reshape(-1, 3)
         if len(table) != index.samples:
             raise DataError(f"{path}/{MEMBERS}: has {len(table)} images, the index {index.samples}")
@@ -68,7 +68,7 @@ class Members:
     def where(self, sample: int) -> str:
         shard = self._shard(sample)
         file = self.shards.index.shards[shard].file
-        return f"{self.shards.storage.uri}/{file}, image {sample - int(self._starts[shard])} (from 0)"
+        return f"{self.shards.store.address}/{file}, image {sample - int(self._starts[shard])} (from 0)"
 
 
 def index_tars(folder: Path, suffixes: tuple[str, ...], progress: Callable[[int, int], None]) -> ShardIndex:

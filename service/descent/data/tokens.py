@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from descent.data.base import LARGE, Indices, Pair, check_inside, digest_of
+from descent.data.files import open_data
 from descent.data.shards import Layout, ShardFiles, ShardIndex, layout_of, read_index
-from descent.data.storage import open_storage
 from descent.errors import DataError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -42,10 +42,10 @@ class Tokens(Dataset[Pair]):
             raise DataError("data.path is not set: give the folder that descent data tokenize wrote")
         if block < 1:
             raise DataError(f"{name}: block={block} must be at least 1 token")
-        storage = open_storage(path)
-        self.index = read_index(storage, "tokens")
+        store = open_data(path)
+        self.index = read_index(store, "tokens")
         self._dtype = _dtype(self.index, path)
-        self.files = ShardFiles(path, self.index, storage)
+        self.files = ShardFiles(store, self.index)
         self.num_outputs = int(self.index.about["vocabulary"])
         self.block, self.name, self.source = block, name, str(path)
         self.input_shape = (block,)

@@ -1,8 +1,9 @@
-"""One small interface over local folders and `s3://bucket/prefix`: `open_store(address)`.
+"""One small interface over local folders and `s3://bucket/prefix`: `open_store(location)`.
 
-`base` says what a store can do, `local` and `s3` do it, `s3_errors` puts what boto3 raises
-into one line that a user can act on. boto3 is imported nowhere else, and only once an
-`s3://` address is opened.
+`location` says where something lies, `base` what a store can do; `local` and `s3` are the two
+stores; `s3_errors` turns what boto3 raises into one line that a user can act on; `atomic`
+writes small files in one piece. boto3 is imported nowhere else, and only once a location on
+S3 is opened.
 """
 
 from pathlib import Path
@@ -11,23 +12,22 @@ from descent.storage.base import Entry as Entry
 from descent.storage.base import Progress as Progress
 from descent.storage.base import Store as Store
 from descent.storage.local import LocalStore as LocalStore
+from descent.storage.location import Location as Location
+from descent.storage.location import S3Path as S3Path
+from descent.storage.location import to_location as to_location
 
 
-def is_s3(address: str | Path) -> bool:
-    """Whether an address names objects on S3; anything else is a path."""
-    return isinstance(address, str) and address.startswith("s3://")
-
-
-def open_store(address: str | Path) -> Store:
-    """The store at a path or at `s3://bucket/prefix`; nothing is asked of a server yet.
+def open_store(where: str | Location) -> Store:
+    """The store at a local path or an address on S3; nothing is asked of a server yet.
 
     Credentials, region and endpoint come from where AWS's own tools take them: the
     environment (AWS_PROFILE, AWS_ACCESS_KEY_ID …, AWS_ENDPOINT_URL_S3), ~/.aws, a role.
 
-    Raises StoreError for an address that can't be one, or a profile that doesn't exist.
+    Raises StoreError for what can't be an address, or a profile that doesn't exist.
     """
-    if is_s3(address):
-        from descent.storage.s3 import S3Store
+    location = to_location(where)
+    if isinstance(location, Path):
+        return LocalStore(location)
+    from descent.storage.s3 import S3Store
 
-        return S3Store.of(str(address))
-    return LocalStore(Path(address).expanduser().resolve())
+    return S3Store.of(location.address)

@@ -1,26 +1,26 @@
-"""A folder as a store: files appear under their name by a rename, synced before it."""
+"""A folder as a store: each file is written under a temporary name, synced, and then renamed."""
 
 import contextlib
 import errno
 import hashlib
 import os
-import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from descent.errors import StoreError
+from descent.storage.atomic import PARTIAL, replacing
 from descent.storage.base import Content, Entry, Progress, checked
 from descent.storage.direct_io import write_direct
 
 _PIECE = 8 << 20
-_PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def explain(error: OSError, path: Path) -> StoreError:
-    """What the operating system refused, as one line with what to do."""
+    """The operating system's error as a StoreError: one line that names the path and says what to do."""
     if error.errno in _FULL:
         return StoreError(
             f"{path}: the disk is full ({error.strerror}); free some space or use another folder",
@@ -36,13 +36,13 @@ def explain(error: OSError, path: Path) -> StoreError:
     return StoreError(f"{path}: {error.strerror or error}", kind="unavailable")
 
 
-def sync(path: Path) -> None:
-    """Until a file, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as a StoreError about `path`."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise explain(error, path) from error
 
 
 class LocalStore:
@@ -55,19 +55,19 @@ class LocalStore:
     def address(self) -> str:
         return str(self.root)
 
+    @property
+    def folder(self) -> Path | None:
+        return self.root
+
     def at(self, *parts: str) -> "LocalStore":
         return LocalStore(self.root.joinpath(*(checked(p) for p in parts)))
 
-    def _path(self, key: str) -> Path:
-        return self.root / checked(key)
-
     @contextlib.contextmanager
     def _asking(self, key: str) -> Iterator[Path]:
-        path = self._path(key)
-        try:
+        """The key's path; an OSError of the block becomes a StoreError about it."""
+        path = self.root / checked(key)
+        with explaining(path):
             yield path
-        except OSError as error:
-            raise explain(error, path) from error
 
     def get(self, key: str) -> bytes:
         with self._asking(key) as path:
@@ -105,30 +105,33 @@ class LocalStore:
     ) -> None:
         with self._asking(key) as path, path.open("rb") as file:
             digest = hashlib.sha256()
-            with _appearing(target) as descriptor:
+            with explaining(target), replacing(target) as descriptor:
                 while piece := file.read(_PIECE):
                     digest.update(piece)
                     _write(descriptor, piece, progress)
-                if size is not None and os.fstat(descriptor).st_size != size:
-                    raise StoreError(f"{path}: has not the expected {size} bytes", kind="damaged")
-                if sha256 is not None and digest.hexdigest() != sha256:
-                    raise StoreError(f"{path}: its SHA-256 is not the expected one", kind="damaged")
+                actual = os.fstat(descriptor).st_size
+                if size is not None and actual != size:
+                    raise StoreError(f"{path}: {actual} bytes instead of {size}", kind="damaged")
+                if sha256 is not None and (got := digest.hexdigest()) != sha256:
+                    raise StoreError(
+                        f"{path}: is corrupt: its SHA-256 is {got[:12]}…, not {sha256[:12]}…", kind="damaged"
+                    )
 
     def put(self, key: str, content: Content) -> None:
-        with self._asking(key) as path, _appearing(path) as descriptor:
+        with self._asking(key) as path, replacing(path) as descriptor:
             _write(descriptor, content, None)
 
     def put_if_absent(self, key: str, content: Content) -> bool:
         with self._asking(key) as path:
             try:
-                with _appearing(path, replace=False) as descriptor:
+                with replacing(path, replace=False) as descriptor:
                     _write(descriptor, content, None)
             except FileExistsError:
                 return False
             return True
 
     def upload(self, source: Path | Content, key: str, progress: Progress | None = None) -> None:
-        with self._asking(key) as path, _appearing(path) as descriptor:
+        with self._asking(key) as path, replacing(path) as descriptor:
             if isinstance(source, Path):
                 with source.open("rb") as file:
                     while piece := file.read(_PIECE):
@@ -137,36 +140,40 @@ class LocalStore:
                 done = write_direct(descriptor, source, progress)
                 _write(descriptor, memoryview(source).cast("B")[done:], progress)
 
-    def size(self, key: str) -> int | None:
+    def find(self, key: str) -> Entry | None:
         with self._asking(key) as path:
             try:
-                return path.stat().st_size if path.is_file() else None
-            except FileNotFoundError:
+                found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
                 return None
+            return _entry(key, found) if stat.S_ISREG(found.st_mode) else None
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        try:
+        """As in `base.Store`. A folder below this one that can't be read counts as empty."""
+
+        def report(error: OSError) -> None:
+            if error.filename == str(self.root) and not isinstance(error, FileNotFoundError):
+                raise error
+
+        with explaining(self.root):
             found = [
                 Path(folder, name)
-                for folder, _, names in os.walk(self.root, onerror=_raise)
+                for folder, _, names in os.walk(self.root, onerror=report)
                 for name in names
-                if not name.endswith(_PARTIAL)
+                if not name.endswith(PARTIAL)
             ]
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise explain(error, self.root) from error
         for key, path in sorted((p.relative_to(self.root).as_posix(), p) for p in found):
-            with contextlib.suppress(FileNotFoundError):
-                if key.startswith(prefix):
-                    stat = path.stat()
-                    yield Entry(key, stat.st_size, stat.st_mtime)
+            if key.startswith(prefix):
+                with contextlib.suppress(OSError):
+                    entry = path.stat()
+                    if stat.S_ISREG(entry.st_mode):
+                        yield _entry(key, entry)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             with self._asking(key) as path:
                 path.unlink(missing_ok=True)
-                # A folder on S3 is gone with its last object.
+                # A folder on S3 is gone with its last object; the same holds here.
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
 
@@ -177,7 +184,7 @@ class LocalStore:
                 path = Path(folder, name)
                 with contextlib.suppress(OSError):
                     if (
-                        name.endswith(_PARTIAL)
+                        name.endswith(PARTIAL)
                         and path.relative_to(self.root).as_posix().startswith(prefix)
                         and now - path.stat().st_mtime > older_than_s
                     ):
@@ -186,29 +193,8 @@ class LocalStore:
         return count
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-@contextlib.contextmanager
-def _appearing(path: Path, *, replace: bool = True) -> Iterator[int]:
-    """A descriptor to write to; at the end of the block the file is there, whole and synced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_PARTIAL}")
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if replace:
-            partial.replace(path)
-        else:
-            os.link(partial, path)  # fails where there is one, unlike a rename
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+def _entry(key: str, found: os.stat_result) -> Entry:
+    return Entry(key, found.st_size, found.st_mtime, str(found.st_mtime_ns))
 
 
 def _write(descriptor: int, content: Content, progress: Progress | None) -> None:

@@ -1,29 +1,28 @@
 """`s3://bucket/prefix` as a store, by boto3 and its transfer manager.
 
-Every upload carries a number of its own in its metadata: when the reply to its last request
-is lost, that number tells whether the object that is there now is the one we sent.
+Every upload carries a random number in its metadata: when the reply to its last request
+is lost, that number shows whether the object that is there now is the one that was sent.
 """
 
 import contextlib
 import hashlib
-import random
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import botocore.exceptions as aws
+import tenacity
 
 from descent.errors import StoreError
-from descent.storage.base import Content, Entry, Progress, checked
-from descent.storage.s3_client import MAX_TRIES, Server, View, extra_arguments
+from descent.storage.base import Content, Entry, Progress, checked, is_key
+from descent.storage.s3_client import MAX_TRIES, Server, View
 from descent.storage.s3_errors import FAILURES, code_of, explain
 
 _ADDRESS = re.compile(r"^s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?$")
 _WRITER = "descent-writer"
-
-T = TypeVar("T")
 
 
 class S3Store:
@@ -31,7 +30,10 @@ class S3Store:
 
     def __init__(self, server: Server, bucket: str, prefix: str) -> None:
         self._server, self.bucket, self.prefix = server, bucket, prefix
-        self._client = server.client
+
+    @property
+    def _client(self) -> Any:
+        return self._server.client
 
     @classmethod
     def of(cls, address: str) -> "S3Store":
@@ -55,6 +57,10 @@ class S3Store:
     def address(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
+    @property
+    def folder(self) -> Path | None:
+        return None
+
     def at(self, *parts: str) -> "S3Store":
         below = [self.prefix, *(checked(p) for p in parts)]
         return S3Store(self._server, self.bucket, "/".join(p for p in below if p))
@@ -77,17 +83,25 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         with self._asking("read", key):
-            return _again(lambda: bytes(self._client.get_object(**self._where(key))["Body"].read()))
+            return self._get(**self._where(key))
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
         if stop <= start:
             return b""
         span = f"bytes={start}-{stop - 1}"
         with self._asking("read", key):
-            found = _again(lambda: bytes(self._client.get_object(**self._where(key), Range=span)["Body"].read()))
+            found = self._get(**self._where(key), Range=span)
         if len(found) != stop - start:
             raise StoreError(f"{self.address}/{key}: ends before byte {stop}", kind="damaged")
         return found
+
+    def _get(self, **request: Any) -> bytes:
+        """One request for an object, and its whole body: botocore repeats the former only, so a cut body starts both again."""
+
+        def whole() -> bytes:
+            return bytes(self._client.get_object(**request)["Body"].read())
+
+        return _retrying(_BODY_CUT)(lambda: self._server.attempt(whole))
 
     def read(self, key: str, size: int, progress: Progress | None = None) -> bytearray:
         actual = self._head(key, "read")["ContentLength"]
@@ -95,8 +109,8 @@ class S3Store:
             raise StoreError(f"{self.address}/{key}: {actual} bytes instead of {size}", kind="damaged")
         found = bytearray(size)
         if size:
-            with self._asking("read", key), self._server.transfers() as manager:
-                manager.download(self.bucket, self._key(key), View(found), subscribers=_subscribers(progress)).result()
+            with self._asking("read", key):
+                self._download(key, lambda: View(found), progress)
         return found
 
     def download(
@@ -111,25 +125,33 @@ class S3Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
         try:
-            with self._asking("download", key), self._server.transfers() as manager:
-                manager.download(self.bucket, self._key(key), str(partial), subscribers=_subscribers(progress)).result()
+            with self._asking("download", key):
+                self._download(key, lambda: str(partial), progress)
             _verify(partial, f"{self.address}/{key}", size, sha256)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+    def _download(self, key: str, target: Callable[[], Any], progress: Progress | None) -> None:
+        def transfer() -> None:
+            with self._server.transfers() as manager:
+                manager.download(self.bucket, self._key(key), target(), subscribers=_subscribers(progress)).result()
+
+        self._server.attempt(transfer)
 
     def _head(self, key: str, what: str) -> dict[str, Any]:
         with self._asking(what, key):
             answer: dict[str, Any] = self._client.head_object(**self._where(key))
             return answer
 
-    def size(self, key: str) -> int | None:
+    def find(self, key: str) -> Entry | None:
         try:
-            return int(self._head(key, "look at")["ContentLength"])
+            found = self._head(key, "look at")
         except StoreError as error:
             if error.kind == "missing":
                 return None
             raise
+        return Entry(key, int(found["ContentLength"]), found["LastModified"].timestamp(), str(found["ETag"]))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         base = f"{self.prefix}/" if self.prefix else ""
@@ -137,56 +159,57 @@ class S3Store:
         with self._asking("list"):
             for page in pages:
                 for found in page.get("Contents", ()):
-                    yield Entry(
-                        found["Key"].removeprefix(base),
-                        found["Size"],
-                        found["LastModified"].timestamp(),
-                    )
+                    key = found["Key"].removeprefix(base)
+                    if is_key(key):  # others, such as the mark of an empty folder, are nobody's objects here
+                        yield Entry(key, found["Size"], found["LastModified"].timestamp(), str(found["ETag"]))
 
     # -- writing ----------------------------------------------------------------------
 
     def put(self, key: str, content: Content) -> None:
         with self._asking("write", key):
-            self._client.put_object(**self._where(key), Body=bytes(content), **extra_arguments())
+            self._put(**self._where(key), Body=bytes(content))
+
+    def _put(self, **request: Any) -> None:
+        self._server.attempt(lambda: self._client.put_object(**request, **self._server.extra_arguments()))
 
     def put_if_absent(self, key: str, content: Content) -> bool:
         writer = secrets.token_hex(8)
-        given = {**self._where(key), "Body": bytes(content), "Metadata": {_WRITER: writer}, **extra_arguments()}
+        given = {**self._where(key), "Body": bytes(content), "Metadata": {_WRITER: writer}}
         if not self._server.conditional(self.bucket, self._key(".descent-probe")):
-            if self.size(key) is not None:
+            if self.find(key) is not None:
                 return False
             with self._asking("write", key):
-                self._client.put_object(**given)
+                self._put(**given)
             return self._is_ours(key, writer, len(content))
         with self._asking("write", key):
-            for _ in range(MAX_TRIES):
-                try:
-                    self._client.put_object(**given, IfNoneMatch="*")
-                    return True
-                except FAILURES as error:
-                    if code_of(error) == "ConditionalRequestConflict":
-                        _pause(1)  # somebody else is writing it at this moment
-                    elif code_of(error) in ("PreconditionFailed", "412"):
-                        # It may be our own: written by a request whose reply was lost.
-                        return self._is_ours(key, writer, len(content))
-                    else:
-                        raise
-            return False
+            try:
+                _retrying(_KEY_BUSY)(lambda: self._put(**given, IfNoneMatch="*"))
+                return True
+            except FAILURES as error:
+                if code_of(error) == "ConditionalRequestConflict":
+                    return False
+                if code_of(error) not in ("PreconditionFailed", "412"):
+                    raise
+                # The object may be this call's own: written by a request whose reply was lost.
+                return self._is_ours(key, writer, len(content))
 
     def upload(self, source: Path | Content, key: str, progress: Progress | None = None) -> None:
         writer = secrets.token_hex(8)
         size = source.stat().st_size if isinstance(source, Path) else memoryview(source).nbytes
-        given = str(source) if isinstance(source, Path) else View(source)
-        self._server.left_over(self._key(key), 0)  # what earlier failures left on the record
-        try:
+
+        def transfer() -> None:
             with self._server.transfers() as manager:
                 manager.upload(
-                    given,
+                    str(source) if isinstance(source, Path) else View(source),
                     self.bucket,
                     self._key(key),
                     subscribers=_subscribers(progress),
-                    extra_args={"Metadata": {_WRITER: writer}, **extra_arguments()},
+                    extra_args={"Metadata": {_WRITER: writer}, **self._server.extra_arguments()},
                 ).result()
+
+        self._server.left_over(self._key(key), 0)  # forget what earlier failures left on the record
+        try:
+            self._server.attempt(transfer)
         except FAILURES as error:
             landed = False
             with contextlib.suppress(StoreError):
@@ -212,9 +235,9 @@ class S3Store:
             if error.kind == "missing":
                 return False
             raise
-        # They travel as headers, whose case is anyone's choice: rclone answers Descent-Writer.
-        said = {name.lower(): value for name, value in found.get("Metadata", {}).items()}
-        return said.get(_WRITER) == writer and found["ContentLength"] == size
+        # Metadata travels as headers, whose case servers change: rclone answers Descent-Writer.
+        metadata = {name.lower(): value for name, value in found.get("Metadata", {}).items()}
+        return metadata.get(_WRITER) == writer and found["ContentLength"] == size
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -252,20 +275,21 @@ class S3Store:
         return count
 
 
-def _again(call: Callable[[], T]) -> T:
-    """A request with its whole body; botocore repeats the former only, so a cut body starts it again."""
-    import botocore.exceptions as aws
-
-    for tried in range(1, MAX_TRIES):
-        try:
-            return call()
-        except (aws.IncompleteReadError, aws.HTTPClientError, aws.ConnectionError, OSError):
-            _pause(tried)
-    return call()
+def _retrying(retry: Any) -> tenacity.Retrying:
+    """Up to MAX_TRIES attempts while `retry` says so, then the last error."""
+    return tenacity.Retrying(
+        retry=retry,
+        stop=tenacity.stop_after_attempt(MAX_TRIES),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),  # "full jitter": clients don't retry in step
+        reraise=True,
+    )
 
 
-def _pause(tried: int) -> None:
-    time.sleep(random.random() * min(5.0, 0.1 * 2**tried))  # "full jitter": nobody retries in step
+_BODY_CUT = tenacity.retry_if_exception_type(
+    (aws.IncompleteReadError, aws.HTTPClientError, aws.ConnectionError, OSError)
+)
+_KEY_BUSY = tenacity.retry_if_exception(lambda error: code_of(error) == "ConditionalRequestConflict")
+"""Somebody else is writing the key at this moment."""
 
 
 def _verify(path: Path, address: str, size: int | None, sha256: str | None) -> None:
@@ -275,11 +299,11 @@ def _verify(path: Path, address: str, size: int | None, sha256: str | None) -> N
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            raise StoreError(f"{address}: its SHA-256 is not the expected one", kind="damaged")
+            raise StoreError(f"{address}: is corrupt: its SHA-256 is {found[:12]}…, not {sha256[:12]}…", kind="damaged")
 
 
-class _Told:
-    """A transfer manager's subscriber that hands on the progress."""
+class _ProgressSubscriber:
+    """A transfer manager's subscriber that reports the bytes moved."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -291,4 +315,4 @@ class _Told:
 
 
 def _subscribers(progress: Progress | None) -> list[Any]:
-    return [] if progress is None else [_Told(progress)]
+    return [] if progress is None else [_ProgressSubscriber(progress)]

@@ -1,4 +1,4 @@
-"""The connection to an S3 server: one boto3 client, its transfer manager, and what the server can do."""
+"""The connection to an S3 server: one boto3 client, its transfer manager, and what the server is known to support."""
 
 import contextlib
 import importlib.util
@@ -6,8 +6,8 @@ import io
 import os
 import secrets
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -23,9 +23,23 @@ _PART = 8 << 20
 _CRT = importlib.util.find_spec("awscrt") is not None
 
 
-def extra_arguments() -> dict[str, str]:
-    """What every write says: CRC32C where this botocore can compute it, else its default (CRC32)."""
-    return {"ChecksumAlgorithm": "CRC32C"} if _CRT else {}
+_REFUSALS = (
+    "NotImplemented",
+    "501",
+    "InvalidArgument",
+    "InvalidRequest",
+    "BadRequest",
+    "400",
+    "MissingContentLength",
+    "411",
+    "XAmzContentSHA256Mismatch",
+    "SignatureDoesNotMatch",
+    "BadDigest",
+    "InvalidDigest",
+)
+"""How servers answer that don't know the checksum headers which boto3 sends since 1.36; other things are answered so, too."""
+
+T = TypeVar("T")
 
 
 def takes_native(endpoint: str) -> bool:
@@ -48,68 +62,103 @@ _opening = threading.Lock()
 class Server:
     """A client and what is known of the server behind it; safe to share between threads."""
 
-    def __init__(self, client: Any, native: Any = None) -> None:
-        self.client = client
-        self._native = native
-        """`s3_crt.Native` where the native client is installed."""
-        self.endpoint = str(client.meta.endpoint_url)
+    def __init__(self, session: Any) -> None:
+        self._session = session
         self._repeated: set[str] = set()
         """Keys whose CreateMultipartUpload was sent more than once."""
         self._conditional: dict[str, bool] = {}
         self._lock = threading.Lock()
-        client.meta.events.register("after-call.s3.CreateMultipartUpload", self._created)
-        client.meta.events.register("before-call.s3.GetObject", _part_without_checksum)
+        self.client = self._make_client(when="when_supported")
+        self.endpoint = str(self.client.meta.endpoint_url)
+        self._native: Any = None
+        if _CRT and takes_native(self.endpoint):
+            from descent.storage.s3_crt import Native
+
+            self._native = Native(self.client, session, _PART)
 
     @classmethod
     def open(cls) -> "Server":
-        """By AWS's own conventions: environment, profile, role, AWS_ENDPOINT_URL_S3.
+        """The server that AWS's own conventions name: environment, profile, role, AWS_ENDPOINT_URL_S3.
 
-        One for all stores of a process, since a client takes a tenth of a second to make; a
-        new one when a setting has changed.
+        All stores of a process share one, since making a client takes a tenth of a second; a
+        new one is made when a setting has changed.
         """
         settings = (MAX_TRIES, *sorted(i for i in os.environ.items() if i[0].startswith("AWS_")))
         with _opening:
             if settings not in _opened:
                 _opened.clear()
-                _opened[settings] = cls._connect()
+                _opened[settings] = cls(boto3.session.Session())
             return _opened[settings]
 
-    @classmethod
-    def _connect(cls) -> "Server":
+    def _make_client(self, when: str) -> Any:
+        """A boto3 client. when: "when_supported" (boto3's default) or "when_required", for sending checksums."""
         # "standard": exponential backoff with jitter, for 5xx, throttling, resets and time-outs
         retries: Any = {
             "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
             "total_max_attempts": MAX_TRIES,
         }
+        checksums: Any = {}  # by default as environment and ~/.aws/config say
+        if when == "when_required":
+            checksums = {"request_checksum_calculation": when, "response_checksum_validation": when}
         config = Config(
             retries=retries,
             connect_timeout=10,
             read_timeout=30,
             tcp_keepalive=True,
             max_pool_connections=_PARALLEL + 2,
+            **checksums,
         )
-        session: Any = boto3.session.Session()
-        client = session.client("s3", config=config)
-        if not (_CRT and takes_native(str(client.meta.endpoint_url))):
-            return cls(client)
-        from descent.storage.s3_crt import Native
+        client = self._session.client("s3", config=config)
+        client.meta.events.register("after-call.s3.CreateMultipartUpload", self._created)
+        client.meta.events.register("before-call.s3.GetObject", _part_without_checksum)
+        return client
 
-        return cls(client, Native(client, session, _PART))
+    @property
+    def sends_checksums(self) -> bool:
+        """Whether requests carry a checksum of their content."""
+        return str(self.client.meta.config.request_checksum_calculation) != "when_required"
+
+    def extra_arguments(self) -> dict[str, str]:
+        """Arguments of every write: CRC32C where this botocore can compute it, else its default (CRC32)."""
+        return {"ChecksumAlgorithm": "CRC32C"} if _CRT and self.sends_checksums else {}
+
+    def attempt(self, request: Callable[[], T]) -> T:
+        """The result of `request()`, which uses `self.client`.
+
+        A server that may have refused the checksum headers is asked once more without them; if that
+        succeeds, no later request carries any. Objects keep SHA-256 and size in a manifest or an index,
+        which every reader compares: these headers are not what integrity rests on.
+        """
+        try:
+            return request()
+        except FAILURES as error:
+            if code_of(error) not in _REFUSALS or not self.sends_checksums or self._native is not None:
+                raise
+            refused = self.client
+            self.client = self._make_client(when="when_required")
+            try:
+                return request()
+            except BaseException:
+                self.client = refused
+                raise error from None
 
     def _created(self, parsed: Any, **_: Any) -> None:
         if parsed.get("ResponseMetadata", {}).get("RetryAttempts") and "Key" in parsed:
             self._repeated.add(parsed["Key"])
 
     def left_over(self, key: str, size: int) -> bool:
-        """Whether the upload of so many bytes, just done, may have left another behind: one whose
-        number got lost with the reply to CreateMultipartUpload. Asked once after each upload."""
+        """Whether the upload of `size` bytes that has just ended may have left a second, unfinished one behind.
+
+        That happens when the reply to CreateMultipartUpload is lost, and with it the upload's number.
+        Ask once after each upload.
+        """
         repeated = key in self._repeated
         self._repeated.discard(key)
-        return repeated or (self._native is not None and size >= _PART)  # it doesn't tell
+        return repeated or (self._native is not None and size >= _PART)  # the native client doesn't report retries
 
     @contextlib.contextmanager
     def transfers(self) -> Iterator[Any]:
-        """boto3's transfer manager; at the end of the block it has finished or given up."""
+        """boto3's transfer manager; when the block ends, every transfer has finished or failed."""
         if self._native is not None:
             config = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART)
             manager = self._native.transfers(config)
@@ -126,12 +175,12 @@ class Server:
             yield manager
 
     def conditional(self, bucket: str, key: str) -> bool:
-        """Whether the server honours `If-None-Match: *`; found out once, by writing a probe twice."""
+        """Whether the server honours `If-None-Match: *`; found out once a bucket, by writing a probe twice."""
         with self._lock:
             if bucket not in self._conditional:
                 probe = {"Bucket": bucket, "Key": f"{key}-{secrets.token_hex(6)}", "Body": b""}
                 try:
-                    self.client.put_object(**probe)
+                    self.attempt(lambda: self.client.put_object(**probe))
                     self._conditional[bucket] = not self._overwrites(probe)
                 finally:
                     with contextlib.suppress(*FAILURES):

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from descent.storage.atomic import PRIVATE, write_atomic
+
 # Below this there is nothing to gain from reusing the file's space.
 REUSE_BYTES = 16 * 2**20
 
@@ -98,9 +100,8 @@ class Spool:
                 self._size = offset = 0
                 self._synced = 0
             self._acknowledged = offset
-            mark = self.directory / "acknowledged.new"
-            mark.write_text(str(offset))
-            os.replace(mark, self.directory / "acknowledged")
+            # Not synced: if a loss of power undoes the mark, records are delivered again, which is harmless.
+            write_atomic(self.directory / "acknowledged", str(offset), mode=PRIVATE, durable=False)
 
     @property
     def total(self) -> int:

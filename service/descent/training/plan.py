@@ -27,7 +27,6 @@ from descent.training.preflight import (
     read,
     try_one,
 )
-from descent.training.remote_data import connect
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def _adapt(data: Any, where: str) -> Data:
 def build_data(config: RunConfig) -> tuple[Data, Data | None]:
     """The training and the held-out set. Raises ConfigError or DataError."""
     trusted = config.trusted_modules
-    connect()
     use_cache(config.data.cache.dir, config.data.cache.gb)
     train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
     if len(train) == 0:

@@ -10,7 +10,7 @@ from descent.config import RunConfig, build
 from descent.data.base import Data
 from descent.data.splits import root_of
 from descent.optim.ema import Ema
-from descent.storage.location import place
+from descent.storage import to_location
 from descent.training.objective import Objective
 from descent.training.plan import Plan, build_model, build_optimizer_for, build_schedule
 from descent.training.state import TrainState
@@ -20,7 +20,7 @@ def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Modul
     """The network as the run begins: with the weights that `seed`, or `init_from`, decides."""
     model = build_model(config, data)
     if config.init_from is not None:
-        source = place(config.init_from)
+        source = to_location(config.init_from)
         put_into(model, read_weights(source), source, strict=config.init_strict)
     return model.to(device)
 

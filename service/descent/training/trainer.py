@@ -16,7 +16,7 @@ import torch
 
 from descent.config import RunConfig
 from descent.messages import EvaluationRecord, Membership, Notice, StepRecord
-from descent.storage.location import place
+from descent.storage import to_location
 from descent.training import collectives, nonfinite, sentinel, slot_balancer
 from descent.training.buffers import Buffers
 from descent.training.checkpointing import restoring
@@ -121,7 +121,7 @@ class Trainer:
                 self._tell_progress()
             if membership.save_only:
                 if membership.save_to is not None:
-                    self.saves.go_elsewhere(place(membership.save_to))
+                    self.saves.go_elsewhere(to_location(membership.save_to))
                 self.saves.save(group, membership.generation, wait=True)
                 return "paused"
             return self._loop(group, membership)

@@ -11,7 +11,7 @@ from descent.checkpoint.retention import Retention, prune
 from descent.config.schema import Checkpoint
 from descent.errors import DescentError, StoreError
 from descent.messages import ShareWritten
-from descent.storage.location import Location, store_at
+from descent.storage import Location, open_store
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class CheckpointCommitter:
         """After the last save: finish deleting, and remove what died half done. Never raises."""
         self._thread.shutdown(wait=True)
         try:
-            store_at(self.root).tidy(older_than_s=0.0)  # by now nobody writes here any more
+            open_store(self.root).tidy(older_than_s=0.0)  # by now nobody writes here any more
         except StoreError:
             return
 

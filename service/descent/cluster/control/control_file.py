@@ -17,6 +17,7 @@ import psutil
 
 from descent.config import WorkerRange
 from descent.errors import ClusterError
+from descent.storage.atomic import PRIVATE, write_atomic
 
 STATUS_FILE = "status.json"
 _REQUEST_FILE = "scale.json"
@@ -84,9 +85,7 @@ class ControlFile:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(content, indent=1), mode=PRIVATE, durable=False)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

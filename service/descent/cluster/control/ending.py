@@ -11,7 +11,7 @@ from descent.cluster.control.reports import POLL_S, Reports
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.workers.group import WorkerGroup
 from descent.messages import Incident, Membership, TerminalState, WorkerFailure, WorkerState
-from descent.storage.location import Location
+from descent.storage import Location
 from descent.training.collectives import Store
 from descent.training.plan import Plan
 from descent.training.slot_balancer import assign_slots

@@ -16,6 +16,7 @@ from typing import Any
 
 from descent.errors import CheckpointError
 from descent.messages import Acknowledged, EvaluationRecord, Incident, StepRecord, TrainingRecord
+from descent.storage.atomic import PRIVATE, write_atomic
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -127,10 +128,9 @@ class RunLog:
 
     def _write_incidents(self) -> None:
         lines = [*self.earlier_incidents, *(json.dumps(asdict(i)) for i in self.incidents)]
-        temporary = self.run_dir / f".{INCIDENTS_FILE}"
+        content = "".join(line + "\n" for line in lines)
         with self._best_effort() as tried:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            os.replace(temporary, self.run_dir / INCIDENTS_FILE)
+            write_atomic(self.run_dir / INCIDENTS_FILE, content, mode=PRIVATE, durable=False)
         self._incidents_unwritten = not tried.succeeded
 
     @contextmanager
@@ -170,10 +170,7 @@ def _lines(path: Path) -> list[str]:
 
 def write_run_file(run_dir: Path, content: dict[str, Any]) -> None:
     """Replace run.json in one piece."""
-    temporary = run_dir / f".{RUN_FILE}"
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.chmod(0o600)  # overrides are kept as they were typed
-    os.replace(temporary, run_dir / RUN_FILE)
+    write_atomic(run_dir / RUN_FILE, json.dumps(content, indent=1), mode=PRIVATE)  # it holds what the user typed
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:

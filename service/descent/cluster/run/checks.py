@@ -6,7 +6,7 @@ import urllib.request
 from pathlib import Path
 
 from descent.errors import ConfigError, StoreError, TrackingError
-from descent.storage.location import place, store_at
+from descent.storage import open_store, to_location
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -22,12 +22,12 @@ def check_writable(folder: Path, key: str) -> None:
 
 def check_place(text: str, key: str) -> None:
     """Write and delete a small file in a folder or on S3. Raises ConfigError naming the key."""
-    where = place(text)
+    where = to_location(text)
     if isinstance(where, Path):
         return check_writable(where, key)
     name = f".probe-{os.urandom(6).hex()}"
     try:
-        store = store_at(where)
+        store = open_store(where)
         store.put(name, b"x")
         store.delete([name])
     except StoreError as error:

@@ -15,7 +15,7 @@ from descent.cluster.run.listeners import ListenerGroup
 from descent.config import Composed, flatten
 from descent.errors import CheckpointError, DescentError, TrackingError
 from descent.messages import TerminalState
-from descent.storage.location import Location
+from descent.storage import Location
 
 if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome

@@ -9,7 +9,7 @@ from descent.checkpoint import manifest as checkpoint
 from descent.cluster.record import run_log
 from descent.config import Composed, RunConfig, compose, flatten, recompose
 from descent.errors import CheckpointError
-from descent.storage.location import Address, Location, place, store_at
+from descent.storage import Location, S3Path, open_store, to_location
 
 MAY_CHANGE = (
     "steps",
@@ -106,12 +106,12 @@ def find_weights(config: RunConfig) -> Location | None:
     """
     if config.init_from is None:
         return None
-    where = place(config.init_from)
-    if isinstance(where, Address):
+    where = to_location(config.init_from)
+    if isinstance(where, S3Path):
         # Asked for now, while nothing has started that would have to be ended again.
         if "." not in where.name:
             checkpoint.read_manifest(where)
-        elif store_at(where.parent).size(where.name) is None:
+        elif open_store(where.parent).find(where.name) is None:
             raise CheckpointError(f"init_from={where}: there is no such object")
         return where
     if where.is_file() or (where / checkpoint.MANIFEST).is_file():

@@ -14,7 +14,7 @@ from torch import Tensor
 from descent.checkpoint import manifest as checkpoint
 from descent.checkpoint.manifest import Manifest
 from descent.errors import DescentError
-from descent.storage.location import place
+from descent.storage import to_location
 from descent.training.collectives import Group
 from descent.training.state import TrainState, broadcast_state
 
@@ -36,7 +36,7 @@ class Share:
 def read_share(source: str, rank: int, world_size: int) -> Share:
     """This rank's files of a checkpoint, on the CPU. Doesn't raise: the others wait to hear of it."""
     try:
-        target = place(source)
+        target = to_location(source)
         manifest = checkpoint.read_manifest(target)
         mine = checkpoint.shares(manifest, world_size)[rank]
         return Share(source, manifest, checkpoint.load_files(target, manifest, mine))

@@ -6,7 +6,7 @@ from descent.checkpoint import manifest as checkpoint
 from descent.checkpoint.writer import ShareWriter
 from descent.config import RunConfig
 from descent.messages import ShareWritten
-from descent.storage.location import Location
+from descent.storage import Location
 from descent.training.collectives import Group
 from descent.training.control import Control
 from descent.training.evaluation import Evaluator
