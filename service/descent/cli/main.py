@@ -12,7 +12,8 @@ from rich.console import Console
 
 from descent.cli import checkpoint as checkpoint_commands
 from descent.cli import data as data_commands
-from descent.cli.output import print_error, print_groups, print_summary, print_trial
+from descent.cli.output import print_groups, print_result, print_trial
+from descent.cluster.run.console import print_error
 from descent.errors import DescentError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ app = typer.Typer(
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 app.add_typer(data_commands.app, name="data")
 _VERSIONS = ("descent-service", "torch", "ray", "mlflow")
-_EXIT = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,12 +78,10 @@ def _fail(error: DescentError) -> NoReturn:
 
 
 def _composed(overrides: list[str] | None, config_dirs: list[Path] | None) -> "Composed":
-    from descent.config import compose
+    from descent.cluster.run.train import compose_overrides
 
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        return compose(overrides or [], [str(p) for p in config_dirs or []])
+        return compose_overrides(overrides or [], [str(p) for p in config_dirs or []])
     except DescentError as error:
         _fail(error)
 
@@ -114,6 +112,9 @@ def train(
 
     Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 stopped by Ctrl-C or SIGTERM.
     """
+    from descent.cluster.run.console import lasting_output, print_line
+
+    lasting_output()
     console = Console(stderr=as_json)
     composed = _composed(overrides, config_dir)
     from descent.cluster.run.run import Run
@@ -121,26 +122,25 @@ def train(
     run = None
     try:
         run = Run(composed, console, _STARTED)
-        summary = run.execute()
+        result = run.execute()
     except DescentError as error:
         print_error(composed.located(error))
         if run is not None:
-            run.give_up(error.exit_code)
+            run.end_process_if_ray_is_starting(error.exit_code)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        console.print("stopped at once; what was not in a checkpoint is lost")
+        print_line(console, "stopped at once; what was not in a checkpoint is lost")
         raise typer.Exit(130) from None
     finally:
         if run is not None:
             run.close()
-    failure = summary.outcome.failure
-    if failure is not None and failure.by_user:
-        print(failure.traceback.rstrip(), file=sys.stderr)
+    if result.traceback:
+        print(result.traceback.rstrip(), file=sys.stderr)
     if as_json:
-        print(json.dumps(summary.to_dict()))
+        print(json.dumps(result.to_dict()))
     else:
-        print_summary(console, summary)
-    raise typer.Exit(_EXIT[str(summary.outcome.state)])
+        print_result(console, result)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()

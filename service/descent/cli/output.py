@@ -1,93 +1,134 @@
-"""What the verbs print for people: an error, a run's summary, how faults were taken, the groups of choices."""
+"""What the commands print for people: a run's result, how faults were survived, the groups of choices."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from descent.errors import DescentError
+from descent.cluster.run.console import (
+    duration,
+    print_line,
+    print_value,
+    print_warning,
+    significant,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from descent.cluster.chaos.comparison import ChaosComparison
-    from descent.cluster.run.summary import Summary
+    from descent.cluster.run.result import RunResult
 
 
-def print_error(error: DescentError) -> None:
-    """One line on stderr."""
-    line = " ".join(str(error).split())
-    Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
+_WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
+_COLORS = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow"}
 
 
-def print_summary(console: Console, summary: "Summary") -> None:
+def print_result(console: Console, result: "RunResult") -> None:
     """How a run ended, what it reached, where everything lies and what to do next."""
-    outcome, figures = summary.outcome, summary.figures
-    color = {"FINISHED": "green", "FAILED": "red"}.get(str(outcome.state), "yellow")
+    if result.already_finished:
+        print_line(
+            console,
+            f"{result.name} is finished at step {result.step:,}: there is nothing left to train, and nothing was "
+            f"changed. To train further, give a greater length: descent train resume={result.name} steps=…",
+        )
+        return
     console.print()
-    reason = f": {escape(outcome.reason)}" if outcome.reason else ""
+    color, reason = _COLORS[result.state], f": {escape(result.reason)}" if result.reason else ""
     console.print(
-        f"[{color}]{outcome.state}[/{color}] at step {outcome.step:,}{reason}",
+        f"[{color}]{_WORDS[result.state]}[/{color}] at step {result.step:,}{reason}",
         highlight=False,
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
-    table = Table.grid(padding=(0, 3))
-    for name, unit in (("eval/accuracy", "{:.2%}"), ("eval/loss", "{:.4f}")):
-        if name in figures:
-            best = unit.format(figures[f"best {name}"])
-            table.add_row(name, unit.format(figures[name]), f"best {best}")
-    if "train/loss" in figures:
-        table.add_row("train/loss", f"{figures['train/loss']:.4f}", "")
-    table.add_row(
-        "throughput",
-        f"{summary.samples_per_second:,.0f} samples/s",
-        f"{outcome.wall_s:.1f} s in all",
-    )
-    table.add_row("goodput", f"{outcome.goodput:.1%}", "of the time in committed steps")
-    if outcome.incidents:
-        lost = sum(i.steps_lost for i in outcome.incidents)
-        kinds = ", ".join(f"{n} {k}" for k, n in Counter(i.kind for i in outcome.incidents).items())
-        table.add_row("incidents", str(len(outcome.incidents)), f"{kinds}; {lost} steps lost")
-        times = sorted(i.recovered_in_s for i in outcome.incidents if i.recovered_in_s is not None)
-        if times:
-            median = times[len(times) // 2]
-            table.add_row("recovery", f"{median:.2f} s", f"median; worst {times[-1]:.2f} s")
-    if outcome.state_sha256:
-        table.add_row("state sha256", outcome.state_sha256[:16] + "…", "")
-    console.print(table)
-    if outcome.chaos is not None:
-        _print_verdict(console, outcome.chaos.to_dict())
-    console.print(f"run         {summary.run_id}", highlight=False, soft_wrap=True)
-    console.print(f"folder      {summary.run_dir}", highlight=False, soft_wrap=True)
-    if outcome.checkpoint:
-        console.print(f"checkpoint  {outcome.checkpoint}", highlight=False, soft_wrap=True)
-    if outcome.unsaved_at:
-        console.print(
-            f"[yellow]![/yellow] {outcome.unsaved_at} did not take the last state, so it is in the run's own folder; "
-            f"resume={summary.run_dir.name} finds it (with checkpoint.dir=null as long as that place is gone)",
-            highlight=False,
-            soft_wrap=True,
+    _print_figures(console, result)
+    if result.chaos is not None:
+        _print_verdict(console, dict(result.chaos))
+    _print_places(console, result)
+    _print_warnings(console, result)
+    _print_next(console, result)
+
+
+def _print_figures(console: Console, result: "RunResult") -> None:
+    """Name, value and a note for each figure, in columns."""
+    rows: list[tuple[str, str, str]] = []
+    metrics, best = result.metrics, result.best
+    if "eval/accuracy" in metrics:
+        rows.append(("eval/accuracy", f"{metrics['eval/accuracy']:.2%}", f"best {best['eval/accuracy']:.2%}"))
+    if "eval/loss" in metrics:
+        rows.append(("eval/loss", significant(metrics["eval/loss"]), f"best {significant(best['eval/loss'])}"))
+    if "train/loss" in metrics:
+        rows.append(("train/loss", significant(metrics["train/loss"]), ""))
+    if result.samples_per_second:
+        rows.append(("throughput", f"{result.samples_per_second:,.0f} samples/s", ""))
+    phases = (("start", result.start_s), ("training", result.training_s), ("finishing", result.finishing_s))
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases)
+    rows.append(("time", duration(sum(seconds for _, seconds in phases)), parts))
+    if result.incidents:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.incidents_by_kind.items())
+        rows.append(("incidents", str(result.incidents), f"{kinds}; {result.steps_lost} steps lost"))
+        if result.recovery_s:
+            median, worst = result.recovery_s[len(result.recovery_s) // 2], result.recovery_s[-1]
+            rows.append(("recovery", f"{median:.2f} s", f"median; worst {worst:.2f} s"))
+        rows.append(("goodput", f"{result.goodput:.1%}", "of the workers' time in committed steps"))
+    if result.records_replaced:
+        rows.append(("bad records", f"{result.records_replaced:,}", "skipped, a good one in the place of each"))
+    if result.state_sha256:
+        rows.append(("state sha256", result.state_sha256[:16] + "…", ""))
+    width = max(len(value) for _, value, _ in rows)
+    for name, value, note in rows:
+        print_line(console, f"{name:<15}{value:<{width}}   {note}".rstrip())
+
+
+def _print_places(console: Console, result: "RunResult") -> None:
+    print_value(console, "run", result.name + (f"  (MLflow run {result.run_id})" if result.run_id else ""))
+    print_value(console, "folder", str(result.run_dir))
+    if result.checkpoint:
+        print_value(console, "checkpoint", result.checkpoint)
+    if result.best_checkpoint and result.best_checkpoint != result.checkpoint:
+        print_value(console, "best", f"{result.best_checkpoint}  (step {result.best_step:,})")
+    elif result.best_checkpoint:
+        print_value(console, "best", f"step {result.best_step:,}, the same checkpoint")
+    if result.url:
+        print_value(console, "charts", result.url)
+
+
+def _print_warnings(console: Console, result: "RunResult") -> None:
+    if result.unsaved_at:
+        print_warning(
+            console,
+            f"{result.unsaved_at} did not take the last state, so it is in the run's own folder; "
+            f"resume={result.name} finds it (with checkpoint.dir=null as long as that place is gone)",
         )
-    if summary.undelivered:
-        console.print(
-            f"[yellow]![/yellow] {summary.undelivered} records wait for the tracking server in {summary.run_dir / 'spool'}; "
+    if result.undelivered:
+        why = f" ({result.tracking_error})" if result.tracking_error else ""
+        print_warning(
+            console,
+            f"{result.undelivered:,} records wait for the tracking server in {result.run_dir / 'spool'}{why}; "
             "the next descent train or descent ui delivers them",
-            highlight=False,
-            soft_wrap=True,
         )
-    if str(outcome.state) != "FINISHED":
-        console.print(
-            f"\nTo go on:   descent train resume={summary.run_dir.name}",
-            highlight=False,
-            soft_wrap=True,
+    if result.refused:
+        print_warning(
+            console,
+            f"{result.refused:,} records were refused by the tracking server for good; they and its reasons are in "
+            f"{result.run_dir / 'spool' / 'refused.jsonl'}",
         )
-    console.print(
-        f"\nNext:       descent ui{'' if summary.url is None else '   or open ' + summary.url}",
-        highlight=False,
-        soft_wrap=True,
-    )
+
+
+def _print_next(console: Console, result: "RunResult") -> None:
+    console.print()
+    if result.state != "FINISHED":
+        print_value(console, "go on", f"descent train resume={result.name}")
+    if result.url is None:
+        print_value(console, "look", "descent ui")
+    if result.model_uri:
+        print_value(console, "use", "python")
+        for line in (
+            "import mlflow",
+            f'mlflow.set_tracking_uri("{result.tracking_uri}")',
+            f'model = mlflow.pyfunc.load_model("{result.model_uri}")',
+        ):
+            print_value(console, "", line)
 
 
 def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:
@@ -106,11 +147,10 @@ def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:
     console.print(table)
     missed = verdict["faults"] - verdict["struck"]
     if missed:
-        console.print(
-            f"[yellow]![/yellow] {missed} of {verdict['faults']} faults found no moment to strike: the run was over "
+        print_warning(
+            console,
+            f"{missed} of {verdict['faults']} faults found no moment to strike: the run was over "
             "first; a longer run (steps=…) or a smaller chaos.every_s takes them all",
-            highlight=False,
-            soft_wrap=True,
         )
     console.print(f"steps lost  {verdict['steps_lost']}", highlight=False)
 

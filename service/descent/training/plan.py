@@ -111,7 +111,7 @@ def build_data(config: RunConfig) -> tuple[Data, Data | None]:
     return split(train, config.data.holdout, config.data.test, config.seed)[:2]
 
 
-def _filled(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
+def filled_spec(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
     """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
     filled = dict(spec)
     for key in ("input_shape", "num_outputs"):
@@ -126,7 +126,7 @@ def _filled(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
 def build_model(config: RunConfig, data: Data) -> nn.Module:
     """The network with its initial weights, which `seed` alone decides."""
     torch.manual_seed(config.seed)
-    model = build(_filled(config.model, data, "model"), config.trusted_modules, "model")
+    model = build(filled_spec(config.model, data, "model"), config.trusted_modules, "model")
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module"

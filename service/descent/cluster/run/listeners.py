@@ -1,4 +1,4 @@
-"""The display and the tracking, told of a run's progress as one listener."""
+"""The controller's listener: passes a run's progress on to the display and to tracking."""
 
 import time
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ListenerGroup:
-    """The controller's listener: the display and the tracking, one call each."""
+    """Calls the display and the tracker for everything that the controller reports."""
 
     def __init__(self, display: Display) -> None:
         self.display = display

@@ -12,6 +12,7 @@ from descent.checkpoint import manifest as checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run.listeners import ListenerGroup
+from descent.cluster.run.result import RunResult
 from descent.config import Composed, flatten
 from descent.errors import CheckpointError, DescentError, TrackingError
 from descent.messages import TerminalState
@@ -46,20 +47,26 @@ class RunRecorder:
         self._background = background
         self._opening: Future[Tracker] | None = None
 
-    def write_run_file(self, run_id: str | None, outcome: "Outcome | None" = None) -> None:
-        """Say in the run's folder what it takes to resume it."""
-        plan = self._prepared.plan
-        ended = {"state": str(outcome.state), "state_sha256": outcome.state_sha256} if outcome else {}
+    def write_run_file(self, result: RunResult | None = None) -> None:
+        """Write to the run's folder what a resume needs; with the result, how the run ended."""
+        from descent.training.plan import filled_spec
+
+        plan, from_overrides = self._prepared.plan, self._composed.sources is not None
+        kept = [o for o in self._composed.overrides if not o.lstrip("+").startswith("resume=")]
+        ended = (
+            {"state": result.state, "state_sha256": result.state_sha256, "result": result.to_json()} if result else {}
+        )
         run_log.write_run_file(
             self._run_dir,
             {
                 "name": self._run_dir.name,
-                "run_id": run_id,
+                "run_id": self._run_id,
                 "tracking_uri": self._config.tracking.uri,
-                "overrides": [o for o in self._composed.overrides if not o.lstrip("+").startswith("resume=")],
+                "overrides": kept if from_overrides else None,
                 "config_dirs": list(self._composed.config_dirs),
                 "config": self._config.to_dict(),
                 "config_sha256": self._config_sha256,
+                "model": filled_spec(self._config.model, self._prepared.train, "model"),
                 "slots": plan.slots,
                 "plan": plan.to_dict(),
                 **ended,
@@ -68,18 +75,18 @@ class RunRecorder:
 
     # -- opening ------------------------------------------------------------------------
 
-    def attach_when_open(self, everyone: ListenerGroup) -> None:
+    def attach_when_open(self, listeners: ListenerGroup) -> None:
         """Called in every turn of the controller: once tracking is open, hand over what is known.
 
         Opening takes seconds of a core (imports, a new database's tables), which the workers'
         own start needs more; so it begins with the first step, and what was logged before
         then follows. A store that can't be opened ends the run with its one clear line.
         """
-        if everyone.tracker is not None or everyone.first_step_at is None:
+        if listeners.tracker is not None or listeners.first_step_at is None:
             return
         opening = self._tracker_opening()
         if opening.done():
-            self._attach(opening.result(), everyone)
+            self._attach(opening.result(), listeners)
             # All is imported: what millions of objects these are, the collector of cycles
             # needn't look through again and again, with all threads waiting for it.
             gc.freeze()
@@ -121,10 +128,11 @@ class RunRecorder:
                         highlight=False,
                     )
 
-    def _attach(self, tracker: "Tracker", everyone: ListenerGroup) -> None:
-        self.write_run_file(tracker.run_id)
+    def _attach(self, tracker: "Tracker", listeners: ListenerGroup) -> None:
+        self._run_id = tracker.run_id
+        self.write_run_file()
         self._describe(tracker)
-        everyone.attach(tracker)
+        listeners.attach(tracker)
 
     def _describe(self, tracker: "Tracker") -> None:
         from descent.data.profile import describe
@@ -143,12 +151,12 @@ class RunRecorder:
 
     # -- the end ------------------------------------------------------------------------
 
-    def finish(self, outcome: "Outcome", everyone: ListenerGroup, log: RunLog) -> "tuple[Tracker, int]":
+    def finish(self, outcome: "Outcome", listeners: ListenerGroup, log: RunLog) -> "tuple[Tracker, int]":
         """Keep what came of the run. The tracker, and how many records it could not deliver."""
         with self._console.status("keeping plots, model and metrics…"):
             tracker = self._tracker_opening().result()
-            if everyone.tracker is None:
-                self._attach(tracker, everyone)
+            if listeners.tracker is None:
+                self._attach(tracker, listeners)
             self._keep_plots(tracker, log)
             if outcome.incidents:
                 tracker.log_file(self._run_dir / run_log.INCIDENTS_FILE)
@@ -168,7 +176,6 @@ class RunRecorder:
                         highlight=False,
                     )
             undelivered = tracker.finish(str(outcome.state), deadline_s=60.0)  # type: ignore[arg-type]
-        self.write_run_file(tracker.run_id, outcome)
         return tracker, undelivered
 
     def _keep_plots(self, tracker: "Tracker", log: RunLog) -> None:

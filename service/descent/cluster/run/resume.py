@@ -1,14 +1,19 @@
 """Going on with a run: which one, from which checkpoint, and whether the config still says the same."""
 
+import copy
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from descent.checkpoint import manifest as checkpoint
 from descent.cluster.record import run_log
-from descent.config import Composed, RunConfig, compose, flatten, recompose
-from descent.errors import CheckpointError
+from descent.cluster.run.result import RunResult
+from descent.config import Composed, RunConfig, compose, flatten, groups, recompose
+from descent.config.overrides import parse
+from descent.errors import CheckpointError, ConfigError
 from descent.storage import Location, S3Path, open_store, to_location
 
 MAY_CHANGE = (
@@ -33,21 +38,34 @@ MAY_CHANGE = (
     "name",
     "data.path",
 )
-"""Keys in which a resumed run may differ from the run it goes on with: not the mathematics."""
+"""Keys in which a resumed run may differ from what it was: they don't change its mathematics."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The run that is gone on with."""
+    """The run that goes on, and where it goes on from."""
 
     run_dir: Path
     run_id: str | None
+    """The MLflow run; None when the run never reached its tracking server."""
     checkpoint: Location
     step: int
     slots: int
+    total_steps: int | None
+    """The length that the run had so far; None where an earlier version didn't note it."""
+    same_length: bool
+    """Whether steps and epochs are what they were."""
+    finished: RunResult | None
+    """The run's result, if it has reached its last step."""
     config_sha256: str
     """As the run's checkpoints have it, whatever today's version would compute for the same config."""
     skipped: tuple[str, ...]
+    """A line for each newer checkpoint that could not be used."""
+
+    def already_finished(self) -> RunResult:
+        """The result of the finished run, marked as such."""
+        assert self.finished is not None
+        return replace(self.finished, already_finished=True, checkpoint=str(self.checkpoint), step=self.step)
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -60,33 +78,45 @@ def _may_change(key: str) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
 
 
-def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
-    """For `resume=…`: the run's own overrides first, then the new ones; refuses what would change its course.
+def with_implied_length(overrides: Sequence[str]) -> list[str]:
+    """For a resume: the new length takes the place of the old one, whichever of the two units that had.
 
-    Raises CheckpointError naming the keys that disagree.
+    >>> with_implied_length(["resume=RUN", "steps=20"])
+    ['resume=RUN', 'steps=20', 'epochs=null']
     """
-    config = composed.config
-    if config.resume is None:
-        return composed, None
-    run_dir = run_log.find_run(config.resume, Path(config.output_dir).expanduser())
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if "resume" not in keys:
+        return list(overrides)
+    other = {"steps": "epochs", "epochs": "steps"}
+    given = [key for key in keys if key in other]
+    return [*overrides, *(f"{other[key]}=null" for key in given if other[key] not in given)]
+
+
+def run_to_resume(config: RunConfig) -> Path | None:
+    """The folder of the run that `resume=…` names; None without it. Raises CheckpointError if there is no such run."""
+    return run_log.find_run(config.resume, Path(config.output_dir).expanduser()) if config.resume else None
+
+
+def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
+    """The run's own overrides first, then the new ones; refuses what would change its course.
+
+    The caller holds the lock of `run_dir`. Raises CheckpointError naming the keys that disagree,
+    or that no checkpoint can be used.
+    """
+    wanted = composed.config.resume
+    assert wanted is not None
     saved = run_log.read_run_file(run_dir)
-    merged = compose(
-        [*saved["overrides"], *composed.overrides],
-        [*saved.get("config_dirs", ()), *composed.config_dirs],
-    )
+    merged = _with_saved(composed, saved)
     before, now = flatten(recompose(saved["config"]).to_dict()), flatten(merged.config.to_dict())
     differ = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not _may_change(k))
     if differ:
         shown = ", ".join(f"{k}={now.get(k)} (the run has {before.get(k)})" for k in differ[:5])
-        raise CheckpointError(
-            f"resume={config.resume}: the config disagrees in {shown}; leave these out, or start a new run"
-        )
+        raise CheckpointError(f"resume={wanted}: the config disagrees in {shown}; leave these out, or start a new run")
     root = checkpoint.folder(run_dir, merged.config.checkpoint.dir)
-    wanted = Path(config.resume).expanduser()
     skipped: list[str] = []
     target: Location
-    if (wanted / checkpoint.MANIFEST).is_file():
-        target = wanted.resolve()
+    if (Path(wanted).expanduser() / checkpoint.MANIFEST).is_file():
+        target = Path(wanted).expanduser().resolve()
         checkpoint.verify(target)
     else:
         target, skipped = checkpoint.newest(root, saved["config_sha256"], checkpoint.rescue_folder(run_dir))
@@ -95,8 +125,42 @@ def with_saved_overrides(composed: Composed) -> tuple[Composed, Resumed | None]:
         raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
     kept = replace(merged, config=merged.config.model_copy(update={"name": run_dir.name}))
     return kept, Resumed(
-        run_dir, saved.get("run_id"), target, manifest.step, int(saved["slots"]), saved["config_sha256"], tuple(skipped)
+        run_dir=run_dir,
+        run_id=saved.get("run_id"),
+        checkpoint=target,
+        step=manifest.step,
+        slots=int(saved["slots"]),
+        total_steps=(saved.get("plan") or {}).get("total_steps"),
+        same_length=all(before.get(key) == now.get(key) for key in ("steps", "epochs")),
+        finished=RunResult.from_json(run_dir, saved) if saved.get("state") == "FINISHED" else None,
+        config_sha256=saved["config_sha256"],
+        skipped=tuple(skipped),
     )
+
+
+def _with_saved(composed: Composed, saved: Mapping[str, Any]) -> Composed:
+    """What a run was made from, with the new overrides after it."""
+    if composed.sources is None:  # a whole RunConfig was given
+        return composed
+    if saved["overrides"] is not None:
+        return compose(
+            [*saved["overrides"], *composed.overrides],
+            [*saved.get("config_dirs", ()), *composed.config_dirs],
+        )
+    tree = copy.deepcopy(saved["config"])
+    known = groups(composed.config_dirs)
+    for override in parse(composed.overrides, known):
+        if override.key in known or override.action == "delete":
+            raise ConfigError(
+                f"{override}: this run was made from a RunConfig, so a resume can change single keys only; "
+                "give the whole RunConfig, with resume set, to change more"
+            )
+        *path, last = override.path
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[last] = override.value
+    return replace(composed, config=recompose(tree), overrides=(), sources=None)
 
 
 def find_weights(config: RunConfig) -> Location | None:

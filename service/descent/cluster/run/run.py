@@ -1,7 +1,7 @@
-"""One run from a composed config to its outcome: check, start everything side by side, train, keep the results.
+"""One run from a composed config to its result: check, start everything side by side, train, record.
 
-Ray's start, the imports, the data and the tracking server don't wait for each other; but
-no actor starts before everything that the user could have got wrong has been looked at.
+Ray's start, the imports and the data don't wait for each other; but no actor starts before
+everything that the user could have got wrong has been looked at.
 """
 
 import os
@@ -9,7 +9,8 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,12 +19,14 @@ from descent.cluster.chaos import injector
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run.checks import check_place, check_tracking, check_writable
+from descent.cluster.run.console import print_line
 from descent.cluster.run.display import Display
 from descent.cluster.run.listeners import ListenerGroup
+from descent.cluster.run.lock import RunLock
 from descent.cluster.run.recorder import RunRecorder
-from descent.cluster.run.resume import config_sha256, find_weights, with_saved_overrides
+from descent.cluster.run.result import RunResult, best_kept, incident_figures, metric_figures, seconds_of_steps
+from descent.cluster.run.resume import config_sha256, find_weights, resume, run_to_resume
 from descent.cluster.run.signals import stopping
-from descent.cluster.run.summary import Summary, figures_of, training_s
 from descent.config import Composed
 from descent.errors import CheckpointError, ConfigError
 from descent.messages import WorkerSpec
@@ -31,30 +34,43 @@ from descent.messages import WorkerSpec
 if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome
     from descent.cluster.workers.ray_cluster import Cluster
-    from descent.training.plan import Prepared
-
-
-def name_of(composed: Composed) -> str:
-    """The run's name: given, or data, model and the time."""
-    if composed.config.name:
-        return composed.config.name
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    model = composed.choices.get("model", "model")
-    return f"{composed.config.data.name}-{model}-{stamp}-{os.urandom(2).hex()}"
+    from descent.training.plan import Plan, Prepared
 
 
 class Run:
-    """Everything between `descent train` and its summary."""
+    """One run; the same for the command line and for `descent.train`.
+
+    with Run(composed, console) as run:
+        result = run.execute()
+    """
 
     def __init__(self, composed: Composed, console: Console, started_at: float | None = None) -> None:
-        self.started_at = started_at or time.time()
-        self.composed, self.resumed = with_saved_overrides(composed)
+        """started_at: Unix time of the command, from which the times of the result count.
+
+        Raises DescentError for what can be refused without data, model or Ray.
+        """
+        self.console, self.started_at = console, started_at or time.time()
+        self._connecting: Future[Cluster] | None = None
+        self._background = ThreadPoolExecutor(2, "start")
+        self._lock: RunLock | None = None
+        try:
+            self._check(composed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, composed: Composed) -> None:
+        """Which folder, which checkpoint, which places: everything that a person could have got wrong in them."""
+        self.composed, self.resumed = composed, None
+        resumed_dir = run_to_resume(composed.config)
+        if resumed_dir is not None:
+            self._lock = RunLock(resumed_dir, f"resume={composed.config.resume}")
+            self.composed, self.resumed = resume(composed, resumed_dir)
         self.config = self.composed.config
-        self.console = console
         self.output_dir = Path(self.config.output_dir).expanduser().resolve()
-        name = name_of(self.composed)
-        self.run_dir = self.resumed.run_dir if self.resumed else self.output_dir / "runs" / name
+        self.run_dir = resumed_dir or self.output_dir / "runs" / name_of(self.composed)
         if not self.resumed and (self.run_dir / run_log.RUN_FILE).exists():
+            name = self.run_dir.name
             raise ConfigError(f"name={name}: there is such a run already; use resume={name} or another name")
         check_writable(self.run_dir.parent, "output_dir")
         if self.config.checkpoint.dir is not None:
@@ -63,12 +79,41 @@ class Run:
         self.init_from = None if self.resumed else find_weights(self.config)
         check_tracking(self.config.tracking.uri)
         self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
-        self._connecting: Future[Cluster] | None = None
-        self._background = ThreadPoolExecutor(2, "start")
 
-    # -- the parts that start side by side ---------------------------------------------
+    # -- the run ----------------------------------------------------------------------
+
+    def execute(self) -> RunResult:
+        """Start, train, record. Raises DescentError for whatever the user can mend.
+
+        A resume of a run that has reached its last step trains nothing and touches nothing: the
+        result is the run's own, with `already_finished`.
+        """
+        from descent.cluster.workers import ray_cluster
+
+        if self.resumed is not None and self.resumed.finished is not None and self.resumed.same_length:
+            return self.resumed.already_finished()
+        private = self.config.ray.address is None and not ray_cluster.is_connected()
+        self._connecting = self._background.submit(ray_cluster.connect, self.config.ray.address)
+        if private:
+            prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
+            cluster = self._connecting.result()
+        else:
+            cluster = self._connecting.result()
+            prepared = self._prepare(cluster.cores, cluster.gpus)
+        if self.resumed is not None and self.resumed.finished and self.resumed.step >= prepared.plan.total_steps:
+            return self.resumed.already_finished()
+        workers, spares = prepared.plan.max_workers, self.config.spares
+        ray_cluster.check_fits(
+            workers=workers + spares,
+            cpus=self.config.resources.cpus,
+            gpus=prepared.plan.gpus,
+            wanted=f"workers={workers}" + (f" and spares={spares}" if spares else ""),
+        )
+        injector.check(self.config.chaos, workers)
+        return self._train(prepared, cluster)
 
     def _prepare(self, cores: float, gpus: float) -> "Prepared":
+        """Data, model and every derived number. `cores` and `gpus`: what the cluster has in all."""
         from descent.training.plan import prepare
 
         config = self.config
@@ -78,59 +123,150 @@ class Run:
         prepared = prepare(config, cores=cores, gpus=gpus)
         if self.resumed is not None and self.resumed.step > prepared.plan.total_steps:
             raise CheckpointError(
-                f"resume={self.config.resume}: the run is at step {self.resumed.step} already, this config ends at {prepared.plan.total_steps}"
+                f"resume={self.config.resume}: the run is at step {self.resumed.step} already, "
+                f"and this config ends at step {prepared.plan.total_steps}"
             )
         if self.init_from is not None:
             from descent.checkpoint.weights import put_into, read_weights
 
-            told = put_into(
-                prepared.model,
-                read_weights(self.init_from),
-                self.init_from,
-                strict=config.init_strict,
+            unmatched = put_into(
+                prepared.model, read_weights(self.init_from), self.init_from, strict=config.init_strict
             )
-            if told:
-                self.console.print(f"init_from={told}", highlight=False, markup=False)
+            if unmatched:
+                print_line(self.console, f"init_from={unmatched}")
         return prepared
 
-    # -- the run ----------------------------------------------------------------------
+    def _train(self, prepared: "Prepared", cluster: "Cluster") -> RunResult:
+        from descent.cluster.control.checkpoints import CheckpointCommitter
+        from descent.cluster.control.controller import Controller
+        from descent.cluster.workers.group import WorkerGroup
+        from descent.training.collectives import Store
 
-    def execute(self) -> Summary:
-        """Check, start, train, keep. Raises DescentError for whatever the user can mend.
-
-        `close` must follow, after whatever there is to tell the user has been told.
-        """
-        from descent.cluster.workers import ray_cluster
-
-        address = self.config.ray.address
-        self._connecting = self._background.submit(ray_cluster.connect, address)
-        if address is None:
-            prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
-            cluster = self._connecting.result()
-        else:
-            cluster = self._connecting.result()
-            prepared = self._prepare(cluster.cores, cluster.gpus)
-        ray_cluster.check_fits(
-            workers=prepared.plan.max_workers + self.config.spares,
-            cpus=self.config.resources.cpus,
-            gpus=prepared.plan.gpus,
-            wanted=f"workers={prepared.plan.max_workers}"
-            + (f" and spares={self.config.spares}" if self.config.spares else ""),
+        plan, resumed = prepared.plan, self.resumed
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = RunLock(self.run_dir, f"name={self.run_dir.name}")
+        log = RunLog(self.run_dir)
+        group = WorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
+        group.start(plan.max_workers + self.config.spares)
+        recorder = RunRecorder(
+            self.composed,
+            prepared,
+            self.output_dir,
+            self.run_dir,
+            config_sha256=self.config_sha256,
+            uri=self.tracking_uri,
+            run_id=resumed.run_id if resumed else None,
+            console=self.console,
+            background=self._background,
         )
-        injector.check(self.config.chaos, prepared.plan.max_workers)
-        return self._train(prepared, cluster)
+        recorder.write_run_file()
+        first_step = resumed.step if resumed else 0
+        display = Display(self.console, self._title(prepared), plan.total_steps, plan.batch_size, first_step)
+        listeners = ListenerGroup(display)
+        committer = CheckpointCommitter(
+            checkpoint.folder(self.run_dir, self.config.checkpoint.dir),
+            self.run_dir.name,
+            self.config_sha256,
+            self.config.checkpoint,
+            resumed.checkpoint if resumed else None,
+            checkpoint.rescue_folder(self.run_dir),
+        )
+        controller = Controller(
+            self.config,
+            plan,
+            group,
+            Store(cluster.host),
+            log,
+            committer,
+            listeners,
+            first_step=first_step,
+            check_health=lambda: recorder.attach_when_open(listeners),
+        )
+        try:
+            with stopping(controller.stop, self.console), display:
+                self._announce(prepared, display)
+                outcome = controller.run()
+            group.release()
+            committer.close()
+            return self._result(recorder, outcome, listeners, log)
+        except BaseException:
+            group.release()
+            recorder.abandon()
+            raise
+        finally:
+            log.close()
+
+    def _worker_spec(self, plan: "Plan", cluster: "Cluster") -> WorkerSpec:
+        """What every worker builds its replica from: the config with all of its open values filled in."""
+        init_from = str(self.init_from) if self.init_from else None
+        return WorkerSpec(
+            worker_id="",
+            plan=plan.to_dict(),
+            config=self.config.model_copy(update={"slots": plan.slots, "init_from": init_from}).to_dict(),
+            run_dir=str(self.run_dir),
+            import_paths=import_paths(),
+            device=plan.device,
+            loopback=cluster.loopback,
+        )
+
+    def _result(self, recorder: RunRecorder, outcome: "Outcome", listeners: ListenerGroup, log: RunLog) -> RunResult:
+        """Record what came of the training, and say it in one value."""
+        trained_at = time.time()
+        tracker, undelivered = recorder.finish(outcome, listeners, log)
+        steps_s = seconds_of_steps(log, self.started_at)
+        first_at = listeners.first_step_at or trained_at
+        best = best_kept(checkpoint.folder(self.run_dir, self.config.checkpoint.dir), self.config.checkpoint.keep_best)
+        failure = outcome.failure
+        result = RunResult(
+            state=str(outcome.state),
+            step=outcome.step,
+            run_dir=self.run_dir,
+            reason=outcome.reason,
+            checkpoint=str(outcome.checkpoint) if outcome.checkpoint else None,
+            best_checkpoint=best[0] if best else None,
+            best_step=best[1] if best else None,
+            state_sha256=outcome.state_sha256,
+            run_id=tracker.run_id,
+            url=tracker.url,
+            tracking_uri=self.tracking_uri,
+            start_s=first_at - self.started_at,
+            training_s=trained_at - first_at,
+            finishing_s=time.time() - trained_at,
+            wall_s=outcome.wall_s,
+            goodput=outcome.goodput,
+            samples_per_second=outcome.samples / steps_s if steps_s > 0 else 0.0,
+            first_step_s=first_at - self.started_at if listeners.first_step_at else None,
+            undelivered=undelivered,
+            unsaved_at=str(outcome.unsaved_at) if outcome.unsaved_at else None,
+            peak_rss_mb=outcome.peak_rss_mb,
+            workers=outcome.workers,
+            chaos=outcome.chaos.to_dict() if outcome.chaos else None,
+            traceback=failure.traceback if failure is not None and failure.by_user else "",
+            **metric_figures(log),
+            **incident_figures(outcome),
+        )
+        recorder.write_run_file(result)
+        return result
+
+    # -- the end ------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave the cluster."""
-        from descent.cluster.workers import ray_cluster
+        """Leave the cluster, where this run has joined it, and let others have the run's folder."""
+        if self._connecting is not None:
+            from descent.cluster.workers import ray_cluster
 
-        if self._connecting is not None and self._connecting.exception() is None:
-            ray_cluster.disconnect()
+            if self._connecting.exception() is None and self._connecting.result().ours:
+                ray_cluster.disconnect()
+            self._connecting = None
+        if self._lock is not None:
+            self._lock.release()
+        self._background.shutdown(wait=False)
 
-    def give_up(self, exit_code: int) -> None:
-        """After a refusal: end the process now if the private cluster is still starting.
+    def end_process_if_ray_is_starting(self, exit_code: int) -> None:
+        """After a refusal on the command line: end the process now if the private cluster is still starting.
 
-        Ray can't be told to stop starting, and waiting for it only to end it again would
+        Ray can't be stopped while it starts, and waiting for it only to end it again would
         keep the user from trying once more.
         """
         from descent.cluster.workers import ray_cluster
@@ -139,115 +275,30 @@ class Run:
         if starting and self.config.ray.address is None:
             ray_cluster.end_with_children(exit_code)
 
-    def _train(self, prepared: "Prepared", cluster: Any) -> Summary:
-        from descent.cluster.control.checkpoints import CheckpointCommitter
-        from descent.cluster.control.controller import Controller
-        from descent.cluster.workers.group import WorkerGroup
-        from descent.training.collectives import Store
+    def __enter__(self) -> "Run":
+        return self
 
-        plan = prepared.plan
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        log = RunLog(self.run_dir)
-        store = Store(cluster.host)
-        spec = WorkerSpec(
-            worker_id="",
-            plan=plan.to_dict(),
-            config=self.config.model_copy(
-                update={
-                    "slots": plan.slots,
-                    "init_from": str(self.init_from) if self.init_from else None,
-                }
-            ).to_dict(),
-            run_dir=str(self.run_dir),
-            import_paths=import_paths(),
-            device=plan.device,
-            loopback=cluster.loopback,
-        )
-        group = WorkerGroup(spec, cpus=self.config.resources.cpus, gpus=plan.gpus)
-        first = self.resumed.step if self.resumed else 0
-        source = self.resumed.checkpoint if self.resumed else None
-        run_id = self.resumed.run_id if self.resumed else None
-        group.start(plan.max_workers + self.config.spares)
-        keeper = RunRecorder(
-            self.composed,
-            prepared,
-            self.output_dir,
-            self.run_dir,
-            config_sha256=self.config_sha256,
-            uri=self.tracking_uri,
-            run_id=run_id,
-            console=self.console,
-            background=self._background,
-        )
-        keeper.write_run_file(run_id)
-        display = Display(self.console, self._title(prepared), plan.total_steps, plan.batch_size, first)
-        everyone = ListenerGroup(display)
-        commits = CheckpointCommitter(
-            checkpoint.folder(self.run_dir, self.config.checkpoint.dir),
-            self.run_dir.name,
-            self.config_sha256,
-            self.config.checkpoint,
-            source,
-            checkpoint.rescue_folder(self.run_dir),
-        )
-        controller = Controller(
-            self.config,
-            plan,
-            group,
-            store,
-            log,
-            commits,
-            everyone,
-            first_step=first,
-            check_health=lambda: keeper.attach_when_open(everyone),
-        )
-        try:
-            with stopping(controller.stop, self.console), display:
-                self._announce(prepared, display)
-                outcome = controller.run()
-            group.release()
-            commits.close()
-            return self._finish(keeper, outcome, prepared, everyone, log)
-        except BaseException:
-            group.release()
-            keeper.abandon()
-            raise
-        finally:
-            log.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _finish(
-        self, keeper: RunRecorder, outcome: "Outcome", prepared: "Prepared", everyone: ListenerGroup, log: RunLog
-    ) -> Summary:
-        tracker, undelivered = keeper.finish(outcome, everyone, log)
-        trained_s = training_s(log, self.started_at)
-        return Summary(
-            self.run_dir,
-            tracker.run_id,
-            tracker.url,
-            outcome,
-            prepared.plan.to_dict(),
-            figures_of(log),
-            outcome.samples / trained_s if trained_s > 0 else 0.0,
-            undelivered,
-            self.tracking_uri,
-            everyone.first_step_at - self.started_at if everyone.first_step_at else None,
-        )
-
-    # -- talking to the user -------------------------------------------------------------
+    # -- lines for the user --------------------------------------------------------------
 
     def _title(self, prepared: "Prepared") -> str:
         return f"{self.run_dir.name}  {prepared.plan.num_parameters:,} parameters"
 
     def _announce(self, prepared: "Prepared", display: Display) -> None:
+        """What is about to be trained, in one line, and what is special about it."""
         plan = prepared.plan
         workers = f"{plan.max_workers} worker{'s' if plan.max_workers > 1 else ''}"
         accumulation = -(-max(b - a for a, b in _bounds(plan.batch_size, plan.slots)) // plan.micro_size)
-        self.console.print(
-            f"[bold]{self.run_dir.name}[/bold]: {plan.num_parameters:,} parameters, {plan.num_samples:,} samples, "
+        print_line(
+            self.console,
+            f"{self.run_dir.name}: {plan.num_parameters:,} parameters, {plan.num_samples:,} samples, "
             f"{plan.total_steps:,} steps of {plan.batch_size:,} on {workers} ({plan.device}), "
-            f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, reduction {self.config.reduction}",
-            highlight=False,
-            soft_wrap=True,
+            f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, "
+            f"reduction {self.config.reduction}",
         )
         if self.config.chaos.faults:
             display.note(
@@ -256,10 +307,26 @@ class Run:
         if self.resumed is not None:
             for reason in self.resumed.skipped:
                 display.note(f"skipped checkpoint: {reason}")
-            self.console.print(
-                f"going on from step {self.resumed.step:,} ({self.resumed.checkpoint.name})",
-                highlight=False,
-            )
+            print_line(self.console, f"going on from step {self.resumed.step:,} ({self.resumed.checkpoint.name})")
+
+
+def name_of(composed: Composed) -> str:
+    """The run's name: given, or the time, data and model.
+
+    What tells runs apart comes first, because MLflow's tables show about the first 25 characters.
+    """
+    if composed.config.name:
+        return composed.config.name
+    config = composed.config
+    data = _class_name(config.data.train["_target_"]) if config.data.name == "custom" else config.data.name
+    model = composed.choices.get("model", "custom")
+    model = _class_name(config.model["_target_"]) if model == "custom" else model
+    return f"{time.strftime('%m%d-%H%M')}-{os.urandom(2).hex()}-{data}-{model}"[:128].rstrip("-.")
+
+
+def _class_name(target: str) -> str:
+    """The class of a `_target_`, as a part of a folder's name."""
+    return "".join(c if c.isalnum() or c in "_-" else "-" for c in target.rpartition(".")[2]).lower()
 
 
 def _local_gpus() -> float:
@@ -275,10 +342,8 @@ def _bounds(batch: int, slots: int) -> list[tuple[int, int]]:
 
 
 def import_paths() -> tuple[str, ...]:
-    """Where the workers look for the user's own modules: this process's folder first."""
-    own = [str(Path.cwd())]
-    extra = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    for path in own:
-        if path not in sys.path:
-            sys.path.insert(0, path)
-    return (*own, *extra)
+    """Where the workers look for the user's own modules: this process's working directory first."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return (here, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: a clean end at the step's end, or at once."""
+"""Ctrl-C, SIGTERM and SIGHUP while a run trains: a clean end at the step's end, or at once."""
 
 import signal
 import threading
@@ -9,27 +9,36 @@ from typing import Any
 
 from rich.console import Console
 
+from descent.cluster.run.console import print_line
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @contextmanager
 def stopping(stop: Callable[[], None], console: Console) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for an end at the step's end; a second Ctrl-C doesn't wait."""
+    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) ask for an end at the step's end; a second Ctrl-C doesn't wait.
+
+    A signal that the process was started to ignore (`nohup` ignores SIGHUP) stays ignored. Outside of
+    the main thread Python can't handle signals, so nothing is changed there.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = 0
+    requests = 0
 
-    def ask(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1 and number == signal.SIGINT:
+    def request_stop(number: int, _: FrameType | None) -> None:
+        nonlocal requests
+        requests += 1
+        if requests > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
-        console.print(
-            f"{signal.Signals(number).name}: stopping at the end of this step, with a checkpoint (again: at once)",
-            highlight=False,
-        )
         stop()
+        print_line(
+            console,
+            f"{signal.Signals(number).name}: stopping at the end of this step, with a checkpoint (Ctrl-C again: at once)",
+        )
 
-    before: Mapping[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before: Mapping[int, Any] = {number: signal.signal(number, request_stop) for number in handled}
     try:
         yield
     finally:

@@ -23,6 +23,8 @@ _QUIET = {
 # another address of the loopback network it takes as it is.
 _OWN_NODE = "127.0.0.2" if sys.platform == "linux" else None
 
+_TOKEN = ""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -34,6 +36,14 @@ class Cluster:
     """Whether everything stays on this machine, bound to 127.0.0.1."""
     cores: float
     gpus: float
+    ours: bool = True
+    """Whether this run made the connection, and so ends it."""
+
+
+def is_connected() -> bool:
+    """Whether this process has a connection to Ray already: the user's own, which a run then shares."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(getattr(ray, "is_initialized", bool)())
 
 
 def local_cores() -> int:
@@ -46,19 +56,23 @@ def connect(address: str | None) -> Cluster:
 
     The private one keeps its agents on the loopback network, wants a token that lives in
     this process and its children alone (Ray's own ports can't be bound to one address), and
-    ends with `disconnect`.
+    ends with `disconnect`. A process that is connected to Ray already keeps that connection.
     Raises ClusterError if there is none at `address`.
     """
+    if is_connected():
+        return _shared(address)
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _token()
     import ray
 
-    # A SIGTERM often goes to the whole process group (timeout, systemd, a batch system). Ray's
-    # processes inherit this mask and stay until we have saved and end them ourselves.
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if address is None else set())
+    # A SIGTERM often goes to the whole process group (timeout, systemd, a batch system), and so does
+    # the SIGHUP of a terminal that is closed. Ray's processes inherit this mask and stay until we
+    # have saved and end them ourselves.
+    ours = {signal.SIGTERM, signal.SIGHUP} if address is None else set()
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
     try:
         if address is None:
             ray.init(
@@ -85,6 +99,33 @@ def connect(address: str | None) -> Cluster:
     total = ray.cluster_resources()
     host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())
     return Cluster(host, address is None, float(total.get("CPU", 0)), float(total.get("GPU", 0)))
+
+
+def _token() -> str:
+    """One token for a process's life: Ray reads it once, and a second run in this process needs the same."""
+    global _TOKEN
+    _TOKEN = _TOKEN or secrets.token_hex(32)
+    return _TOKEN
+
+
+def _shared(address: str | None) -> Cluster:
+    """The cluster that this process is connected to. Raises ClusterError if `address` names another one."""
+    import ray
+
+    here = str(ray.get_runtime_context().gcs_address)
+    if address not in (None, "auto", here, f"ray://{here}"):
+        raise ClusterError(
+            f"ray.address={address}: this process is connected to Ray at {here} already; "
+            "leave ray.address out to use that, or call ray.shutdown() first"
+        )
+    total = ray.cluster_resources()
+    return Cluster(
+        str(ray.util.get_node_ip_address()),
+        False,
+        float(total.get("CPU", 0)),
+        float(total.get("GPU", 0)),
+        ours=False,
+    )
 
 
 def end_with_children(exit_code: int) -> NoReturn:

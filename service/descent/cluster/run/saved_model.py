@@ -1,0 +1,83 @@
+"""The model of a run with its trained weights: `descent.load`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from descent.checkpoint import manifest as checkpoint
+from descent.cluster.record import run_log
+from descent.config import RunConfig, recompose
+from descent.errors import CheckpointError
+from descent.storage import Location
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    trusted_modules: Sequence[str] = (),
+    output_dir: str | Path = ".descent",
+) -> "nn.Module":
+    """Build the model of a run and put its trained weights into it; in evaluation mode, on the CPU.
+
+    run: the run's name, its MLflow run id, its folder, or the folder of one of its checkpoints.
+    step: the checkpoint of this step instead of the newest.
+    trusted_modules: your own modules that may be imported for the model's class. A run's folder can
+        come from anywhere, so what it trusted itself does not count.
+    output_dir: the folder that runs were written to.
+
+    Where the run averaged its weights (ema.decay), the averages are loaded.
+
+    Raises CheckpointError if there is no such run or no checkpoint that verifies, ConfigError if the
+    model's class isn't trusted or can't be imported.
+
+        model = descent.load("1125-0930-ab12-digits-mlp")
+        model = descent.load(result.run_dir, trusted_modules=["my_model"])
+    """
+    run_dir = run_log.find_run(str(run), Path(output_dir).expanduser(), "run")
+    saved = run_log.read_run_file(run_dir)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    config = recompose(saved["config"]).model_copy(update={"trusted_modules": list(trusted_modules)})
+    target = _checkpoint(str(run), run_dir, config, step)
+    model = _model(config, saved.get("model"))
+
+    from descent.checkpoint.weights import put_into, read_weights
+
+    put_into(model, read_weights(target), target, strict=True)
+    return model.eval()
+
+
+def _checkpoint(run: str, run_dir: Path, config: RunConfig, step: int | None) -> Location:
+    if (Path(run).expanduser() / checkpoint.MANIFEST).is_file() and step is None:
+        return Path(run).expanduser().resolve()
+    root, rescue = checkpoint.folder(run_dir, config.checkpoint.dir), checkpoint.rescue_folder(run_dir)
+    if step is None:
+        return checkpoint.newest(root, rescued=rescue)[0]
+    places: list[Location] = [root, rescue] if rescue != root else [root]
+    targets: list[Location] = [target for place in places for target in checkpoint.committed(place)]
+    for target in targets:
+        if checkpoint.step_of(target.name) == step:
+            return target
+    steps = ", ".join(str(checkpoint.step_of(target.name)) for target in targets[:8])
+    raise CheckpointError(f"step={step}: {run_dir.name} has no checkpoint of this step; it has {steps or 'none'}")
+
+
+def _model(config: RunConfig, complete_spec: dict[str, Any] | None) -> "nn.Module":
+    """The network, untrained. complete_spec: the model's arguments with what the data set gave filled in."""
+    from torch.nn.parameter import is_lazy
+
+    from descent.config import build
+    from descent.training.plan import build_data, build_model
+
+    if complete_spec is not None:
+        model = build(complete_spec, config.trusted_modules, "model")
+        if not any(is_lazy(parameter) for parameter in model.parameters()):
+            return model
+    # A run of an earlier version, or a network whose shapes come with its first batch: ask the data set.
+    return build_model(config, build_data(config)[0])

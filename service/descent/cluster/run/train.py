@@ -1,0 +1,127 @@
+"""Training from Python: `descent.train`."""
+
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from descent.cluster.run.result import RunResult
+from descent.cluster.run.resume import with_implied_length
+from descent.config import Composed, RunConfig, compose
+from descent.config.schema import flatten
+from descent.errors import ConfigError, DescentError
+
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def train(
+    config: Overrides | RunConfig | Composed = (),
+    *,
+    config_dirs: Sequence[str | Path] = (),
+    progress: bool = False,
+) -> RunResult:
+    """Train a model and return what came of it; the same as the command `descent train`.
+
+    config: one of
+        overrides as the command line has them: `["experiment=digits", "optimizer.lr=0.1"]`,
+        overrides as a mapping, nested or dotted: `{"experiment": "digits", "optimizer": {"lr": 0.1}}`,
+        a whole configuration: what `descent.config.compose` returned, or its `RunConfig`.
+    config_dirs: folders with configuration groups of your own.
+    progress: show on stderr what the command line shows.
+
+    In a process that is connected to Ray already the run uses that connection and leaves it open;
+    otherwise it starts a private cluster on this machine, or joins `ray.address`, and ends that again.
+
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP end the run at the end of the current step, with a
+    checkpoint; the result's state is then "KILLED". A run whose training failed has the state
+    "FAILED" and a reason; both keep their checkpoints, and `resume` goes on with them.
+
+    Raises DescentError, before anything starts, for whatever has to be corrected first: ConfigError,
+    DataError, CheckpointError, StoreError, TrackingError, ClusterError.
+
+        import descent
+
+        result = descent.train(["experiment=digits", "epochs=5"])
+        print(result.metrics["eval/accuracy"], result.checkpoint)
+        model = descent.load(result.run_dir)
+
+        descent.train({"resume": result.name, "epochs": 10})
+    """
+    from descent.cluster.run.run import Run
+
+    composed = _composed(config, config_dirs)
+    console = Console(stderr=True) if progress else Console(file=io.StringIO())
+    try:
+        with Run(composed, console) as run:
+            return run.execute()
+    except DescentError as error:
+        raise composed.located(error) from None
+
+
+def _composed(config: Overrides | RunConfig | Composed, config_dirs: Sequence[str | Path]) -> Composed:
+    if isinstance(config, Composed):
+        return config
+    dirs = [str(folder) for folder in config_dirs]
+    if isinstance(config, RunConfig):
+        from descent.config.secrets import masked
+
+        yaml = _yaml(masked(config.to_dict()))
+        return Composed(config, overrides=(), choices={}, yaml=yaml, config_dirs=tuple(dirs))
+    if isinstance(config, str):
+        raise ConfigError(f"config={config!r}: overrides are a list of texts, such as [{config!r}]")
+    overrides = overrides_of(config) if isinstance(config, Mapping) else [str(override) for override in config]
+    return compose_overrides(overrides, dirs)
+
+
+def compose_overrides(overrides: Sequence[str], config_dirs: Sequence[str]) -> Composed:
+    """Compose what was typed; the working directory's modules can be imported from then on.
+
+    Raises ConfigError, in one line, for whatever is wrong in it.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return compose(with_implied_length(overrides), config_dirs)
+
+
+def overrides_of(tree: Mapping[str, Any]) -> list[str]:
+    """A mapping, nested or dotted, as overrides.
+
+    >>> overrides_of({"experiment": "digits", "optimizer": {"lr": 0.1}, "trusted_modules": ["nets"]})
+    ['experiment=digits', 'optimizer.lr=0.1', "trusted_modules=['nets']"]
+    """
+    return [f"{key}={_override_value(value)}" for key, value in flatten(dict(tree)).items()]
+
+
+def _override_value(value: Any) -> str:
+    """A value in Hydra's grammar: a plain word as it is, other text in quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value if value.replace("_", "").isalnum() else _quoted(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{_inner_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_inner_value(v) for v in value) + "]"
+    if isinstance(value, Path):
+        return _quoted(str(value))
+    return str(value)
+
+
+def _inner_value(value: Any) -> str:
+    return _quoted(value) if isinstance(value, str) else _override_value(value)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(tree, sort_keys=False)

@@ -1,0 +1,111 @@
+"""A run's folder: one process at a time, resumed from what its file says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from descent.checkpoint import manifest as checkpoint
+from descent.cluster.record import run_log
+from descent.cluster.run.lock import RunLock, is_locked
+from descent.cluster.run.resume import config_sha256, resume, with_implied_length
+from descent.config import Composed, compose
+from descent.errors import CheckpointError, ConfigError
+from descent.messages import ShareWritten
+
+HOLD = """
+import sys
+from pathlib import Path
+from descent.cluster.run.lock import RunLock
+lock = RunLock(Path(sys.argv[1]), "name=held")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    try:
+        assert is_locked(tmp_path)
+        with pytest.raises(ConfigError, match=rf"^resume=held: the run is being trained by process {holder.pid} on "):
+            RunLock(tmp_path, "resume=held")
+    finally:
+        holder.kill()  # no chance to let go of it: the kernel does
+        holder.communicate()
+    assert not is_locked(tmp_path)
+    lock = RunLock(tmp_path, "resume=held")
+    assert is_locked(tmp_path)
+    lock.release()
+    assert not is_locked(tmp_path)
+
+
+def saved_run(folder: Path, composed: Composed, overrides: list[str] | None, state: str | None = None) -> Path:
+    """A run on disk as its recorder leaves it: the run's file and a checkpoint of step 40, without tensors."""
+    run_dir = folder / "runs" / "first"
+    run_dir.mkdir(parents=True)
+    sha256 = config_sha256(composed.config)
+    content = {
+        "name": "first",
+        "run_id": "abc",
+        "tracking_uri": None,
+        "overrides": overrides,
+        "config_dirs": [],
+        "config": composed.config.to_dict(),
+        "config_sha256": sha256,
+        "slots": 1,
+        "plan": {"total_steps": 40},
+        **({"state": state, "state_sha256": "f" * 64} if state else {}),
+    }
+    run_log.write_run_file(run_dir, content)
+    written = ShareWritten(40, 0, 1, 1, files=(_file(checkpoint.folder(run_dir, None)),))
+    checkpoint.commit(checkpoint.folder(run_dir, None), [written], run="first", config_sha256=sha256, time_ms=0)
+    return run_dir
+
+
+def _file(root: Path):
+    import hashlib
+
+    import xxhash
+
+    from descent.messages import FileWritten
+
+    content = b"not read here"
+    (root / "step-00000040").mkdir(parents=True)
+    (root / "step-00000040" / "model-00000-of-00001.safetensors").write_bytes(content)
+    return FileWritten(
+        "model-00000-of-00001.safetensors",
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+        xxhash.xxh3_128(content).hexdigest(),
+    )
+
+
+def resumed(folder: Path, *overrides: str):
+    composed = compose(with_implied_length([f"output_dir={folder}", "resume=first", *overrides]))
+    return resume(composed, folder / "runs" / "first")
+
+
+def test_a_new_length_needs_no_word_about_the_unit_of_the_old_one(tmp_path: Path) -> None:
+    saved_run(tmp_path, compose(["epochs=2", "batch.size=32"]), ["epochs=2", "batch.size=32"], "FINISHED")
+    composed, old = resumed(tmp_path, "steps=60")
+    assert (composed.config.steps, composed.config.epochs, composed.config.batch.size) == (60, None, 32)
+    assert old.step == 40 and not old.same_length
+    composed, old = resumed(tmp_path)
+    assert old.same_length and old.finished is not None and old.already_finished().state == "FINISHED"
+    with pytest.raises(ConfigError, match="steps=null and epochs=null"):
+        resumed(tmp_path, "steps=null")
+
+
+def test_a_run_that_was_made_from_a_whole_config_goes_on_with_single_keys_changed(tmp_path: Path) -> None:
+    saved_run(tmp_path, compose(["steps=40", "epochs=null", "model.width=9"]), None)
+    composed, _ = resumed(tmp_path, "steps=60", "workers=2")
+    assert (composed.config.steps, composed.config.workers) == (60, 2)
+    assert composed.config.model["width"] == 9
+    with pytest.raises(CheckpointError, match=r"seed=5 \(the run has 0\)"):
+        resumed(tmp_path, "seed=5")
+    with pytest.raises(ConfigError, match="made from a RunConfig"):
+        resumed(tmp_path, "optimizer=sgd")
