@@ -21,7 +21,7 @@ _TARGET_MS = 10.0
 
 def run() -> list[Result]:
     """Milliseconds over the 10 that are allowed, with the peak memory of the call."""
-    from descent.data.shards import layout_of
+    from descent.data.layout import layout_of
     from descent.training.input.sampling import SampleOrder
 
     layout = layout_of([100_000] * 1000, None)

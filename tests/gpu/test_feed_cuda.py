@@ -24,7 +24,7 @@ def test_batches_arrive_on_the_device_as_they_are_on_the_host(resident):
     feed = Feed(train, order, CUDA)
     assert (feed._resident is not None) == resident
     for step, (inputs, targets) in enumerate(run(feed, order, range(1, 30), 2, 7), start=1):
-        expected = train.numbers(order.samples_of(step))
+        expected = train.parent_indices(order.samples_of(step))
         assert inputs == expected.tolist()
         assert targets == (-expected).tolist()
     assert feed.take(np.arange(3))[0].device == CUDA

@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import TensorDataset as TorchTensorDataset
 
 from descent.data.arrays import Arrays
-from descent.data.base import Subset, TensorData, digest_of, split_indices
+from descent.data.base import Subset, TensorData, digest_of
 from descent.data.breast_cancer import BreastCancer
 from descent.data.csv_file import Csv
+from descent.data.description import describe
 from descent.data.digits import Digits
 from descent.data.idx import FASHION_MNIST, IdxFolder
 from descent.data.map_style import MapStyle, adapt
 from descent.data.mnist5k import Mnist5k
-from descent.data.profile import describe
-from descent.data.splits import hold_out
+from descent.data.splits import hold_out, split_indices
 from descent.data.stdlib_bytes import StdlibBytes, source_files
 from descent.errors import DataError
 
@@ -138,12 +138,12 @@ def test_gather_is_the_samples_stacked(name, draw, folder):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_ins_describe_themselves_and_work_in_a_torch_loader(name, folder):
     data = built_in(name, folder)
-    told = describe(data)
-    assert told["num_samples"] == len(data) > 0
-    assert told["input_shape"] == list(data[0][0].shape)
-    assert told["source"]
-    assert int(told["digest"], 16) >= 0
-    assert len(told["digest"]) == 16
+    described = describe(data)
+    assert described["num_samples"] == len(data) > 0
+    assert described["input_shape"] == list(data[0][0].shape)
+    assert described["source"]
+    assert int(described["digest"], 16) >= 0
+    assert len(described["digest"]) == 16
     labels = data.gather(np.arange(len(data)))[1]
     assert labels.dtype == torch.int64
     assert 0 <= labels.min() <= labels.max() < data.num_outputs
@@ -201,7 +201,7 @@ def test_split_is_the_same_on_every_machine_and_version():
 def test_split_views_map_gather_through():
     data = Digits()
     train, evaluate = hold_out(data, 0.2, seed=3)
-    at = evaluate.numbers(np.arange(len(evaluate)))
+    at = evaluate.parent_indices(np.arange(len(evaluate)))
     inputs, targets = evaluate.gather(np.array([4, 0, 4]))
     torch.testing.assert_close(inputs, data.inputs[at[[4, 0, 4]]])
     torch.testing.assert_close(targets, data.targets[at[[4, 0, 4]]])
@@ -356,7 +356,7 @@ def test_integer_arrays_are_tokens_unless_scaled(tmp_path, dtype):
     assert Arrays(**files, num_outputs=12).num_outputs == 12
 
 
-def test_float_labels_are_classes_when_told_and_two_columns_two_values(tmp_path):
+def test_float_labels_are_classes_when_targets_are_says_so_and_two_columns_two_values(tmp_path):
     x, y = load_iris(return_X_y=True)
     np.savez(tmp_path / "a.npz", x=x, y=y.astype(float), two=x[:, :2], yes=y > 0)
     path = str(tmp_path / "a.npz")
@@ -391,7 +391,7 @@ def test_csv_agrees_with_numpy_and_pandas(tmp_path):
     np.testing.assert_array_equal(inputs.numpy(), table[:, :-1].astype("f4"))
     np.testing.assert_array_equal(targets.numpy(), table[:, -1])
     assert data.features == list(pd.read_csv(file).columns[:-1])
-    assert (data.num_outputs, data.classes) == (2, ["0", "1"])
+    assert (data.num_outputs, data.class_names) == (2, ("0", "1"))
 
 
 def test_csv_text_classes_chosen_columns_and_another_delimiter(tmp_path):
@@ -404,7 +404,7 @@ def test_csv_text_classes_chosen_columns_and_another_delimiter(tmp_path):
     np.testing.assert_array_equal(data.inputs.numpy(), frame[columns].to_numpy("f4"))
     codes = pd.Categorical(frame["species"])
     np.testing.assert_array_equal(data.targets.numpy(), codes.codes)
-    assert data.classes == list(codes.categories)
+    assert data.class_names == tuple(codes.categories)
 
 
 def test_csv_standardises_by_its_training_rows_only(tmp_path):
@@ -419,18 +419,18 @@ def test_csv_standardises_by_its_training_rows_only(tmp_path):
         assert data.num_outputs == 3
 
 
-def test_csv_targets_are_values_when_a_number_has_a_fraction_or_when_told(tmp_path):
+def test_csv_targets_are_values_when_a_number_has_a_fraction_or_when_targets_are_says_so(tmp_path):
     frame = load_diabetes(as_frame=True).frame
     frame.to_csv(tmp_path / "whole.csv", index=False)
     frame.assign(target=frame["target"] / 10).to_csv(tmp_path / "tenths.csv", index=False)
     tenths = Csv(str(tmp_path / "tenths.csv"), "target")
     np.testing.assert_allclose(tenths.targets[:, 0], frame["target"] / 10, rtol=1e-6)
     assert tenths.num_outputs == 1
-    told = Csv(str(tmp_path / "whole.csv"), "target", targets_are="values")
-    np.testing.assert_array_equal(told.targets[:, 0], frame["target"])
+    by_setting = Csv(str(tmp_path / "whole.csv"), "target", targets_are="values")
+    np.testing.assert_array_equal(by_setting.targets[:, 0], frame["target"])
     classes = Csv(str(tmp_path / "whole.csv"), "target")
     assert classes.num_outputs == frame["target"].nunique()
-    assert classes.classes == [f"{v:g}" for v in sorted(frame["target"].unique())]
+    assert classes.class_names == tuple(f"{v:g}" for v in sorted(frame["target"].unique()))
 
 
 def test_csv_centres_a_constant_column_without_blowing_it_up(tmp_path):

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from descent.data.decoding import Decoder
+from descent.data.bad_records import BadRecords, read_good
+from descent.data.decoder_pool import DecoderPool
+from descent.data.image_decoding import ImageForm
 from descent.data.images import Images
-from descent.data.manage import make_index, verify
-from descent.data.pictures import Form
-from descent.data.records import BadRecords, read_good
+from descent.data.sharded_sets import make_index, verify
 from descent.storage import open_store
 from tests.unit.test_data_refusals import refusal
 
@@ -146,7 +146,7 @@ def test_a_bad_image_in_a_tar_is_named_by_shard_and_index(folder, tmp_path):
     write_tars(tmp_path / "tars", pixels, labels, False)
     make_index(tmp_path / "tars", quiet)
     data = Images(str(tmp_path / "tars"), channels=1)
-    first, size = data._files._where[45].tolist()
+    first, size = data._files._extents[45].tolist()
     shard = tmp_path / "tars" / "1.tar"
     content = bytearray(shard.read_bytes())
     content[first : first + size] = bytes(size)
@@ -159,10 +159,10 @@ def test_a_bad_image_in_a_tar_is_named_by_shard_and_index(folder, tmp_path):
 
 def test_decoding_processes_end_with_their_owner(folder):
     path, _, _ = folder
-    decoder = Decoder(Form(1, 8, 8, False), 2)
+    decoder = DecoderPool(ImageForm(1, 8, 8, False), 2)
     items = [(str(file), 0, 0) for file in sorted(path.rglob("*.png"))]
     decoder.read(items)
-    children = [decoder._free.get() for _ in range(2)]
+    children = [decoder._idle.get() for _ in range(2)]
     del decoder
     assert [child.wait(10) is not None for child in children] == [True, True]
 

@@ -1,4 +1,4 @@
-"""Splits without a list, and what tracking is told of a data set."""
+"""Splits without a list, and the description of a data set."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from descent.data.base import Subset
+from descent.data.description import describe
 from descent.data.digits import Digits
-from descent.data.profile import describe
 from descent.data.splits import Part, Strata, hold_out, split
 from descent.data.stdlib_bytes import StdlibBytes
 from descent.errors import DataError
@@ -55,16 +55,16 @@ def test_train_evaluation_and_test_are_disjoint_and_the_test_part_stays() -> Non
 
 def _numbers(part: object) -> list[int]:
     assert isinstance(part, Part)
-    numbers = part.numbers(np.arange(len(part)))
-    return (part.data.numbers(numbers) if isinstance(part.data, Part) else numbers).tolist()
+    numbers = part.parent_indices(np.arange(len(part)))
+    return (part.data.parent_indices(numbers) if isinstance(part.data, Part) else numbers).tolist()
 
 
 def test_the_profile_counts_classes_and_measures_inputs() -> None:
     data = Digits()
     train, _ = hold_out(data, 0.25, 1)
-    told = describe(train)
+    described = describe(train)
     labels = data.targets[_numbers(train)].numpy()
-    assert told["classes"] == {str(c): int((labels == c).sum()) for c in range(10)}
+    assert described["classes"] == {str(c): int((labels == c).sum()) for c in range(10)}
     everything = describe(Subset(data, np.arange(500)))
     pixels = data.inputs[:500].double()
     assert everything["inputs"]["mean"] == pytest.approx(float(pixels.mean()), abs=1e-5)

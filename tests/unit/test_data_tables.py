@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits, load_iris
 
+from descent.data.bad_records import BadRecords, read_good
 from descent.data.hugging_face import HuggingFace
-from descent.data.manage import make_index
 from descent.data.parquet import Parquet
-from descent.data.records import BadRecords, read_good
+from descent.data.sharded_sets import make_index
 from descent.data.shards import read_index
 from descent.errors import DataError
 from descent.storage import open_store
@@ -93,7 +93,7 @@ def test_columns_text_classes_values_and_lists(tmp_path):
     file = str(tmp_path / "t.parquet")
     table.to_parquet(file)
     two = Parquet(file, "species", features=["petal width (cm)", "sepal width (cm)"])
-    assert two.classes == ["setosa", "versicolor", "virginica"]
+    assert two.class_names == ("setosa", "versicolor", "virginica")
     inputs, targets = two.gather(np.array([0, 149]))
     np.testing.assert_allclose(inputs[:, 0], table["petal width (cm)"].iloc[[0, 149]])
     assert targets.tolist() == [0, 2]
@@ -116,11 +116,13 @@ def test_a_nan_and_an_empty_cell_are_bad_records(tmp_path, memory_mb):
     table.iloc[90, 2] = np.inf
     file = str(tmp_path / "t.parquet")
     table.to_parquet(file, row_group_size=20)
-    data = Parquet(file, "target", memory_mb=memory_mb)
+    if memory_mb:
+        assert "row group 2, row 7 (from 0): holds NaN" in refusal(Parquet, file, "target")
+    data = Parquet(file, "target", memory_mb=memory_mb, on_error="skip")
     with pytest.raises(BadRecords) as caught:
         data.gather(np.array([3, 47, 90]))
     assert caught.value.rows == [1, 2]
-    assert "t.parquet, row group 2, row 7 (from 0): holds NaN or infinity" in str(caught.value)
+    assert "t.parquet, row group 2, row 7 (from 0): holds NaN, infinity or a number beyond float32" in str(caught.value)
     (inputs, _), count = read_good(data.gather, np.array([3, 47, 90]), 150, "skip")
     expected = IRIS.iloc[[3, 48, 91], :4].to_numpy(np.float32)
     np.testing.assert_array_equal(inputs, expected)

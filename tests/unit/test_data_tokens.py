@@ -73,19 +73,19 @@ def test_windows_of_every_shard_and_their_next_tokens(tmp_path_factory, lengths,
 def test_tokenized_bytes_are_the_files_whatever_the_shards(tmp_path):
     for number, shard_tokens in enumerate((1 << 20, 7000, 100)):
         out = tmp_path / str(number)
-        told = []
+        found = []
         index = tokenize(
             LIBRARY / "json",
             out,
             Bytes(),
             pattern="**/*.py",
             shard_tokens=shard_tokens,
-            progress=lambda done, total, told=told: told.append((done, total)),
+            progress=lambda done, total, found=found: found.append((done, total)),
         )
         written = b"".join((out / shard.file).read_bytes() for shard in index.shards)
         assert written == joined(LIBRARY / "json", "**/*.py")
         assert all(shard.samples == shard_tokens for shard in index.shards[:-1])
-        assert told[-1][0] == told[-1][1] > 0
+        assert found[-1][0] == found[-1][1] > 0
         assert Tokens(str(out), 32).index == index
 
 
@@ -133,28 +133,28 @@ def test_a_set_is_not_written_over_and_empty_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda told: told.update(format="x"), "is not an index of shards"),
+        (lambda found: found.update(format="x"), "is not an index of shards"),
         (
-            lambda told: told.update(kind="images"),
+            lambda found: found.update(kind="images"),
             "kind is 'images', data of kind 'tokens' are needed: use data=images",
         ),
-        (lambda told: told.update(shards=[]), "a list 'shards'"),
-        (lambda told: told["shards"][0].pop("sha256"), "shard 0: needs exactly file, bytes, sha256, samples"),
-        (lambda told: told["shards"][0].update(samples=-1), "shard 0: bytes and samples must be whole numbers"),
-        (lambda told: told["shards"][0].update(file="../secret"), "does not lie beside the index"),
-        (lambda told: told["shards"][0].update(file="/etc/passwd"), "does not lie beside the index"),
-        (lambda told: told["shards"].append(told["shards"][0]), "names a file twice"),
-        (lambda told: told["about"].update(dtype="float32"), "dtype 'float32' is none of uint8"),
-        (lambda told: told["about"].update(vocabulary="many"), "vocabulary 'many' is not a number"),
-        (lambda told: told["shards"][0].update(samples=7), "bytes for 7 tokens of uint8"),
-        (lambda told: told["shards"][0].update(bytes=7, samples=7), "the index says 7: write it again"),
+        (lambda found: found.update(shards=[]), "a list 'shards'"),
+        (lambda found: found["shards"][0].pop("sha256"), "shard 0: needs exactly file, bytes, sha256, samples"),
+        (lambda found: found["shards"][0].update(samples=-1), "shard 0: bytes and samples must be whole numbers"),
+        (lambda found: found["shards"][0].update(file="../secret"), "does not lie beside the index"),
+        (lambda found: found["shards"][0].update(file="/etc/passwd"), "does not lie beside the index"),
+        (lambda found: found["shards"].append(found["shards"][0]), "names a file twice"),
+        (lambda found: found["about"].update(dtype="float32"), "dtype 'float32' is none of uint8"),
+        (lambda found: found["about"].update(vocabulary="many"), "vocabulary 'many' is not a number"),
+        (lambda found: found["shards"][0].update(samples=7), "bytes for 7 tokens of uint8"),
+        (lambda found: found["shards"][0].update(bytes=7, samples=7), "the index says 7: write it again"),
     ],
 )
 def test_what_is_wrong_with_an_index_is_named(tmp_path, change, words):
     write_tokens(tmp_path, [np.arange(50) % 256], "uint8", 256)
-    told = json.loads((tmp_path / INDEX).read_text())
-    change(told)
-    (tmp_path / INDEX).write_text(json.dumps(told))
+    found = json.loads((tmp_path / INDEX).read_text())
+    change(found)
+    (tmp_path / INDEX).write_text(json.dumps(found))
     message = refusal(Tokens, str(tmp_path), 8)
     assert words in message
     assert str(tmp_path) in message
@@ -218,7 +218,7 @@ def test_parts_know_which_shard_their_samples_lie_in(tmp_path_factory, counts, s
     except DataError:
         return
     for part in parts:
-        numbers = part.numbers(np.arange(len(part)))
+        numbers = part.parent_indices(np.arange(len(part)))
         assert (np.diff(numbers) > 0).all()
         expected = np.searchsorted(numbers, data.layout.starts)
         np.testing.assert_array_equal(part.layout.starts, expected)

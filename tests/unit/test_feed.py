@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from descent.data.base import TensorData
+from descent.data.data_thread import data_thread
 from descent.data.map_style import MapStyle
 from descent.data.splits import hold_out
 from descent.errors import DataError
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Numbers(Dataset):
-    """Sample i is (i, -i); remembers the threads that read, and fails where told."""
+    """Sample i is (i, -i); remembers the threads that read, and fails at the samples `bad`."""
 
     def __init__(self, length: int = 50, bad: tuple[int, ...] = ()) -> None:
         self.length, self.bad = length, bad
@@ -91,8 +92,8 @@ def test_a_set_in_memory_is_read_on_the_spot_and_another_ahead():
     feed = Feed(data, order, CPU)
     data.dataset.threads.clear()
     run(feed, order, range(1, 4), 2, 5)
-    assert all(name.startswith("feed") for name in data.dataset.threads)
-    assert Feed(in_memory(), order, CPU)._ahead is None
+    assert data.dataset.threads == {"data_0"}
+    assert Feed(in_memory(), order, CPU)._readers is None
 
 
 def test_reads_ahead_are_bounded_whatever_the_batch():
@@ -101,7 +102,7 @@ def test_reads_ahead_are_bounded_whatever_the_batch():
     feed = Feed(data, order, CPU)
     data.dataset.reads = 0
     feed.prepare(1, [(0, (0, 1000))], 10)
-    feed._ahead.shutdown(wait=True)
+    data_thread().submit(int).result()  # waits for the reads before
     assert data.dataset.reads == 40
 
 
@@ -120,7 +121,9 @@ def test_forgotten_reads_are_made_anew_for_other_slots():
 def test_a_bad_record_ends_the_run_by_name_unless_it_may_be_skipped():
     data = MapStyle(Numbers(bad=(17, 18, 30)))
     order = SampleOrder.of(data, 50, 0)
-    with pytest.raises(DataError, match=r"^sample (17|18|30) of .*Numbers: ValueError: torn \(data"):
+    with pytest.raises(
+        DataError, match=r"^sample (17|18|30) of .*Numbers: ValueError: torn \(test_feed.py, line \d+\) \(data"
+    ):
         run(Feed(data, order, CPU), order, range(1, 2), 2, 5)
 
 
@@ -141,7 +144,7 @@ def test_replacements_do_not_depend_on_who_reads_and_are_counted(slots, micro, p
 def test_nothing_but_bad_records_ends_even_with_skip():
     class Rotten(Numbers):
         def __getitem__(self, index):
-            if self.reads > 5:
+            if self.reads > 60:
                 raise ValueError("torn")
             return super().__getitem__(index)
 
@@ -156,8 +159,8 @@ def test_nothing_but_bad_records_ends_even_with_skip():
 
 
 def test_only_what_draws_is_seeded():
-    assert MapStyle(Noisy()).random
-    assert not MapStyle(Numbers()).random
+    assert MapStyle(Noisy()).draws_random_numbers
+    assert not MapStyle(Numbers()).draws_random_numbers
 
 
 @settings(deadline=None, max_examples=10)
@@ -196,16 +199,19 @@ def test_reading_leaves_the_model_s_random_numbers_alone():
 # --- waiting ---
 
 
-def test_what_a_step_waits_for_is_measured_and_told_once():
+def test_what_a_step_waits_for_is_measured_and_counted_once():
     gate = threading.Event()
 
     class Slow(Numbers):
+        slow = False
+
         def __getitem__(self, index):
-            if threading.current_thread().name.startswith("feed"):
+            if self.slow:
                 assert gate.wait(30)
             return super().__getitem__(index)
 
     data = MapStyle(Slow())
+    data.dataset.slow = True
     order = SampleOrder.of(data, 10, 0)
     feed = Feed(data, order, CPU)
     feed.prepare(1, [(0, (0, 10))], 10)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descent.data.shards import Layout, layout_of
+from descent.data.layout import Layout, layout_of
 from descent.training.input.sampling import (
     SampleOrder,
     ShardStream,
@@ -143,11 +143,11 @@ def test_the_shards_of_a_step_and_of_the_next_window_are_known(
     n = int(layout.starts[-1])
     batch = min(batch, n)
     samples = SampleOrder(n, batch, seed, layout)
-    told = samples.shards_near(step)
-    assert told is not None
+    near = samples.shards_near(step)
+    assert near is not None
     last = samples.samples_of(step)[-1]
-    assert int(np.searchsorted(layout.starts, last, side="right")) - 1 in told[1]
-    assert len(set(told[1].tolist())) == len(told[1])
+    assert int(np.searchsorted(layout.starts, last, side="right")) - 1 in near[1]
+    assert len(set(near[1].tolist())) == len(near[1])
 
 
 @given(seed=seeds)
@@ -161,4 +161,4 @@ def test_a_window_draws_from_its_own_shards_only_and_shuffles_them(seed: int) ->
     for window in windows:
         assert (np.diff(window) > 0).mean() < 0.7
     following = [set((stream.samples_of(step) // 100).tolist()) for step in range(6, 11)]
-    assert following != shards, "the next epoch deals them anew"
+    assert following != shards, "the next epoch orders them differently"

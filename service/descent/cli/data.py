@@ -108,7 +108,7 @@ def index(
     Images in a tar belong to the class whose folder they lie in there, or to the number in
     the .cls file beside them.
     """
-    from descent.data.manage import make_index
+    from descent.data.sharded_sets import make_index
 
     with _refusals(), _progress() as tell:
         made = make_index(folder.expanduser(), tell, dtype=dtype, vocabulary=vocabulary)
@@ -122,14 +122,14 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare with its hash.")] = False,
 ) -> None:
     """Say what a sharded set holds; with --verify, whether its shards are what the index says."""
-    from descent.data import manage
+    from descent.data import sharded_sets
     from descent.data.files import open_data
     from descent.data.shards import read_index
 
     with _refusals(), _progress() as tell:
         store = open_data(path)
         found = read_index(store)
-        wrong = manage.verify(store, found, tell) if verify else []
+        wrong = sharded_sets.verify(store, found, tell) if verify else []
     _say(found, path)
     for line in wrong:
         Console(highlight=False, soft_wrap=True).print(f"  [red]✗[/red] {escape(line)}")
@@ -145,10 +145,10 @@ def copy(
     target: Annotated[str, typer.Argument(help="A folder or s3://… to copy it to.")],
 ) -> None:
     """Copy a sharded set, verified; one that was interrupted goes on where it stopped."""
-    from descent.data import manage
+    from descent.data import sharded_sets
 
     with _refusals(), _progress() as tell:
-        done, kept = manage.copy(source, target, tell)
+        done, kept = sharded_sets.copy(source, target, tell)
     _say(done, target)
     if kept:
         print(f"  {kept} of its files were there already")

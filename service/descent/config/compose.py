@@ -38,7 +38,9 @@ class Composed:
         # A resumed run adds the overrides that it was started with; `sources` doesn't hold those.
         if self.sources is None or self.config.resume is not None:
             return error
-        return type(error)(self.sources.located(str(error)))
+        # Changed in place: a class of errors may take other arguments than a message.
+        error.args = (self.sources.located(str(error)),)
+        return error
 
 
 def _hydra_compose(overrides: Sequence[str], dirs: Sequence[str]) -> Any:

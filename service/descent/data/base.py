@@ -1,40 +1,43 @@
-"""What a data set is to Descent, data in memory, and seeded splits."""
+"""The protocol of a data set, its defaults, data in memory, and views on a part of a data set."""
 
 import hashlib
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from descent.data.bad_records import KnownBad
+from descent.data.batch import Indices as Indices
+from descent.data.batch import Pair as Pair
+from descent.data.layout import Layout
 from descent.errors import DataError
 
-Indices = npt.NDArray[np.int64]
-Pair = tuple[Tensor, Tensor]
-
-SPLITS = ("train", "evaluate", "all")
 LARGE = 256 << 20
-"""Bytes from which a file is mapped, and read in the background while a step computes."""
-_CHUNK_BYTES = 16 << 20  # hashing goes piecewise, so that a memory-mapped array stays on disk
+"""Files above this many bytes are memory-mapped, and read in the background while a step computes."""
+_CHUNK_BYTES = 16 << 20  # a digest reads in pieces, so that a memory-mapped array stays on disk
 
 
 class Data(Protocol):
-    """A data set that reads whole batches."""
+    """A data set that reads whole batches.
+
+    `BatchDataset` gives every member below `__len__` a default; a data set overrides those that
+    apply to it.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def source(self) -> str:
-        """Where it came from: a path, or a package."""
+        """Where the data came from: a path, or a package."""
         ...
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that change when the content does."""
+        """16 hexadecimal digits that change when the content, or what is made of it, changes."""
         ...
 
     @property
@@ -44,7 +47,7 @@ class Data(Protocol):
 
     @property
     def num_outputs(self) -> int | None:
-        """Classes, vocabulary size or regression values; None where it can't be known."""
+        """Number of classes, vocabulary size or number of regression values; None where the data doesn't say."""
         ...
 
     def __len__(self) -> int: ...
@@ -52,98 +55,208 @@ class Data(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
     def gather(self, indices: Indices) -> Pair:
-        """Inputs [n, *input_shape] and targets [n, ...] of the samples, in the order asked."""
+        """Inputs [n, *input_shape] and targets [n, ...] of the samples, in the order of `indices`."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The name of each class, by its number; None where the data has no names or no classes."""
+        ...
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the samples lie in shards, where the order should go shard by shard; else None."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `gather` only copies memory, so that reading ahead in the background gains nothing."""
+        ...
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Every target, [num_samples, ...], where all of them are at hand without reading samples; else None."""
+        ...
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether reading a sample draws from torch's, NumPy's or Python's generator (augmentation)."""
+        ...
+
+    @property
+    def readers(self) -> int:
+        """How many batches are worth reading at the same time."""
+        ...
+
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:
+        """`gather`, with the three generators seeded by `seeds[i]` before sample `indices[i]` is read."""
+        ...
+
+    def prefetch(self, shards: Indices) -> None:
+        """Fetch these shards of the layout in the background, in this order: they are needed soon."""
+        ...
+
+    def refuse_known_bad(self, indices: Indices) -> None:
+        """Raise BadRecords where some of these samples are known to be unusable, without reading them."""
+        ...
+
+    def stored(self) -> Pair | None:
+        """All inputs and targets in the form that `decode` takes, where they are in memory; else None."""
+        ...
+
+    def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
+        """A batch as a model takes it, from a batch as it is stored, on whichever device that is."""
         ...
 
 
-class TensorData(Dataset[Pair]):
+class BatchDataset(Dataset[Pair]):
+    """The optional members of `Data`, with what holds for a data set that doesn't say otherwise.
+
+    A subclass sets name, source, input_shape and num_outputs, and defines digest, `__len__`,
+    `__getitem__` and `gather`.
+    """
+
+    name: str
+    source: str
+    input_shape: tuple[int, ...]
+    num_outputs: int | None
+    class_names: tuple[str, ...] | None = None
+    layout: Layout | None = None
+    in_memory: bool = False
+    labels: Tensor | None = None
+    draws_random_numbers: bool = False
+    readers: int = 1
+
+    @property
+    def digest(self) -> str:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def gather(self, indices: Indices) -> Pair:
+        raise NotImplementedError
+
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:  # noqa: ARG002
+        return self.gather(indices)
+
+    def prefetch(self, shards: Indices) -> None:
+        """Nothing to fetch."""
+
+    def refuse_known_bad(self, indices: Indices) -> None:
+        """Nothing is known to be bad."""
+
+    def stored(self) -> Pair | None:
+        return None
+
+    def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
+        return inputs, targets
+
+
+class TensorData(BatchDataset):
     """Samples held as two tensors.
 
     inputs: [num_samples, *input_shape]; targets: [num_samples, ...].
-    Raises DataError when the two disagree in length or hold nothing.
+    mapped: whether the tensors are a memory-mapped file, too large to be read while a step waits.
+    bad: the samples that can't be used, which raise BadRecords when they are read.
+    A subclass that keeps its samples smaller than a model takes them (bytes instead of floats)
+    overrides `decode`, and `decode_settings` where the result depends on settings.
+    Raises DataError when the two tensors disagree in length or are empty.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, *, num_outputs: int, name: str, source: str) -> None:
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        num_outputs: int,
+        name: str,
+        source: str,
+        class_names: Sequence[str] | None = None,
+        mapped: bool = False,
+        bad: KnownBad | None = None,
+    ) -> None:
         if len(inputs) != len(targets):
             raise DataError(f"{name}: {len(inputs)} inputs but {len(targets)} targets ({source})")
         if len(inputs) == 0:
             raise DataError(f"{name}: no samples at all ({source})")
         self.inputs = inputs
         self.targets = targets
+        self.input_shape = tuple(inputs.shape[1:])
         self.num_outputs = num_outputs
         self.name = name
         self.source = source
-        self.mapped = False
-        """Whether the tensors are a file's, mapped: too large to be read while a step waits."""
+        self.class_names = tuple(class_names) if class_names else None
+        self.in_memory = not mapped
+        self.labels = targets
+        self._bad = bad
         self._digest: str | None = None
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether a batch costs no reading."""
-        return not self.mapped
+    def refuse_known_bad(self, indices: Indices) -> None:
+        if self._bad is not None:
+            self._bad.refuse(indices)
 
-    def tensors(self) -> Pair | None:
-        """What is stored, all of it, in the form that `decode` takes."""
+    def stored(self) -> Pair | None:
         return self.inputs, self.targets
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.inputs.shape[1:])
 
     @property
     def digest(self) -> str:
         if self._digest is None:
-            self._digest = digest_of([self.inputs, self.targets], self.decoding())
+            self._digest = digest_of([self.inputs, self.targets], self.decode_settings())
         return self._digest
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> Pair:
+        self.refuse_known_bad(np.array([index]))
         inputs, targets = self.decode(self.inputs[index, None], self.targets[index, None])
         return inputs[0], targets[0]
 
     def gather(self, indices: Indices) -> Pair:
-        """Inputs [n, *input_shape] and targets [n, ...]; raises IndexError outside the data."""
+        """Inputs [n, *input_shape] and targets [n, ...]; raises IndexError outside the data, BadRecords for bad samples."""
+        self.refuse_known_bad(indices)
         at = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
         return self.decode(self.inputs.index_select(0, at), self.targets.index_select(0, at))
 
-    def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
-        """From what is stored to what a model takes, batch by batch; here nothing to do."""
-        return inputs, targets
-
-    def decoding(self) -> str:
-        """Settings of `decode` that change the samples: they are part of the digest."""
+    def decode_settings(self) -> str:
+        """The settings of `decode` that change the samples: they are part of the digest."""
         return ""
 
 
-class PartOf(Dataset[Pair]):
-    """What a part of a data set has in common with the whole."""
+class View(BatchDataset):
+    """Some samples of another data set; nothing is copied.
 
-    data: Data
+    data: the data set that the view shows a part of, perhaps a view itself.
+    """
 
-    @property
-    def name(self) -> str:
-        return self.data.name
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.name, self.source = data.name, data.source
+        self.input_shape, self.num_outputs = data.input_shape, data.num_outputs
+        self.class_names = data.class_names
+        self.in_memory, self.readers = data.in_memory, data.readers
+        self.draws_random_numbers = data.draws_random_numbers
 
-    @property
-    def source(self) -> str:
-        return self.data.source
+    def parent_indices(self, indices: Indices) -> Indices:
+        """The numbers of these samples in the data set that the view is on."""
+        raise NotImplementedError
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.data.input_shape
+    def gather(self, indices: Indices) -> Pair:
+        return self.data.gather(self.parent_indices(indices))
 
-    @property
-    def num_outputs(self) -> int | None:
-        return self.data.num_outputs
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:
+        return self.data.gather_seeded(self.parent_indices(indices), seeds)
+
+    def prefetch(self, shards: Indices) -> None:
+        self.data.prefetch(shards)
 
 
-class Subset(PartOf):
-    """A view on some samples of a data set, in the order of `indices`; nothing is copied."""
+class Subset(View):
+    """The samples `indices` of a data set, in this order. Raises DataError for an index outside the data."""
 
     def __init__(self, data: Data, indices: Indices) -> None:
-        self.data = data
+        super().__init__(data)
         self.indices: Indices = np.ascontiguousarray(indices, dtype=np.int64)
         if len(self.indices) and not (self.indices.min() >= 0 and self.indices.max() < len(data)):
             raise DataError(
@@ -161,22 +274,32 @@ class Subset(PartOf):
     def __getitem__(self, index: int) -> Pair:
         return self.data[int(self.indices[index])]
 
-    def numbers(self, indices: Indices) -> Indices:
-        """The samples' numbers in the data set that this is a view on."""
+    def parent_indices(self, indices: Indices) -> Indices:
         return self.indices[indices]
 
-    def gather(self, indices: Indices, **seeds: Any) -> Pair:
-        return self.data.gather(self.indices[indices], **seeds)
+
+def root_of(data: Data) -> Data:
+    """The data set beneath the views."""
+    while isinstance(data, View):
+        data = data.data
+    return data
 
 
-def check_inside(indices: Indices, length: int) -> None:
-    """IndexError unless each index is from 0 to length - 1."""
+def indices_in_root(data: Data, indices: Indices) -> Indices:
+    """The numbers of a view's samples in `root_of(data)`."""
+    while isinstance(data, View):
+        indices, data = data.parent_indices(indices), data.data
+    return indices
+
+
+def check_indices(indices: Indices, length: int) -> None:
+    """Raise IndexError unless each index is from 0 to length - 1."""
     if len(indices) and not (indices.min() >= 0 and indices.max() < length):
         raise IndexError(f"samples {indices.min()} to {indices.max()} of {length}")
 
 
 def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:
-    """16 hexadecimal digits of the SHA-256 over type, shape and bytes of the tensors.
+    """16 hexadecimal digits of the SHA-256 over `settings` and the type, shape and bytes of the tensors.
 
     >>> digest_of([torch.arange(4)]) == digest_of([torch.arange(4).view(2, 2)])
     False
@@ -191,62 +314,3 @@ def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:
         for piece in rows.split(step):
             content.update(piece.contiguous().view(-1).view(torch.uint8).numpy())
     return content.hexdigest()[:16]
-
-
-def held_count(length: int, share: float, key: str) -> int:
-    """How many samples a share of `length` is. Raises DataError for a share that leaves one part empty."""
-    if not 0.0 < share < 1.0:
-        raise DataError(f"{key}={share}: give a share between 0 and 1, such as 0.1")
-    count = int(length * share + 0.5)
-    if 1 <= count < length:
-        return count
-    left = "evaluate" if count < 1 else "train"
-    remedy = f"choose a share from {1 / max(1, length):.3g} to {1 - 1 / max(1, length):.3g}"
-    if length < 2:
-        remedy = "at least 2 samples are needed"
-    raise DataError(f"{key}={share} of {length} samples leaves none to {left} on: {remedy}")
-
-
-def split_indices(length: int, holdout: float, seed: int) -> tuple[Indices, Indices]:
-    """Numbers of the samples to train on and of those to evaluate on, each ascending.
-
-    A pure function: raw PCG64 output is the part of NumPy's random numbers that is promised to
-    stay the same across versions and machines, hence the argsort instead of a shuffle.
-
-    >>> train, evaluate = split_indices(10, 0.2, seed=0)
-    >>> len(train), len(evaluate), sorted({*train.tolist(), *evaluate.tolist()}) == list(range(10))
-    (8, 2, True)
-    """
-    num_held = held_count(length, holdout, "data.holdout")
-    if seed < 0:
-        raise DataError(f"seed={seed} of the split: give 0 or more")
-    order = np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable").astype(np.int64)
-    return np.sort(order[num_held:]), np.sort(order[:num_held])
-
-
-def check_split(name: str, chosen: str, allowed: tuple[str, ...] = SPLITS) -> None:
-    """Refuse a `split` argument that a data set doesn't know."""
-    if chosen not in allowed:
-        raise DataError(f"{name}: split={chosen!r} is none of {', '.join(allowed)}")
-
-
-def rows_of(length: int, chosen: str, holdout: float, seed: int) -> Indices:
-    """Numbers of the samples in one split: 'train', 'evaluate' or 'all'."""
-    check_split("data", chosen)
-    if chosen == "all":
-        return np.arange(length, dtype=np.int64)
-    return split_indices(length, holdout, seed)[SPLITS.index(chosen)]
-
-
-def standardized(
-    values: npt.NDArray[np.float64], train: Indices
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """([n, columns] standardised, mean [columns], std [columns]) by the training rows' statistics.
-
-    The population's standard deviation; a column that is constant in training is only centred.
-    """
-    mean = values[train].mean(axis=0)
-    std = values[train].std(axis=0)
-    # rounding leaves a constant column a spread of about 1e-16 of its size: not a spread to divide by
-    std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)
-    return (values - mean) / std, mean, std

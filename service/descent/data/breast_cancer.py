@@ -2,16 +2,18 @@
 
 import torch
 
-from descent.data.base import TensorData, rows_of, standardized
+from descent.data.base import TensorData
 from descent.data.scikit_learn import read_table
+from descent.data.splits import rows_of
+from descent.data.standardization import standardized
 
 
 class BreastCancer(TensorData):
     """569 tumours: inputs float32 [n, 30], targets int64 [n] (0 malignant, 1 benign).
 
-    Each measurement is standardised by mean and standard deviation of the *training* split that
-    (holdout, seed) defines, whichever split is asked for, so that nothing of the evaluation
-    samples leaks into training. `holdout` and `seed` must be the same for both splits.
+    Each measurement is standardized by the mean and standard deviation of the *training* split that
+    (holdout, seed) defines, whichever split is asked for, so that nothing of the evaluation samples
+    leaks into training. `holdout` and `seed` must be the same for both splits.
     """
 
     def __init__(self, split: str = "all", holdout: float = 0.1, seed: int = 0) -> None:
@@ -26,4 +28,5 @@ class BreastCancer(TensorData):
             num_outputs=2,
             name="breast_cancer",
             source="scikit-learn load_breast_cancer",
+            class_names=("malignant", "benign"),
         )

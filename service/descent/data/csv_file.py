@@ -9,25 +9,32 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from descent.data.base import TensorData, rows_of, standardized
+from descent.data.bad_records import FLOAT32_MAX, KnownBad, Policy
+from descent.data.base import TensorData
+from descent.data.regular_files import require_file
 from descent.data.shards import local_file, size_of
+from descent.data.splits import rows_of
+from descent.data.standardization import standardized
 from descent.errors import DataError
 
 
 class Csv(TensorData):
     """inputs float32 [n, columns]; targets int64 [n] (classes) or float32 [n, 1] (values).
 
-    features: names of the input columns; null for all but the target.
-    targets_are: 'classes' or 'values'; null decides: whole numbers or text are classes, numbers
-    of which one has a fraction are values. Classes are numbered in sorted order over the whole
-    file and kept, as written, in `classes`.
-    standardize: the features, by mean and standard deviation of the training split that
-    (holdout, seed) defines, whichever split is asked for.
-    max_mb: a larger file is refused before it is fetched or read: it is read whole, and while it
-    is, its cells take about ten times its size in memory.
+    features: names of the input columns; null for all columns but the target.
+    delimiter: one character; '\\t' stands for a tab.
+    targets_are: 'classes' or 'values'; null decides: whole numbers or text are classes, numbers of which
+    one has a fraction are values. Classes are numbered in sorted order over the whole file;
+    `class_names` has them as they are written there.
+    standardize: whether the features are standardized, by mean and standard deviation of the training
+    split that (holdout, seed) defines, whichever split is asked for.
+    max_mb: a larger file is refused before it is fetched or read. The file is read whole, and meanwhile
+    its cells take about ten times its size in memory.
+    on_error: with 'skip', a row with a cell that can't be used is a bad record; with 'fail', the file is
+    refused.
 
-    Raises DataError naming the file, the row as an editor counts it (the header is row 1), the
-    column and the value.
+    Raises DataError naming the file, the row as an editor counts it (the header is row 1), the column
+    and the value.
     """
 
     def __init__(
@@ -42,14 +49,12 @@ class Csv(TensorData):
         holdout: float = 0.1,
         seed: int = 0,
         max_mb: float = 512.0,
+        on_error: Policy = "fail",
         name: str = "csv",
     ) -> None:
-        if path is None:
-            raise DataError("data.path is not set: give data.path=FILE.csv")
-        if target is None:
-            raise DataError("data.target is not set: give the column to predict, data.target=NAME")
-        if targets_are not in (None, "classes", "values"):
-            raise DataError(f"data.targets_are={targets_are!r} is neither classes nor values")
+        _check_arguments(path, target, features, targets_are)
+        assert path is not None and target is not None
+        delimiter = "\t" if delimiter == "\\t" else delimiter
         if len(delimiter) != 1:
             raise DataError(f"data.delimiter={delimiter!r} must be one character")
         size = size_of(path)
@@ -59,50 +64,72 @@ class Csv(TensorData):
                 "takes ten times its size in memory: write it as Parquet, which is read by row groups "
                 "(data=parquet), or raise data.max_mb"
             )
-        table = _Table(local_file(path), delimiter)
-        if features is not None and not features:
-            raise DataError("data.features is empty: name at least one column, or null for all")
-        if features is not None and target in features:
-            raise DataError(f"data.features holds {target!r}, which is data.target")
+        table = _Table(local_file(path), delimiter, on_error)
         chosen = list(features) if features is not None else [n for n in table.header if n != target]
         if not chosen:
             raise DataError(f"{path}: no column is left beside the target {target!r}")
-        table.columns([*chosen, target])  # unknown names are refused before any cell is
-        columns = [table.numbers(column) for column in chosen]
-        inputs = np.stack(columns, axis=1)
-        targets, self.classes = _targets(table, target, targets_are)
+        table.columns([*chosen, target])  # refuses unknown names before any cell is looked at
+        inputs = np.stack(
+            [table.numbers(column, math.inf if standardize else FLOAT32_MAX) for column in chosen], axis=1
+        )
+        targets, class_names = _targets(table, target, targets_are)
+        bad = table.known_bad()
         if standardize:
             train = rows_of(len(inputs), "train", holdout, seed)
-            inputs = standardized(inputs, train)[0]
+            good = train[~table.is_bad[train]]
+            with np.errstate(over="ignore", invalid="ignore"):
+                inputs, mean, std = standardized(inputs, good)
+            for column in np.flatnonzero(~np.isfinite(mean + std)).tolist():
+                raise DataError(f"{path}, column {chosen[column]!r}: its numbers are too large to be standardized")
         self.features = chosen
         rows = rows_of(len(inputs), split, holdout, seed)
         super().__init__(
             torch.from_numpy(inputs[rows]).float(),
             torch.from_numpy(targets[rows]),
-            num_outputs=len(self.classes) if self.classes else 1,
+            num_outputs=len(class_names) if class_names else 1,
             name=name,
             source=str(path),
+            class_names=class_names,
+            bad=None if bad is None else bad.of(rows),
         )
+
+    def decode_settings(self) -> str:
+        return f"features={self.features} classes={list(self.class_names or ())}"
+
+
+def _check_arguments(path: str | None, target: str | None, features: list[str] | None, targets_are: str | None) -> None:
+    if path is None:
+        raise DataError("data.path is not set: give data.path=FILE.csv")
+    if target is None:
+        raise DataError("data.target is not set: give the column to predict, data.target=NAME")
+    if targets_are not in (None, "classes", "values"):
+        raise DataError(f"data.targets_are={targets_are!r} is neither classes nor values")
+    if features is not None and not features:
+        raise DataError("data.features is empty: name at least one column, or null for all")
+    if features is not None and target in features:
+        raise DataError(f"data.features holds {target!r}, which is data.target")
 
 
 class _Table:
-    """The cells of a file as text, each row with its number in an editor."""
+    """The cells of a file as text, each row with its number in an editor, and the rows that can't be used."""
 
-    def __init__(self, file: Path, delimiter: str) -> None:
-        self.file = file
+    def __init__(self, file: Path, delimiter: str, on_error: Policy) -> None:
+        self.file, self._on_error = file, on_error
         self.header: list[str] = []
         self.rows: list[list[str]] = []
         self.row_numbers: list[int] = []
-        if not file.is_file():
-            raise DataError(f"{file} doesn't exist: give data.path=FILE.csv")
+        self._flaws: dict[int, str] = {}
+        require_file(file, "give data.path=FILE.csv")
         for number, cells in self._lines(delimiter):
             if not self.header:
                 self.header = [cell.strip() for cell in cells]
                 continue
-            if len(cells) != len(self.header):
-                raise DataError(f"{file}, row {number}: {len(cells)} columns, but the header has {len(self.header)}")
             self.rows.append(cells)
             self.row_numbers.append(number)
+            if len(cells) != len(self.header):
+                why = f"{file}, row {number}: {len(cells)} columns, but the header has {len(self.header)}"
+                self._note(len(self.rows) - 1, why)
+                self.rows[-1] = [""] * len(self.header)
         if not self.rows:
             raise DataError(f"{file}: no rows below the header")
         twice = [name for name in self.header if self.header.count(name) > 1]
@@ -112,7 +139,7 @@ class _Table:
     def _lines(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         number = 1
         try:
-            # utf-8-sig: spreadsheets put a byte order mark before the first column's name
+            # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
             with self.file.open(encoding="utf-8-sig", newline="") as lines:
                 reader = csv.reader(lines, delimiter=delimiter, strict=True)
                 for cells in reader:
@@ -126,7 +153,18 @@ class _Table:
         except OSError as error:
             raise DataError(f"{self.file} can't be read: {error}") from error
 
+    @property
+    def is_bad(self) -> npt.NDArray[np.bool_]:
+        """[rows], which of the rows can't be used."""
+        bad = np.zeros(len(self.rows), dtype=bool)
+        bad[list(self._flaws)] = True
+        return bad
+
+    def known_bad(self) -> KnownBad | None:
+        return KnownBad(self.is_bad, lambda i: self._flaws[i]) if self._flaws else None
+
     def columns(self, names: list[str]) -> list[int]:
+        """The places of the columns. Raises DataError for a name that the header doesn't have."""
         for name in names:
             if name not in self.header:
                 raise DataError(
@@ -136,27 +174,37 @@ class _Table:
         return [self.header.index(name) for name in names]
 
     def text(self, name: str) -> list[str]:
+        """The cells of one column."""
         (at,) = self.columns([name])
         return [cells[at].strip() for cells in self.rows]
 
-    def numbers(self, name: str) -> npt.NDArray[np.float64]:
-        """One column as float64 [rows]; DataError for a cell that isn't a finite number."""
-        values = np.empty(len(self.rows))
+    def numbers(self, name: str, most: float) -> npt.NDArray[np.float64]:
+        """One column as float64 [rows]; a cell that isn't a finite number of at most `most` is refused."""
+        values = np.full(len(self.rows), np.nan)
         for i, cell in enumerate(self.text(name)):
             number = _number(cell)
             if number is None or not math.isfinite(number):
-                raise self.refusal(i, name, cell, "is not a finite number")
-            values[i] = number
+                self.refuse(i, name, cell, "is not a finite number")
+            elif abs(number) > most:
+                self.refuse(i, name, cell, f"is beyond float32 ({FLOAT32_MAX:.3g})")
+            else:
+                values[i] = number
         return values
 
-    def refusal(self, i: int, name: str, cell: str, why: str) -> DataError:
+    def refuse(self, i: int, name: str, cell: str, why: str) -> None:
+        """Raise DataError about a cell, or note its row as a bad record where those are skipped."""
         value = f"value {cell!r}" if cell else "empty cell"
-        return DataError(f"{self.file}, row {self.row_numbers[i]}, column {name!r}: {value} {why}")
+        self._note(i, f"{self.file}, row {self.row_numbers[i]}, column {name!r}: {value} {why}")
+
+    def _note(self, i: int, message: str) -> None:
+        if self._on_error == "fail":
+            raise DataError(message)
+        self._flaws.setdefault(i, message)
 
 
 def _number(cell: str) -> float | None:
     try:
-        # Python would also read 1_000 as a thousand; in a table that is a slip
+        # Python would read 1_000 as a thousand; in a table that is a slip.
         return None if "_" in cell else float(cell)
     except ValueError:
         return None
@@ -165,28 +213,34 @@ def _number(cell: str) -> float | None:
 def _targets(
     table: _Table, column: str, targets_are: str | None
 ) -> tuple[npt.NDArray[np.int64] | npt.NDArray[np.float32], list[str]]:
-    """(class numbers [n], class names) or (values [n, 1], [])."""
+    """(class numbers [n], class names) or (values [n, 1], []); unusable rows have the class 0 or NaN."""
     cells = table.text(column)
     for i, cell in enumerate(cells):
         if not cell:
-            raise table.refusal(i, column, cell, "has no target: fill it or drop the row")
-    numbers = [_number(cell) for cell in cells]
+            table.refuse(i, column, cell, "has no target: fill it or drop the row")
+    usable = [i for i, cell in enumerate(cells) if cell]
+    numbers = {i: _number(cells[i]) for i in usable}
     if targets_are is None:
-        is_number = [number is not None for number in numbers]
-        if any(is_number) and not all(is_number):
-            rarer = 2 * sum(is_number) <= len(cells)  # the rarer kind is the likelier slip
-            odd = is_number.index(rarer)
+        is_number = {i: number is not None for i, number in numbers.items()}
+        if len(set(is_number.values())) > 1:
+            rarer = 2 * sum(is_number.values()) <= len(usable)  # the rarer kind is the likelier slip
             others = "text" if rarer else "numbers"
-            why = f"is unlike most others ({others}): mend it, or set data.targets_are=classes"
-            raise table.refusal(odd, column, cells[odd], why)
-        fractions = any(number is not None and number % 1 != 0 for number in numbers)
+            for odd in [i for i in usable if is_number[i] == rarer]:
+                why = f"is unlike most others ({others}): mend it, or set data.targets_are=classes"
+                table.refuse(odd, column, cells[odd], why)
+            usable = [i for i in usable if is_number[i] != rarer]
+        fractions = any(number % 1 != 0 for i in usable if (number := numbers[i]) is not None)
         targets_are = "values" if fractions else "classes"
     if targets_are == "values":
-        return table.numbers(column).astype(np.float32)[:, None], []
-    # numbers in numeric order (2 before 10), and 1 and 1.0 are the same class
-    if all(number is not None and math.isfinite(number) for number in numbers):
-        keys, at = np.unique(np.array(numbers, dtype=np.float64), return_inverse=True)
-        return at.astype(np.int64), [f"{key:.15g}" for key in keys]
-    names = sorted(set(cells))
-    number_of = {name: i for i, name in enumerate(names)}
-    return np.array([number_of[cell] for cell in cells], dtype=np.int64), names
+        return table.numbers(column, FLOAT32_MAX).astype(np.float32)[:, None], []
+    targets = np.zeros(len(cells), dtype=np.int64)
+    known = [number for i in usable if (number := numbers[i]) is not None and math.isfinite(number)]
+    if len(known) == len(usable):
+        # Numbers in numeric order (2 before 10); 1 and 1.0 are the same class.
+        keys, at = np.unique(np.array(known, dtype=np.float64), return_inverse=True)
+        targets[usable] = at
+        return targets, [f"{key:.15g}" for key in keys]
+    names = sorted({cells[i] for i in usable})
+    number_of = {name: number for number, name in enumerate(names)}
+    targets[usable] = [number_of[cells[i]] for i in usable]
+    return targets, names

@@ -2,12 +2,13 @@
 
 import torch
 
-from descent.data.base import TensorData, rows_of
+from descent.data.base import TensorData
 from descent.data.scikit_learn import read_table
+from descent.data.splits import rows_of
 
 
 class Digits(TensorData):
-    """1,797 digits: inputs float32 [n, 1, 8, 8] scaled from 0…16 to [0, 1], targets int64 [n]."""
+    """1,797 digits: inputs float32 [n, 1, 8, 8], scaled from 0…16 to [0, 1]; targets int64 [n]."""
 
     def __init__(self, split: str = "all", holdout: float = 0.1, seed: int = 0) -> None:
         table = read_table("digits.csv.gz", skip_header=False)
@@ -19,4 +20,5 @@ class Digits(TensorData):
             num_outputs=10,
             name="digits",
             source="scikit-learn load_digits",
+            class_names=[str(digit) for digit in range(10)],
         )

@@ -1,4 +1,4 @@
-"""The three global generators that Python code draws from: Python's, NumPy's, torch's."""
+"""The three global random generators that Python code draws from: Python's, NumPy's and torch's."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Start all three anew; torch's on the CPU only."""
+    """Seed all three generators; of torch's, the one of the CPU only."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -18,9 +18,10 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def own_generators(seed: int | None = None) -> Iterator[Callable[[], set[str]]]:
-    """What the block draws is undone; gives a function that says from which of the three it drew.
+    """Within the block, draws don't count: the generators' states are put back at its end.
 
-    seed: what the block begins with; None: with what it finds.
+    seed: what the generators are seeded with first; None leaves their states as they are.
+    Yields a function that returns which of "python", "numpy" and "torch" the block has drawn from.
     """
     before = _states()
     if seed is not None:

@@ -1,27 +1,27 @@
 """A data set of the Hugging Face library `datasets`, saved on disk with `save_to_disk`."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from descent.data.base import Indices, Pair, check_inside, digest_of
-from descent.data.records import refuse_not_finite
+from descent.data.bad_records import refuse_not_finite
+from descent.data.base import BatchDataset, Indices, Pair, check_indices, digest_of
 from descent.errors import DataError
 
 
-class HuggingFace(Dataset[Pair]):
-    """inputs [n, …] and targets [n, …] from two columns, memory-mapped by the library.
+class HuggingFace(BatchDataset):
+    """inputs [n, ...] and targets [n, ...] from two columns, memory-mapped by the library.
 
-    path: the folder that `save_to_disk` wrote; of a DatasetDict, `part` says which. Inputs are
-    float32, or with `scale` bytes times it (images: 1/255; a channel axis comes first); whole
-    numbers without it are tokens (int64). A target of whole numbers is a class, of floats a
-    value (float32 [n, 1]).
+    path: the folder that `save_to_disk` wrote. part: which data set of a DatasetDict.
+    Inputs of floats become float32. Inputs of whole numbers are tokens (int64), or with `scale` float32:
+    the number times `scale` (images: 1/255), the channel axis first. A target of whole numbers is a class,
+    a target of floats a value (float32 [n, 1]).
 
-    Raises DataError where the library is missing and for what it can't load.
+    Raises DataError where the library is missing, and for a folder that the library can't load.
     """
 
     def __init__(
@@ -47,7 +47,10 @@ class HuggingFace(Dataset[Pair]):
             raise DataError(f"{path}: no rows")
         self._fingerprint = str(data._fingerprint)
         feature = data.features[target]
-        known = getattr(feature, "num_classes", None)
+        if isinstance(feature, _library().ClassLabel):
+            self.class_names = tuple(feature.names)
+        known = len(self.class_names) if self.class_names is not None else None
+        self._lock = threading.Lock()
         x, y = self.gather(np.array([0], dtype=np.int64))
         self.input_shape = tuple(x.shape[1:])
         if y.is_floating_point():
@@ -79,10 +82,11 @@ class HuggingFace(Dataset[Pair]):
 
     def gather(self, indices: Indices) -> Pair:
         """Inputs and targets of the samples; BadRecords for NaN, DataError for rows of different shapes."""
-        check_inside(indices, len(self))
+        check_indices(indices, len(self))
         try:
-            rows = self._data[indices]
-        except Exception as error:  # the library's decoders raise what they like
+            with self._lock:  # the library doesn't say that several threads may read
+                rows = self._data[indices]
+        except Exception as error:  # the library's decoders raise exceptions of any class
             raise DataError(f"{self.source}: can't be read: {' '.join(str(error).split())[:300]}") from error
         x, y = self._tensor(rows[self._input]), self._tensor(rows[self._target])
         if self.scale is not None:
@@ -109,13 +113,18 @@ class HuggingFace(Dataset[Pair]):
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _load(path: str, part: str | None) -> Any:
+def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise DataError(
             'data=hugging_face: needs the library datasets: pip install "descent-service[huggingface]"'
         ) from error
+    return datasets
+
+
+def _load(path: str, part: str | None) -> Any:
+    datasets = _library()
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder} doesn't exist: give the folder that save_to_disk wrote")

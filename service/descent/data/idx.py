@@ -1,7 +1,7 @@
-"""Images and labels in IDX files: MNIST's own format, in any folder, plain or gzipped.
+"""Images and labels in IDX files, the format of MNIST, plain or gzipped.
 
-An IDX file is 0, 0, a type byte (8: unsigned bytes), the number of dimensions, each dimension
-as a big-endian 32-bit number, and then the values, last dimension fastest.
+An IDX file consists of two zero bytes, a type byte (8: unsigned bytes), the number of dimensions as a
+byte, each dimension as a big-endian 32-bit number, and then the values in row-major order.
 """
 
 import gzip
@@ -15,26 +15,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from descent.data.base import Pair, TensorData, check_split
+from descent.data.base import Pair, TensorData
+from descent.data.row_cache import memory_bytes
+from descent.data.splits import check_split
 from descent.errors import DataError
 
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts it
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+"""The folder of Debian's package dataset-fashion-mnist."""
 
 _PREFIX = {"train": "train", "evaluate": "t10k"}
 _UNSIGNED_BYTE = 8
 Content = gzip.GzipFile | io.BufferedReader
-_MAX_DEFLATE_RATIO = 1032  # deflate can't shrink more: a bound on what a header may promise
+_MAX_DEFLATE_RATIO = 1032  # deflate can't compress better, so this bounds what a header may promise
 
 
 class IdxFolder(TensorData):
-    """Grey images and their classes from a folder with the four files of an MNIST.
+    """Grey images and their classes, from a folder with the four files of an MNIST.
 
-    split 'train' reads `train-*`, 'evaluate' reads `t10k-*`. Inputs are float32
-    [n, 1, rows, columns]: (pixel / 255 - mean) / std. They stay bytes in memory and turn into
-    floats batch by batch: 60,000 images of 28×28 take 47 MB, not 188.
+    The split 'train' reads `train-*`, 'evaluate' reads `t10k-*`. Inputs are float32
+    [n, 1, rows, columns]: (pixel / 255 - mean) / std. Targets are int64 [n]. The images stay bytes in
+    memory and become floats batch by batch: 60,000 images of 28×28 take 47 MB instead of 188.
 
-    Raises DataError for a missing, malformed or truncated file (file and byte), for counts that
-    differ between images and labels, and for labels from `num_outputs` up.
+    Raises DataError for a missing, malformed or truncated file (naming file and byte), for numbers of
+    images and labels that differ, and for a label that is not below `num_outputs`.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class IdxFolder(TensorData):
         pixels = inputs.float().div_(255.0).sub_(self.mean).div_(self.std)
         return pixels, targets.long()
 
-    def decoding(self) -> str:
+    def decode_settings(self) -> str:
         return f"mean={self.mean} std={self.std}"
 
 
@@ -128,9 +131,14 @@ def _read_header(file: Path, content: Content, num_dims: int) -> tuple[int, ...]
 def _read_values(file: Path, content: Content, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     start = 4 + 4 * len(shape)
     promised = int(np.prod(shape, dtype=object))
-    # a broken header may promise terabytes: look before allocating
+    # A broken header may promise terabytes: compare with the file's size before allocating memory.
     possible = (file.stat().st_size + 1) * (_MAX_DEFLATE_RATIO if file.suffix == ".gz" else 1)
-    values = np.empty(promised if promised <= possible else possible, dtype=np.uint8)
+    most = memory_bytes() // 2
+    if most < promised <= possible:
+        raise DataError(
+            f"{file}: holds {promised / 1e9:.3g} GB ({' x '.join(map(str, shape))} values), more than half of the memory"
+        )
+    values = np.empty(promised if promised <= possible else min(possible, most), dtype=np.uint8)
     got = _fill(content, values)
     if got < promised:
         raise DataError(
@@ -149,7 +157,7 @@ def _read_values(file: Path, content: Content, shape: tuple[int, ...]) -> npt.ND
 
 
 def _fill(content: Content, buffer: npt.NDArray[np.uint8]) -> int:
-    """Read until the buffer is full or the content ends, also where gzip ends too early."""
+    """Read until the buffer is full or the content ends, be it in the middle of gzip data; the bytes read."""
     view = buffer.data
     got = 0
     while got < len(view):

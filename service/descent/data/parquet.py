@@ -8,30 +8,35 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from descent.data.base import Indices, Pair, check_inside, digest_of
-from descent.data.decoded import DecodedGroups, check_memory, memory_bytes
-from descent.data.records import refuse_not_finite
+from descent.data.bad_records import BadRecords, Policy, refuse_not_finite
+from descent.data.base import BatchDataset, Indices, Pair, check_indices, digest_of
+from descent.data.layout import layout_of
+from descent.data.row_cache import RowGroupCache, check_memory, memory_bytes
 from descent.data.row_groups import RowGroups
-from descent.data.shards import Layout, layout_of
 from descent.errors import DataError
 
+_NO_CLASS = int(np.iinfo(np.int64).min)
+"""Stands for a target that can't be used, where such a row is to be skipped."""
 
-class Parquet(Dataset[Pair]):
+
+class Parquet(BatchDataset):
     """inputs float32 [n, columns] (or [n, *shape] of one list column); targets int64 [n] or float32 [n, 1].
 
-    path: a .parquet file, a folder of them (in the order of their names), or s3://… of a file
-    or of a folder with the index that `descent data index` writes. features: the input
-    columns; null for all but the target. A target of whole numbers or text is a class
-    (text in sorted order), one of floats a value; targets_are says so where the type doesn't.
+    path: a .parquet file, a folder of them (in the order of their names), or an s3:// address of a file
+    or of a folder with the index that `descent data index` writes.
+    features: the input columns; null for all columns but the target.
+    targets_are: 'classes' or 'values'; null decides by the target's type: whole numbers and text are
+    classes (text in sorted order), floats are values.
+    on_error: with 'skip', a row with a NaN, an empty cell or an unusable target is a bad record, also in
+    a table in memory; with 'fail', such a table in memory is refused at once.
 
-    A table of up to `memory_mb` as floats is held in memory and shuffled freely. A larger one
-    is read by row groups, in an order that shuffles row groups and then samples inside a
-    `window` (null: 8 row groups' worth); the rows of two windows and four groups are kept as
-    floats, and refused where that is more than half of the memory.
+    A table of at most `memory_mb` as floats is held in memory and shuffled freely. A larger table is read
+    by row groups, in an order that shuffles the row groups and then the samples inside each `window` (a
+    number of samples; null: as many as 8 row groups hold). The rows of two windows and four groups are
+    cached as floats; a table for which that is more than half of the memory is refused.
 
-    Raises DataError naming file, column and row group; a NaN or an empty cell is a bad record.
+    Raises DataError naming file, column and row group.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Parquet(Dataset[Pair]):
         num_outputs: int | None = None,
         memory_mb: float = 1024.0,
         window: int | None = None,
+        on_error: Policy = "fail",
         name: str = "parquet",
     ) -> None:
         if path is None:
@@ -52,7 +58,7 @@ class Parquet(Dataset[Pair]):
             raise DataError("data.target is not set: give the column to predict, data.target=NAME")
         if targets_are not in (None, "classes", "values"):
             raise DataError(f"data.targets_are={targets_are!r} is neither classes nor values")
-        self.name, self.source, self._target = name, path, target
+        self.name, self.source, self._target, self._on_error = name, path, target, on_error
         self._groups = RowGroups(path)
         self.features = self._groups.columns(features, target)
         self._starts = layout_of(self._groups.counts, None).starts
@@ -63,24 +69,26 @@ class Parquet(Dataset[Pair]):
         if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise DataError(f"{path}, column {target!r}: is of type {kind}, give numbers or text")
         self.targets_are = targets_are or ("values" if pa.types.is_floating(kind) else "classes")
-        self.classes = self._groups.distinct(target) if text else []
+        self.class_names = tuple(self._groups.distinct(target)) if text else None
         first = self._read(0)[0] if self._groups.counts[0] else torch.zeros(0, 0)
         self._shape = self._shaped(shape, first.shape[1])
         self.input_shape = tuple(self._shape)
         self.num_outputs = self._outputs(num_outputs)
         floats = len(self) * math.prod(self._shape) * 4
         self._all: Pair | None = None
-        self.layout: Layout | None = None
-        if floats <= memory_mb * 2**20 and window is None:
+        self.in_memory = floats <= memory_mb * 2**20 and window is None
+        if self.in_memory:
             parts = [self._read_alike(g) for g in range(len(self._groups.counts))]
             self._all = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+            if on_error == "fail":
+                self._refuse_bad(self._all, np.arange(len(self), dtype=np.int64))
         else:
             self.layout = layout_of(self._groups.counts, window)
             self._groups.files.check_room(self.layout)
-            # this window's and the next one's, each with a part of a group at both ends
+            # The rows of this window and of the next, each with a part of a row group at both ends.
             rows = min(len(self), 2 * self.layout.window + 4 * max(self._groups.counts))
             check_memory(path, rows, 4 * math.prod(self._shape), memory_bytes())
-            self._decoded = DecodedGroups(self._read_alike, self._starts, rows)
+            self._cache = RowGroupCache(self._read_alike, self._starts, rows)
 
     def _shaped(self, shape: list[int] | None, width: int) -> list[int]:
         if shape is not None and math.prod(shape) != width:
@@ -90,7 +98,7 @@ class Parquet(Dataset[Pair]):
     def _outputs(self, given: int | None) -> int:
         if self.targets_are == "values":
             return 1
-        found = len(self.classes) or self._groups.highest(self._target) + 1
+        found = len(self.class_names or ()) or self._groups.highest(self._target) + 1
         if given is not None and given < found:
             raise DataError(
                 f"{self.source}, column {self._target!r}: class {found - 1} is not below num_outputs={given}"
@@ -99,20 +107,13 @@ class Parquet(Dataset[Pair]):
 
     @property
     def digest(self) -> str:
-        told = f"{self.features} {self._target} {self._shape} {self.targets_are} {self.classes}"
-        return digest_of([], told, self._groups.digest)
+        settings = f"{self.features} {self._target} {self._shape} {self.targets_are} {list(self.class_names or ())}"
+        return digest_of([], settings, self._groups.digest)
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether a batch costs no reading."""
-        return self._all is not None
-
-    def tensors(self) -> Pair | None:
-        """Everything, where it is in memory."""
+    def stored(self) -> Pair | None:
         return self._all
 
     def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
-        """From stored to given, batch by batch; a bad row is refused here."""
         return inputs.view(len(inputs), *self._shape), targets
 
     def __len__(self) -> int:
@@ -122,26 +123,38 @@ class Parquet(Dataset[Pair]):
         inputs, targets = self.gather(np.array([index], dtype=np.int64))
         return inputs[0], targets[0]
 
-    def expect(self, groups: Indices) -> None:
-        """These row groups are needed soon: fetch their files and decode them in the background."""
-        files = dict.fromkeys(self._groups.file_of[group] for group in groups.tolist())
-        self._groups.files.expect(files)
+    def prefetch(self, shards: Indices) -> None:
+        """Fetch the files of these row groups and decode the groups in the background, in this order."""
+        files = dict.fromkeys(self._groups.file_of[group] for group in shards.tolist())
+        self._groups.files.prefetch(files)
         if self._all is None:
-            self._decoded.expect(groups.tolist())
+            self._cache.prefetch(shards.tolist())
 
     def gather(self, indices: Indices) -> Pair:
         """Inputs [n, *input_shape] and targets; BadRecords names file, row group and row."""
-        check_inside(indices, len(self))
+        check_indices(indices, len(self))
         if self._all is not None:
             at = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
             inputs, targets = (part.index_select(0, at) for part in self._all)
         else:
-            inputs, targets = self._decoded.gather(indices)
-        refuse_not_finite(inputs, lambda row: self._where(int(indices[row])))
-        refuse_not_finite(targets, lambda row: self._where(int(indices[row])))
+            inputs, targets = self._cache.gather(indices)
+        self._refuse_bad((inputs, targets), indices)
         return self.decode(inputs, targets)
 
-    def _where(self, sample: int) -> str:
+    def _refuse_bad(self, pair: Pair, indices: Indices) -> None:
+        inputs, targets = pair
+
+        def where(row: int) -> str:
+            return self._location(int(indices[row]))
+
+        refuse_not_finite(inputs, where)
+        if targets.is_floating_point():
+            refuse_not_finite(targets, where)
+        elif bool((targets == _NO_CLASS).any()):
+            rows = (targets == _NO_CLASS).nonzero()[:, 0].tolist()
+            raise BadRecords(f"{where(rows[0])}, column {self._target!r}: has no usable target", rows)
+
+    def _location(self, sample: int) -> str:
         group = int(np.searchsorted(self._starts, sample, side="right")) - 1
         file, within = self._groups.place(group)
         return f"{file}, row group {within}, row {sample - int(self._starts[group])} (from 0)"
@@ -167,21 +180,22 @@ class Parquet(Dataset[Pair]):
         return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
 
     def _classes(self, column: Any, where: str) -> npt.NDArray[np.int64]:
-        if column.null_count:
-            row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-            raise DataError(f"{where}, row {row} (from 0): has no target: fill it or drop the row")
-        if self.classes:
-            numbers = {name: i for i, name in enumerate(self.classes)}
-            return np.array([numbers[name] for name in column.to_pylist()], dtype=np.int64)
-        values = column.to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero((values < 0) | (values != np.floor(values)))
-        if len(wrong):
-            raise DataError(f"{where}, row {wrong[0]} (from 0): {values[wrong[0]]} is not a class: they count from 0")
-        return values.astype(np.int64)
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        if missing.any() and self._on_error == "fail":
+            raise DataError(f"{where}, row {missing.argmax()} (from 0): has no target: fill it or drop the row")
+        if self.class_names is not None:
+            numbers: dict[str | None, int] = {name: i for i, name in enumerate(self.class_names)}
+            return np.array([numbers.get(name, _NO_CLASS) for name in column.to_pylist()], dtype=np.int64)
+        values = column.fill_null(0).to_numpy(zero_copy_only=False)
+        wrong = (values < 0) | (values != np.floor(values)) | ~np.isfinite(values)
+        if wrong.any() and self._on_error == "fail":
+            row = int(wrong.argmax())
+            raise DataError(f"{where}, row {row} (from 0): {values[row]} is not a class: they count from 0")
+        return np.where(wrong | missing, _NO_CLASS, np.where(wrong, 0, values).astype(np.int64))
 
 
 def _floats(column: Any, where: str) -> npt.NDArray[np.float32]:
-    """[rows, values a row]; an empty cell becomes NaN, and so a bad record."""
+    """A column as [rows, values in a row]; an empty cell becomes NaN, and so makes a bad record."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     kind = column.type
@@ -201,4 +215,5 @@ def _floats(column: Any, where: str) -> npt.NDArray[np.float32]:
         )
     if kind == pa.float16():
         column = column.cast(pa.float32())
-    return column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, and so makes a bad record
+        return column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]

@@ -1,7 +1,7 @@
-"""The tables that scikit-learn ships, read without importing it.
+"""The tables that come with scikit-learn, read without importing scikit-learn.
 
-The import costs two seconds of a core in every process that opens the data: on a small
-machine that is a fifth of the time to the first step, for one call of `loadtxt`.
+The import would cost two seconds of a core in every process that opens the data, for one call of
+`loadtxt`: on a small machine a fifth of the time to the first step.
 """
 
 import importlib.util
@@ -14,9 +14,9 @@ from descent.errors import DataError
 
 
 def read_table(file: str, skip_header: bool) -> npt.NDArray[np.float64]:
-    """The numbers of one of scikit-learn's csv files, [rows, columns].
+    """The numbers of one of scikit-learn's CSV files, [rows, columns].
 
-    Raises DataError where scikit-learn, or the file in it, is missing.
+    Raises DataError where scikit-learn is missing, or the file in scikit-learn.
     """
     package = importlib.util.find_spec("sklearn")
     if package is None or not package.submodule_search_locations:

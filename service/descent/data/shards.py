@@ -1,11 +1,11 @@
-"""Sharded sets: an index that says what each shard holds, and the shards as local files.
+"""Sharded data sets: the index that says what each shard holds, and the shards as local files.
 
-The index, `index.json`, lies beside the shards::
+The index, `index.json`, lies in the folder of the shards::
 
     {"format": "descent-shards-1", "kind": "tokens", "about": {"dtype": "uint16", …},
      "shards": [{"file": "shard-00000.bin", "bytes": 1048576, "sha256": "…", "samples": 524288}]}
 
-What a sample is depends on the kind: a token, an image, a row.
+`samples` counts tokens, images or rows, depending on the kind.
 """
 
 import hashlib
@@ -18,11 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from descent.data.cache import node_cache
 from descent.data.files import data_errors, find_file, is_remote, open_data
+from descent.data.layout import Layout
 from descent.errors import DataError
 from descent.storage import Store, to_location
 from descent.storage.atomic import write_atomic
@@ -30,13 +28,12 @@ from descent.storage.base import is_key
 
 INDEX = "index.json"
 _FORMAT = "descent-shards-1"
-_FETCHERS = 2  # files fetched at the same time, ahead of use; each is fetched in parts anyway
-_WINDOW_SHARDS = 8
+_FETCHERS = 2  # files fetched ahead at the same time; each file is fetched in parallel parts anyway
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a sharded set."""
+    """One file of a sharded data set."""
 
     file: str
     bytes: int
@@ -46,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What `index.json` says."""
+    """The content of `index.json`."""
 
     kind: str
     shards: tuple[Shard, ...]
@@ -62,61 +59,43 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits over all that it says: the content, since it holds the shards' hashes."""
+        """16 hexadecimal digits over the whole index, and so over the content: the index holds the shards' hashes."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        told = {"format": _FORMAT, "kind": self.kind, "about": self.about}
-        return json.dumps({**told, "shards": [asdict(s) for s in self.shards]}, indent=1) + "\n"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How samples lie in shards, for an order that reads few shards at a time.
-
-    starts: [num_shards + 1], the first sample of each shard, and the number of samples.
-    window: samples that are shuffled among each other, once the shards themselves are.
-    """
-
-    starts: npt.NDArray[np.int64]
-    window: int
-
-
-def layout_of(counts: Iterable[int], window: int | None) -> Layout:
-    """The layout of shards with so many samples; by default a window spans 8 average shards."""
-    starts = np.concatenate([[0], np.cumsum(np.fromiter(counts, np.int64))]).astype(np.int64)
-    if window is not None and window < 1:
-        raise DataError(f"data.window={window}: give the samples to shuffle at a time, 1 or more")
-    average = math.ceil(int(starts[-1]) / max(1, len(starts) - 1))
-    return Layout(starts, window or max(1, _WINDOW_SHARDS * average))
+        head = {"format": _FORMAT, "kind": self.kind, "about": self.about}
+        return json.dumps({**head, "shards": [asdict(s) for s in self.shards]}, indent=1) + "\n"
 
 
 @data_errors()
 def read_index(store: Store, kind: str | None = None) -> ShardIndex:
-    """The index in `store`, checked; of any kind if `kind` is None. Raises DataError naming file and key."""
+    """The index in `store`, checked.
+
+    kind: the kind that the caller can read; None for any. Raises DataError naming the file and the key.
+    """
     where = f"{store.address}/{INDEX}"
     try:
-        told = json.loads(store.get(INDEX))
+        found = json.loads(store.get(INDEX))
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from error
-    if not isinstance(told, dict) or told.get("format") != _FORMAT:
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise DataError(f"{where}: is not an index of shards (format is not {_FORMAT})")
-    if not isinstance(told.get("kind"), str) or kind not in (None, told["kind"]):
+    if not isinstance(found.get("kind"), str) or kind not in (None, found["kind"]):
         raise DataError(
-            f"{where}: kind is {told.get('kind')!r}, data of kind {kind!r} are needed: use data={told.get('kind')}"
+            f"{where}: kind is {found.get('kind')!r}, data of kind {kind!r} are needed: use data={found.get('kind')}"
         )
-    about, listed = told.get("about"), told.get("shards")
+    about, listed = found.get("about"), found.get("shards")
     if not isinstance(about, dict) or not isinstance(listed, list) or not listed:
         raise DataError(f"{where}: needs an object 'about' and a list 'shards'")
     shards = tuple(parse_shard(entry, f"{where}, shard {i}") for i, entry in enumerate(listed))
     names = [shard.file for shard in shards]
     if len(set(names)) < len(names):
         raise DataError(f"{where}: names a file twice")
-    return ShardIndex(told["kind"], shards, about)
+    return ShardIndex(found["kind"], shards, about)
 
 
 def parse_shard(entry: Any, where: str) -> Shard:
-    """One file's entry in an index; its name and its hash may be used in paths. Raises DataError."""
+    """The entry of one file in an index, whose name and hash are fit for use in paths. Raises DataError."""
     try:
         shard = Shard(**entry)
     except TypeError as error:
@@ -133,29 +112,32 @@ def parse_shard(entry: Any, where: str) -> Shard:
 
 
 def sha256_of(file: Path) -> str:
-    """64 hexadecimal digits of a file's content."""
+    """64 hexadecimal digits: the SHA-256 of a file's content."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def shard_of(file: Path, name: str, samples: int) -> Shard:
-    """The index's entry for a local file."""
+    """The entry of a local file in an index."""
     return Shard(name, file.stat().st_size, sha256_of(file), samples)
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
-    """Write the index of a local set in one piece."""
+    """Write the index of a local data set, whole or not at all."""
     write_atomic(folder / INDEX, index.to_json())
 
 
 class ShardFiles:
-    """The shards of one set as local files: in place where they are local, else through the cache."""
+    """The shards of one data set as local files: read in place where they are local, else through the node's cache.
+
+    Raises DataError where a local shard's size differs from the index.
+    """
 
     def __init__(self, store: Store, index: ShardIndex) -> None:
         self.store = store
         self.index = index
-        self._ahead: ThreadPoolExecutor | None = None
-        self._coming: dict[int, Future[Path]] = {}
+        self._fetchers: ThreadPoolExecutor | None = None
+        self._fetching: dict[int, Future[Path]] = {}
         if store.folder is not None:
             for shard in index.shards:
                 size = find_file(store, shard.file).size
@@ -170,31 +152,31 @@ class ShardFiles:
         return self.store.folder is None
 
     def path(self, number: int) -> Path:
-        """Where shard `number` lies on this node; fetched and verified if it doesn't yet."""
+        """The local path of shard `number`; the shard is fetched and verified first if this node doesn't have it."""
         shard = self.index.shards[number]
         if self.store.folder is not None:
             return self.store.folder / shard.file
-        coming = self._coming.pop(number, None)
-        if coming is not None and not coming.cancel():
-            coming.exception()  # wait; had it failed, the next line tries again, and says why
+        fetching = self._fetching.pop(number, None)
+        if fetching is not None and not fetching.cancel():
+            fetching.exception()  # waits; where fetching failed, the next line tries again and raises why
         return node_cache().get(self.store, shard.file, shard.bytes, shard.sha256)
 
-    def expect(self, numbers: Iterable[int]) -> None:
-        """Fetch these shards in the background: they are needed soon, in this order."""
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Fetch these shards in the background, in this order: they are needed soon."""
         if self.store.folder is not None:
             return
-        if self._ahead is None:
-            self._ahead = ThreadPoolExecutor(_FETCHERS, "shards")
+        if self._fetchers is None:
+            self._fetchers = ThreadPoolExecutor(_FETCHERS, "shards")
         for number in numbers:
-            if number in self._coming:
+            if number in self._fetching:
                 continue
             shard = self.index.shards[number]
-            self._coming[number] = self._ahead.submit(
+            self._fetching[number] = self._fetchers.submit(
                 node_cache().get, self.store, shard.file, shard.bytes, shard.sha256
             )
 
     def check_room(self, layout: Layout) -> None:
-        """Refuse a cache that can't hold the shards that are in use at the same time."""
+        """Raise DataError where the cache can't hold the shards that are in use at the same time."""
         if self.store.folder is not None:
             return
         share = min(1.0, layout.window / max(1, int(layout.starts[-1])))
@@ -210,7 +192,7 @@ class ShardFiles:
 
 @data_errors()
 def local_file(uri: str) -> Path:
-    """One file as a local path: itself, or its copy in the cache, fetched again when it has changed. Raises DataError."""
+    """The local path of a file: the file itself, or its copy in the node's cache, fetched again where it has changed."""
     if not is_remote(uri):
         return Path(uri).expanduser()
     where = to_location(uri)
@@ -222,7 +204,7 @@ def local_file(uri: str) -> Path:
 
 @data_errors()
 def size_of(uri: str) -> int:
-    """Bytes of one file, before it is fetched; 0 for a local one that isn't there."""
+    """The bytes of a file, known before the file is fetched; 0 for a local file that doesn't exist."""
     if not is_remote(uri):
         file = Path(uri).expanduser()
         return file.stat().st_size if file.is_file() else 0

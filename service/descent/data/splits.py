@@ -1,12 +1,12 @@
-"""Splits without a list: which samples are held out is a pure function of (length, share, seed).
+"""Which samples are held out: pure functions of (length, share, seed).
 
-The data set is cut into as many equal stretches as samples are held out, and one sample
-of each, chosen by a keyed hash, is. So the order is kept (neighbours in a shard stay
-neighbours), any part's i-th sample is found at once, and no list is held, whatever the length.
+`rows_of` splits a table that is read whole, by a list of row numbers. `hold_out` and `split` make
+views on a data set of any length without a list: the samples are cut into as many equal stretches as
+samples are held out, and a keyed hash chooses one sample of each stretch. So the order is kept
+(neighbours in a shard stay neighbours), and the i-th sample of a part is found by arithmetic alone.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -14,18 +14,68 @@ from descent.data.base import (
     Data,
     Indices,
     Pair,
-    PartOf,
-    Subset,
-    check_inside,
+    View,
+    check_indices,
     digest_of,
-    held_count,
 )
-from descent.data.shards import Layout
+from descent.data.layout import Layout
 from descent.errors import DataError
 
-_LIST = 1 << 22
-"""Up to so many samples a list is made after all: 32 MB, and a batch costs one look-up less."""
+SPLITS = ("train", "evaluate", "all")
+_LISTED = 1 << 22
+"""A part of at most this many samples keeps a list of them after all: 32 MB, for cheaper look-ups."""
 _LONGEST = 1 << 31
+
+
+# -- by a list of rows -----------------------------------------------------------------
+
+
+def held_count(length: int, share: float, key: str) -> int:
+    """How many of `length` samples a share is. Raises DataError, naming `key`, where one part would be empty."""
+    if not 0.0 < share < 1.0:
+        raise DataError(f"{key}={share}: give a share between 0 and 1, such as 0.1")
+    count = int(length * share + 0.5)
+    if 1 <= count < length:
+        return count
+    empty = "evaluate" if count < 1 else "train"
+    remedy = f"choose a share from {1 / max(1, length):.3g} to {1 - 1 / max(1, length):.3g}"
+    if length < 2:
+        remedy = "at least 2 samples are needed"
+    raise DataError(f"{key}={share} of {length} samples leaves none to {empty} on: {remedy}")
+
+
+def split_indices(length: int, holdout: float, seed: int) -> tuple[Indices, Indices]:
+    """The numbers of the samples to train on, and of those to evaluate on, each ascending.
+
+    The raw output of PCG64 is the part of NumPy's random numbers that is promised to stay the same
+    across versions and machines; hence an argsort of it, and not a shuffle.
+
+    >>> train, evaluate = split_indices(10, 0.2, seed=0)
+    >>> len(train), len(evaluate), sorted({*train.tolist(), *evaluate.tolist()}) == list(range(10))
+    (8, 2, True)
+    """
+    num_held = held_count(length, holdout, "data.holdout")
+    if seed < 0:
+        raise DataError(f"seed={seed} of the split: give 0 or more")
+    order = np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable").astype(np.int64)
+    return np.sort(order[num_held:]), np.sort(order[:num_held])
+
+
+def check_split(name: str, chosen: str, allowed: tuple[str, ...] = SPLITS) -> None:
+    """Raise DataError for a `split` argument that the data set `name` doesn't know."""
+    if chosen not in allowed:
+        raise DataError(f"{name}: split={chosen!r} is none of {', '.join(allowed)}")
+
+
+def rows_of(length: int, chosen: str, holdout: float, seed: int) -> Indices:
+    """The numbers of the samples in one split: 'train', 'evaluate' or 'all'."""
+    check_split("data", chosen)
+    if chosen == "all":
+        return np.arange(length, dtype=np.int64)
+    return split_indices(length, holdout, seed)[SPLITS.index(chosen)]
+
+
+# -- without a list --------------------------------------------------------------------
 
 
 def _mix(numbers: Indices, seed: int) -> Indices:
@@ -39,10 +89,10 @@ def _mix(numbers: Indices, seed: int) -> Indices:
 
 @dataclass(frozen=True)
 class Strata:
-    """`held` of `length` samples, one from each of `held` stretches.
+    """The choice of `held` out of `length` samples, one from each of `held` equal stretches.
 
-    >>> part = Strata(10, 3, seed=0)
-    >>> both = [*part.held_out(np.arange(3)), *part.kept(np.arange(7))]
+    >>> strata = Strata(10, 3, seed=0)
+    >>> both = [*strata.held_out(np.arange(3)), *strata.kept(np.arange(7))]
     >>> sorted(int(i) for i in both) == list(range(10))
     True
     """
@@ -57,20 +107,20 @@ class Strata:
         return start + _mix(stretch, self.seed) % size
 
     def held_out(self, i: Indices) -> Indices:
-        """The i-th held-out samples, ascending."""
+        """The i-th held-out samples, ascending in i."""
         return self._chosen(np.asarray(i, dtype=np.int64))
 
     def kept(self, i: Indices) -> Indices:
-        """The i-th of the others, ascending."""
+        """The i-th of the other samples, ascending in i."""
         i = np.asarray(i, dtype=np.int64)
         kept = self.length - self.held
-        # stretch j begins after floor(j * kept / held) kept samples: the last j for which that is ≤ i
+        # Stretch j begins after floor(j * kept / held) kept samples: take the last j for which that is <= i.
         stretch = ((i + 1) * self.held - 1) // kept
         at = stretch * self.length // self.held + i - stretch * kept // self.held
         return at + (at >= self._chosen(stretch))
 
     def kept_before(self, position: int) -> int:
-        """How many kept samples lie before `position`."""
+        """How many kept samples lie before sample `position`."""
         if position >= self.length:
             return self.length - self.held
         stretch = ((position + 1) * self.held - 1) // self.length
@@ -78,24 +128,25 @@ class Strata:
         return position - before
 
 
-class Part(PartOf):
-    """The held-out samples of a data set, or the others; nothing is copied."""
+class Part(View):
+    """The held-out samples of a data set (`held`), or the others."""
 
     def __init__(self, data: Data, strata: Strata, held: bool) -> None:
-        self.data, self.strata, self.held = data, strata, held
+        super().__init__(data)
+        self.strata, self.held = strata, held
         self._length = strata.held if held else strata.length - strata.held
-        self._list = self._where(np.arange(self._length)) if self._length <= _LIST else None
-        self.layout: Layout | None = _cut(getattr(data, "layout", None), strata, held)
+        self._listed = self._find(np.arange(self._length)) if self._length <= _LISTED else None
+        self.layout = _layout_of_part(data.layout, strata, held)
 
-    def _where(self, i: Indices) -> Indices:
+    def _find(self, i: Indices) -> Indices:
         return self.strata.held_out(i) if self.held else self.strata.kept(i)
 
-    def numbers(self, indices: Indices) -> Indices:
+    def parent_indices(self, indices: Indices) -> Indices:
         """The samples' numbers in the whole data set; raises IndexError outside this part."""
-        if self._list is not None:
-            return self._list[indices]
-        check_inside(indices, self._length)
-        return self._where(indices)
+        if self._listed is not None:
+            return self._listed[indices]
+        check_indices(indices, self._length)
+        return self._find(indices)
 
     @property
     def digest(self) -> str:
@@ -107,14 +158,11 @@ class Part(PartOf):
     def __getitem__(self, index: int) -> Pair:
         if not -self._length <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
-        return self.data[int(self.numbers(np.array([index % self._length]))[0])]
-
-    def gather(self, indices: Indices, **seeds: Any) -> Pair:
-        return self.data.gather(self.numbers(indices), **seeds)
+        return self.data[int(self.parent_indices(np.array([index % self._length]))[0])]
 
 
-def _cut(layout: Layout | None, strata: Strata, held: bool) -> Layout | None:
-    """The layout of a part: the same shards with fewer samples."""
+def _layout_of_part(layout: Layout | None, strata: Strata, held: bool) -> Layout | None:
+    """The same shards with the fewer samples that a part has in each."""
     if layout is None:
         return None
     kept = np.array([strata.kept_before(int(s)) for s in layout.starts], dtype=np.int64)
@@ -124,7 +172,7 @@ def _cut(layout: Layout | None, strata: Strata, held: bool) -> Layout | None:
 def hold_out(data: Data, share: float, seed: int, key: str = "data.holdout") -> tuple[Part, Part]:
     """(others, held out): disjoint views that together are the whole data set.
 
-    Depends on (len(data), share, seed) only. Raises DataError when one would be empty.
+    The choice depends on (len(data), share, seed) only. Raises DataError when one part would be empty.
     """
     if seed < 0:
         raise DataError(f"seed={seed} of the split: give 0 or more")
@@ -143,23 +191,9 @@ def split(data: Data, holdout: float, test: float, seed: int) -> tuple[Data, Dat
     rest, tested = hold_out(data, test, seed, "data.test") if test else (data, None)
     if not holdout:
         return rest, None, tested
-    # of the whole, as the test's share is
+    # `holdout` is a share of the whole data set, as `test` is.
     share = held_count(len(data), holdout, "data.holdout") / len(rest)
     if share >= 1.0:
         raise DataError(f"data.holdout={holdout} and data.test={test} leave nothing to train on")
     train, evaluate = hold_out(rest, share, seed)
     return train, evaluate, tested
-
-
-def root_of(data: Any) -> Any:
-    """The data set beneath the views."""
-    while isinstance(data, Subset | Part):
-        data = data.data
-    return data
-
-
-def numbers_in(data: Any, indices: Indices) -> Indices:
-    """A view's samples as numbers in `root_of(data)`."""
-    while isinstance(data, Subset | Part):
-        indices, data = data.numbers(indices), data.data
-    return indices

@@ -1,4 +1,4 @@
-"""A byte-level language model's text: the source files of Python's own standard library."""
+"""Text for a byte-level language model: the source files of Python's own standard library."""
 
 import os
 import sysconfig
@@ -8,28 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descent.data.base import Pair, TensorData, check_split
+from descent.data.base import Pair, TensorData
+from descent.data.splits import check_split
+from descent.data.text import MAX_JOINED
 from descent.errors import DataError
 
-_ADDED = {"site-packages", "dist-packages", "__pycache__"}  # not part of the standard library
+_INSTALLED = {"site-packages", "dist-packages", "__pycache__"}  # not part of the standard library
 _TESTS = {"test", "tests", "idle_test"}
-_MACHINE = "_sysconfigdata"  # records how this one interpreter was built
-_SEPARATOR = b"\0"  # never occurs in Python source: a model learns it as the end of a file
+_BUILD_RECORD = "_sysconfigdata"  # describes how one interpreter was built, so it differs between machines
+_SEPARATOR = b"\0"  # never occurs in Python source, so a model learns it as a file's end
 
 
 class StdlibBytes(TensorData):
-    """Windows of `block` bytes of source code, and the same shifted by one as targets.
+    """inputs int64 [n, block]: windows of source code's bytes, 0 … 255; targets int64 [n, block]: the next bytes.
 
-    Inputs and targets are int64 [n, block], values 0 … 255: target [i, t] is the byte after
-    input [i, t]. Windows don't overlap (stride = block). The text is every *.py file in order
-    of its relative path, a zero byte after each; every `evaluate_every`-th file belongs to
-    'evaluate', the others to 'train', so evaluation text is unseen.
+    Windows don't overlap. The text is every *.py file in the order of the relative paths, a zero byte
+    after each. Every `evaluate_every`-th file belongs to the split 'evaluate', the others to 'train',
+    so that training never sees the text of the evaluation.
 
-    include_tests: with the library's own tests, about 31 MB, else about 12 MB.
-    max_bytes: use only the first so many bytes of the split's text; None for all.
+    include_tests: whether the library's own tests belong to the text: about 31 MB with them, 12 MB without.
+    max_bytes: the first bytes of the split's text that are used; None for all.
 
-    The files are those of the running interpreter: each Python version has its own digest.
-    The text stays bytes in memory and becomes int64 batch by batch.
+    The files are those of the running interpreter, so each Python version has its own digest. The text
+    stays bytes in memory and becomes int64 batch by batch.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class StdlibBytes(TensorData):
                 f"stdlib: {len(text)} bytes of *.py under {folder} for split={split} (max_bytes="
                 f"{max_bytes}) don't fill one window of block={block} bytes and its next byte"
             )
-        # both are views on the one text: shifted by one byte, nothing is stored twice
+        # Both tensors are views on the one text, shifted by one byte: nothing is stored twice.
         whole = num_windows * block
         super().__init__(
             text[:whole].view(num_windows, block),
@@ -75,14 +76,14 @@ class StdlibBytes(TensorData):
 
 
 def source_files(folder: Path, include_tests: bool) -> list[Path]:
-    """The library's *.py files, sorted by relative path, without what was installed into it."""
-    left_out = _ADDED if include_tests else _ADDED | _TESTS
+    """The library's *.py files, sorted by relative path, without the packages that were installed into it."""
+    left_out = _INSTALLED if include_tests else _INSTALLED | _TESTS
     found: list[tuple[str, Path]] = []
-    # os.walk, since it can be told not to descend: site-packages may hold a million files
+    # os.walk can leave folders out: site-packages may hold a million files.
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in left_out]
         for name in names:
-            if name.endswith(".py") and not name.startswith(_MACHINE):
+            if name.endswith(".py") and not name.startswith(_BUILD_RECORD):
                 file = Path(parent, name)
                 found.append((file.relative_to(folder).as_posix(), file))
     if not found:
@@ -98,6 +99,8 @@ def _read(files: list[Path], max_bytes: int | None) -> Tensor:
     for file in files:
         if max_bytes is not None and len(text) >= max_bytes:
             break
+        if len(text) + file.stat().st_size > MAX_JOINED:
+            raise DataError(f"{file}: the text is longer than {MAX_JOINED / 1e9:.3g} GB by now: set data.max_bytes")
         try:
             text += file.read_bytes() + _SEPARATOR
         except OSError as error:

@@ -1,7 +1,7 @@
-"""Images in tar shards: where each member lies, found once by `descent data index`.
+"""Images in tar shards, and the table of where each image lies, which `descent data index` writes.
 
-Beside the shards lie `index.json` and `members.bin`: for each image, in the order of the
-shards, three little-endian 64-bit numbers: first byte, number of bytes, class.
+`index.json` and `members.bin` lie beside the shards. `members.bin` holds three little-endian 64-bit
+numbers for each image, in the order of the shards: first byte, number of bytes, class.
 """
 
 import tarfile
@@ -11,16 +11,18 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from descent.data.base import Indices
-from descent.data.pictures import Item
-from descent.data.shards import ShardFiles, ShardIndex, layout_of, parse_shard, shard_of
+from descent.data.batch import Indices
+from descent.data.image_decoding import Item
+from descent.data.layout import Layout, layout_of
+from descent.data.regular_files import is_hidden
+from descent.data.shards import ShardFiles, ShardIndex, parse_shard, shard_of
 from descent.errors import DataError
 
 MEMBERS = "members.bin"
 
 
-class Members:
-    """The images of tar shards, by number."""
+class TarImages:
+    """The images of tar shards, by number. `Folder` in images.py has the same members."""
 
     def __init__(self, path: str, shards: ShardFiles) -> None:
         self.shards = shards
@@ -28,7 +30,7 @@ class Members:
         classes = about.get("classes")
         if not isinstance(classes, list) or not classes:
             raise DataError(f"{path}/index.json: about.classes must be a list of names")
-        self.classes = [str(name) for name in classes]
+        self.class_names = tuple(str(name) for name in classes)
         listed = about.get("members")
         if not isinstance(listed, dict):
             raise DataError(f"{path}/index.json: about.members must name {MEMBERS}")
@@ -37,11 +39,11 @@ class Members:
         table = np.memmap(file, dtype="<i8", mode="r").reshape(-1, 3)
         if len(table) != index.samples:
             raise DataError(f"{path}/{MEMBERS}: has {len(table)} images, the index {index.samples}")
-        self._where = table[:, :2]
+        self._extents = table[:, :2]
         self.targets = torch.from_numpy(np.array(table[:, 2], dtype=np.int64))
-        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < len(self.classes):
-            raise DataError(f"{path}/{MEMBERS}: has a class outside the {len(self.classes)} of the index")
-        self.counts = [shard.samples for shard in index.shards]
+        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < len(self.class_names):
+            raise DataError(f"{path}/{MEMBERS}: has a class outside the {len(self.class_names)} of the index")
+        self.counts: list[int] | None = [shard.samples for shard in index.shards]
         self._starts = layout_of(self.counts, None).starts
 
     @property
@@ -56,28 +58,37 @@ class Members:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def item(self, sample: int) -> Item:
-        first, size = self._where[sample].tolist()
+        first, size = self._extents[sample].tolist()
         return str(self.shards.path(self._shard(sample))), first, size
 
     def items(self, samples: Indices) -> list[Item]:
         numbers = np.searchsorted(self._starts, samples, side="right") - 1
         paths = {n: str(self.shards.path(n)) for n in np.unique(numbers).tolist()}
-        rows = self._where[samples].tolist()
+        rows = self._extents[samples].tolist()
         return [(paths[n], *row) for n, row in zip(numbers.tolist(), rows, strict=True)]
 
-    def where(self, sample: int) -> str:
+    def prefetch(self, shards: Indices) -> None:
+        """Fetch these shards in the background, in this order."""
+        self.shards.prefetch(shards.tolist())
+
+    def check_room(self, layout: Layout) -> None:
+        """Raise DataError where the cache can't hold the shards that are in use at the same time."""
+        self.shards.check_room(layout)
+
+    def location(self, sample: int) -> str:
         shard = self._shard(sample)
         file = self.shards.index.shards[shard].file
         return f"{self.shards.store.address}/{file}, image {sample - int(self._starts[shard])} (from 0)"
 
 
-def index_tars(folder: Path, suffixes: tuple[str, ...], progress: Callable[[int, int], None]) -> ShardIndex:
-    """Look through the *.tar files of a folder and write members.bin; the index is the caller's to write.
+def index_tars(
+    folder: Path, files: list[Path], suffixes: tuple[str, ...], progress: Callable[[int, int], None]
+) -> ShardIndex:
+    """Read through the tar files of a folder and write members.bin; the caller writes the index that is returned.
 
-    An image's class is the folder it lies in within the tar, or what its neighbour with the
-    same name and the ending .cls says. Raises DataError naming the shard and the member.
+    An image's class is the content of the member with the image's name and the ending .cls, else the
+    folder in which the image lies within the tar. Raises DataError naming the shard and the member.
     """
-    files = sorted(folder.glob("*.tar"))
     total, done = sum(f.stat().st_size for f in files), 0
     found: list[list[tuple[int, int, str]]] = []
     for file in files:
@@ -85,7 +96,7 @@ def index_tars(folder: Path, suffixes: tuple[str, ...], progress: Callable[[int,
         done += file.stat().st_size
         progress(done, total)
     names = {label for members in found for _, _, label in members}
-    # numbers in numeric order: 2 before 10
+    # Numeric names in numeric order: 2 before 10.
     classes = sorted(names, key=lambda n: (0, int(n), n) if n.isdigit() else (1, 0, n))
     numbers = {label: i for i, label in enumerate(classes)}
     rows = [(first, size, numbers[label]) for members in found for first, size, label in members]
@@ -103,7 +114,7 @@ def _members(file: Path, suffixes: tuple[str, ...]) -> list[tuple[int, int, str]
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                if not member.isfile():
+                if not member.isfile() or any(map(is_hidden, path.parts)):
                     continue
                 if path.suffix.lower() in suffixes:
                     images.append((member.name, member.offset_data, member.size))

@@ -1,4 +1,4 @@
-"""Text files as bytes, without a tokenizer: one large file memory-mapped, or a folder's joined."""
+"""Text as bytes, without a tokenizer: one memory-mapped file, or the joined files of a folder."""
 
 from pathlib import Path
 
@@ -7,20 +7,22 @@ import torch
 from torch import Tensor
 
 from descent.data.base import LARGE, Pair, TensorData
+from descent.data.regular_files import is_hidden, require_file
 from descent.data.shards import local_file
 from descent.errors import DataError
 
-SEPARATOR = b"\0"  # between files: never occurs in text, so a model learns it as a file's end
-_MOST_JOINED = 1 << 30
+SEPARATOR = b"\0"  # after each file: the zero byte never occurs in text, so a model learns it as a file's end
+MAX_JOINED = 1 << 30
+"""Bytes of files that are joined in memory, at most."""
 
 
 class Text(TensorData):
-    """Windows of `block` bytes, and the same shifted by one as targets.
+    """inputs int64 [n, block]: windows of the text's bytes, 0 … 255; targets int64 [n, block]: the next bytes.
 
-    path: a text file (or s3://…), memory-mapped, or a folder whose files that match `pattern` are
-    joined in memory, in the order of their names, a zero byte after each. Inputs and targets
-    are int64 [n, block], values 0 … 255; windows don't overlap. Folders above 1 GiB are
-    refused: `descent data tokenize` turns them into shards, with any tokenizer.
+    path: a text file (or s3://…), which is memory-mapped; or a folder, whose files that match
+    `pattern` are joined in memory in the order of their names, a zero byte after each. Windows don't
+    overlap. A folder above 1 GiB is refused: `descent data tokenize` turns it into shards, with any
+    tokenizer.
     """
 
     def __init__(
@@ -42,17 +44,19 @@ class Text(TensorData):
             num_outputs=256,
             name=name,
             source=str(path),
+            mapped=len(text) > LARGE,
         )
-        self.mapped = len(text) > LARGE
 
     def decode(self, inputs: Tensor, targets: Tensor) -> Pair:
         return inputs.long(), targets.long()
 
 
 def text_files(folder: Path, pattern: str) -> list[Path]:
-    """The folder's files that match, sorted by their relative path. Raises DataError if none does."""
+    """The folder's files that match, sorted by their relative path, without hidden ones. Raises DataError if none does."""
     try:
-        found = [f for f in folder.glob(pattern) if f.is_file()]
+        found = [
+            f for f in folder.glob(pattern) if f.is_file() and not any(map(is_hidden, f.relative_to(folder).parts))
+        ]
     except (ValueError, NotImplementedError) as error:
         raise DataError(f"data.pattern={pattern!r}: {error}; give one such as **/*.txt") from error
     if not found:
@@ -63,7 +67,7 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
 def _joined(folder: Path, pattern: str) -> Tensor:
     files = text_files(folder, pattern)
     total = sum(file.stat().st_size for file in files)
-    if total > _MOST_JOINED:
+    if total > MAX_JOINED:
         raise DataError(
             f"{folder}: {total} bytes in {len(files)} files are too many to join in memory; "
             f"run descent data tokenize {folder} OUT, and train with data=tokens data.path=OUT"
@@ -78,9 +82,8 @@ def _joined(folder: Path, pattern: str) -> Tensor:
 
 
 def _mapped(file: Path, path: str) -> Tensor:
-    if not file.is_file():
-        raise DataError(f"{path} doesn't exist: give a text file, or a folder of them")
+    require_file(file, "give a text file, or a folder of them")
     if file.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    # mode c: writes, if anyone made one, would stay in memory; torch wants it writeable
+    # Torch wants a writeable array; with mode c a write would stay in memory.
     return torch.from_numpy(np.asarray(np.memmap(file, dtype=np.uint8, mode="c")))

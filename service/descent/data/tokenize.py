@@ -1,4 +1,4 @@
-"""From text files to shards of token ids with an index: what `descent data tokenize` does."""
+"""Turn text files into shards of token ids with an index: the work of `descent data tokenize`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,29 +7,30 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from descent.data.regular_files import require_file
 from descent.data.shards import INDEX, Shard, ShardIndex, shard_of, write_index
 from descent.data.text import text_files
 from descent.data.tokens import DTYPES
 from descent.errors import DataError
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
-_PIECE = 1 << 20  # of text at a time, cut at a line's end: a file may be larger than memory
+_PIECE = 1 << 20  # bytes of text read at a time, up to a line's end: a file may be larger than memory
 _USUAL_SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """Text to numbers below `vocabulary`."""
+    """Turns text into token ids from 0 to `vocabulary` - 1."""
 
     name: str
     vocabulary: int
     separator: int | None
-    """Put after each file; None for nothing."""
+    """The token after each file; None for no token."""
 
     def encode(self, text: bytes, where: str) -> Ids: ...
 
 
 class Bytes:
-    """Each byte is a token; the zero byte separates files."""
+    """Each byte is a token, and the zero byte separates files."""
 
     name = "bytes"
     vocabulary = 256
@@ -42,8 +43,8 @@ class Bytes:
 class HuggingFace:
     """A `tokenizer.json` of the Hugging Face library `tokenizers`.
 
-    separator: the token after each file; by default the first of the usual ones that it knows.
-    Raises DataError where the library is missing, the file isn't one, or the token unknown.
+    separator: the token after each file; by default the first usual one that the tokenizer knows.
+    Raises DataError where the library is missing, the file is no tokenizer, or the token is unknown.
     """
 
     def __init__(self, file: Path, separator: str | None = None) -> None:
@@ -58,8 +59,8 @@ class HuggingFace:
         try:
             self._loaded = Loaded.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
-            said = " ".join(str(error).split())
-            raise DataError(f"tokenizer {file}: is not a tokenizer.json: {said}") from error
+            reason = " ".join(str(error).split())
+            raise DataError(f"tokenizer {file}: is not a tokenizer.json: {reason}") from error
         self.name = str(file)
         self.vocabulary: int = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
         wanted = _USUAL_SEPARATORS if separator is None else (separator,)
@@ -78,7 +79,7 @@ class HuggingFace:
 
 
 def tokenizer_of(name: str, separator: str | None) -> Tokenizer:
-    """`bytes`, or the path of a tokenizer.json."""
+    """The tokenizer that `name` stands for: `bytes`, or the path of a tokenizer.json."""
     if name == "bytes":
         if separator is not None:
             raise DataError("separator: the bytes tokenizer always separates files by a zero byte")
@@ -95,16 +96,19 @@ def tokenize(
     shard_tokens: int = 1 << 25,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
-    """Write the ids of a file, or of a folder's files in the order of their names, as shards.
+    """Write the token ids of a file, or of a folder's files in the order of their names, as shards.
 
-    progress: called with (bytes read, bytes in all). The index is written last: without it
-    there is no set. Raises DataError for text that can't be read and a target that has one.
+    progress: called with (bytes read, bytes in all). The index is written last: a folder without an
+    index holds no data set. Raises DataError for text that can't be read, and for a target folder
+    that holds a data set already.
     """
     if shard_tokens < 2:
         raise DataError(f"shard-tokens={shard_tokens}: give 2 or more")
     if (target / INDEX).exists():
         raise DataError(f"{target}: holds a data set already ({INDEX}); choose another folder")
-    files = [source] if source.is_file() else text_files(source, pattern)
+    if not source.is_dir():
+        require_file(source, "give a text file, or a folder of them")
+    files = text_files(source, pattern) if source.is_dir() else [source]
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,7 +140,7 @@ def tokenize(
 
 
 def _pieces(file: Path) -> Iterator[tuple[bytes, int]]:
-    """The file in pieces that end at a line's end, each with its first byte's number."""
+    """The file in pieces that end at a line's end, each with the number of its first byte."""
     offset = 0
     try:
         with file.open("rb") as content:
@@ -149,34 +153,34 @@ def _pieces(file: Path) -> Iterator[tuple[bytes, int]]:
 
 
 class _Writer:
-    """Shards of `shard_tokens` ids each, the last one smaller."""
+    """Writes shards of `shard_tokens` ids each; the last one may be smaller."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._folder, self._dtype, self._full = folder, dtype, shard_tokens
         self._shards: list[Shard] = []
-        self._waiting: list[Ids] = []
+        self._unwritten: list[Ids] = []
         self._count = 0
 
     def add(self, ids: npt.NDArray[Any]) -> None:
         while self._count + len(ids) >= self._full:
             room = self._full - self._count
-            self._waiting.append(ids[:room])
+            self._unwritten.append(ids[:room])
             self._write()
             ids = ids[room:]
         if len(ids):
-            self._waiting.append(ids)
+            self._unwritten.append(ids)
             self._count += len(ids)
 
     def _write(self) -> None:
         name = f"shard-{len(self._shards):05d}.bin"
-        ids = np.concatenate(self._waiting).astype(self._dtype)
+        ids = np.concatenate(self._unwritten).astype(self._dtype)
         file = self._folder / name
         try:
             ids.tofile(file)
         except OSError as error:
             raise DataError(f"{file}: can't be written: {error}") from error
         self._shards.append(shard_of(file, name, len(ids)))
-        self._waiting, self._count = [], 0
+        self._unwritten, self._count = [], 0
 
     def finish(self) -> list[Shard]:
         if self._count:

@@ -1,4 +1,4 @@
-"""Token ids on disk, memory-mapped: what `descent data tokenize` writes, for language models."""
+"""Token ids on disk, memory-mapped, for language models; `descent data tokenize` writes them."""
 
 from collections import OrderedDict
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
-from descent.data.base import LARGE, Indices, Pair, check_inside, digest_of
+from descent.data.base import LARGE, BatchDataset, Indices, Pair, check_indices, digest_of
 from descent.data.files import open_data
-from descent.data.shards import Layout, ShardFiles, ShardIndex, layout_of, read_index
+from descent.data.layout import layout_of
+from descent.data.shards import ShardFiles, ShardIndex, read_index
 from descent.errors import DataError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -19,20 +19,19 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
 }
-_OPEN = 256  # shards that are kept mapped: address space, not memory
+_OPEN = 256  # shards that stay mapped, which takes address space and no memory
 
 
-class Tokens(Dataset[Pair]):
-    """Windows of `block` tokens, and the same shifted by one as targets.
+class Tokens(BatchDataset):
+    """inputs int64 [n, block]: windows of token ids; targets int64 [n, block]: the tokens after them.
 
-    path: a folder, or s3://…, with `index.json` and its shards. Inputs and targets are int64
-    [n, block]: target [i, t] is the token after input [i, t]. Windows don't overlap (stride =
-    block) and don't cross shards. A local set is memory-mapped and its samples are shuffled
-    freely; one on s3:// is read shard by shard through the node's cache, in an order that
-    shuffles shards and then samples inside a `window` (samples; null: 8 shards' worth). A
-    number makes a local set go by that order too.
+    path: a folder, or s3://…, with `index.json` and its shards. Windows don't overlap and don't cross
+    shards. A local data set is memory-mapped, and its samples are shuffled freely. A data set on s3://
+    is read shard by shard through the node's cache, in an order that shuffles the shards and then the
+    samples inside each `window` (a number of samples; null: as many as 8 shards hold). With a number,
+    a local data set is read in that order too.
 
-    Raises DataError for a missing or malformed index, or a shard whose size differs from it.
+    Raises DataError for a missing or malformed index, and for a shard whose size differs from the index.
     """
 
     def __init__(
@@ -57,15 +56,12 @@ class Tokens(Dataset[Pair]):
                 "the largest has " + str(max(shard.samples for shard in self.index.shards))
             )
         ordered = self.files.remote or window is not None
-        self.layout: Layout | None = layout_of(counts, window) if ordered else None
+        self.layout = layout_of(counts, window) if ordered else None
         if self.layout is not None:
             self.files.check_room(self.layout)
+        # A small local data set lies in the operating system's page cache.
+        self.in_memory = not self.files.remote and self.index.bytes <= LARGE
         self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether a batch costs no reading worth the name: a small local set lies in the page cache."""
-        return not self.files.remote and self.index.bytes <= LARGE
 
     @property
     def digest(self) -> str:
@@ -78,15 +74,14 @@ class Tokens(Dataset[Pair]):
         inputs, targets = self.gather(np.array([index], dtype=np.int64))
         return inputs[0], targets[0]
 
-    def expect(self, shards: Indices) -> None:
-        """These shards are needed soon: fetch them in the background where they aren't here."""
-        self.files.expect(shards.tolist())
+    def prefetch(self, shards: Indices) -> None:
+        self.files.prefetch(shards.tolist())
 
     def gather(self, indices: Indices) -> Pair:
         """Inputs and targets int64 [n, block]; raises IndexError outside the data."""
-        check_inside(indices, len(self))
+        check_indices(indices, len(self))
         ids = np.empty((len(indices), self.block + 1), dtype=self._dtype)
-        # One look at each shard; a batch of a shuffled local set has a few samples in every one.
+        # Sorted, so that each shard is looked up once: a shuffled batch has a few samples in every shard.
         order = np.argsort(indices, kind="stable")
         wanted = indices[order]
         shards = np.searchsorted(self._starts, wanted, side="right") - 1
@@ -101,7 +96,7 @@ class Tokens(Dataset[Pair]):
         )
 
     def _windows(self, shard: int) -> NDArray[Any]:
-        """[windows, block + 1]: each window and the token after it, a view on the mapped file."""
+        """[windows, block + 1]: each window and the token after it, as a view on the mapped file."""
         windows = self._open.get(shard)
         if windows is None:
             ids = np.asarray(np.memmap(self.files.path(shard), dtype=self._dtype, mode="r"))

@@ -1,5 +1,6 @@
 """From a config to what a run will do: data, model and every derived number, checked before any actor starts."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from descent.config import RunConfig, WorkerRange, build, resolve_target
-from descent.data.base import Data
+from descent.data.base import BatchDataset, Data
 from descent.data.cache import use_cache
+from descent.data.data_thread import in_data_thread
 from descent.data.map_style import adapt
 from descent.data.splits import split
 from descent.errors import ConfigError, DataError
@@ -88,26 +90,32 @@ class Prepared:
     """A few evaluation (else training) inputs, [n, *input_shape]."""
 
 
-def _adapt(data: Any, where: str) -> Data:
+def _data_set(config: RunConfig, spec: Mapping[str, Any], where: str) -> Data:
+    """The data set of a spec, built in the thread in which it will be read."""
+    trusted = config.trusted_modules
+    target = resolve_target(spec["_target_"], trusted, f"{where}._target_")
+    policy = {"on_error": config.data.on_error} if _takes(target, "on_error") and "on_error" not in spec else {}
+    data = in_data_thread(build, spec, trusted, where, **policy)
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise ConfigError(
             f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset"
         )
-    return adapt(data)
+    adapted = adapt(data, config.data.on_error)
+    if len(adapted) == 0:
+        raise DataError(f"{where}: {config.data.name} has no samples")
+    return adapted
+
+
+def _takes(target: Any, name: str) -> bool:
+    return inspect.isclass(target) and issubclass(target, BatchDataset) and name in inspect.signature(target).parameters
 
 
 def build_data(config: RunConfig) -> tuple[Data, Data | None]:
     """The training and the held-out set. Raises ConfigError or DataError."""
-    trusted = config.trusted_modules
     use_cache(config.data.cache.dir, config.data.cache.gb)
-    train = _adapt(build(config.data.train, trusted, "data.train"), "data.train")
-    if len(train) == 0:
-        raise DataError(f"data.train: {config.data.name} has no samples")
+    train = _data_set(config, config.data.train, "data.train")
     if config.data.evaluate is not None:
-        held_out = _adapt(build(config.data.evaluate, trusted, "data.evaluate"), "data.evaluate")
-        if len(held_out) == 0:
-            raise DataError(f"data.evaluate: {config.data.name} has no samples to evaluate on")
-        return train, held_out
+        return train, _data_set(config, config.data.evaluate, "data.evaluate")
     return split(train, config.data.holdout, config.data.test, config.seed)[:2]
 
 

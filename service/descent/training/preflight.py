@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from descent.config import RunConfig
 from descent.config.build import in_one_line
-from descent.data.base import Data
+from descent.data.bad_records import read_good
+from descent.data.base import Data, indices_in_root, root_of
 from descent.data.generators import own_generators
-from descent.data.records import read_good
-from descent.data.splits import numbers_in, root_of
 from descent.errors import ConfigError, DataError, DescentError
 from descent.optim.plateau import Plateau
 from descent.training.determinism import refuse_undeterministic
@@ -158,17 +157,17 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
     by_place = output.dim() > 2 and output.shape[:-1] != targets.shape
     classes = output.shape[1] if by_place else output.shape[-1]
     root = root_of(data)
-    stored = getattr(root, "targets", None)
-    if isinstance(stored, Tensor):
+    stored = root.labels
+    if stored is not None:
         if root is not data and stored.dim() == 1:
-            stored = stored[torch.from_numpy(numbers_in(data, np.arange(len(data))))]
+            stored = stored[torch.from_numpy(indices_in_root(data, np.arange(len(data))))]
         _labels_in_range(stored, classes, where, config)
         return
     # where a sample must be read, decoded or fetched, few are looked at; of shards, the first ones
-    most = min(_ALL_LABELS, 65536 if getattr(root, "in_memory", False) else 256)
+    most = min(_ALL_LABELS, 65536 if root.in_memory else 256)
     wanted = min(len(data), max(1, most // max(1, targets[0].numel())))
     indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
-    if getattr(data, "layout", None) is not None:
+    if data.layout is not None:
         indices = np.arange(wanted, dtype=np.int64)
     _labels_in_range(read(config, data, indices, where)[1], classes, where, config, indices)
 

@@ -7,8 +7,7 @@ from torch import nn
 
 from descent.checkpoint.weights import put_into, read_weights
 from descent.config import RunConfig, build
-from descent.data.base import Data
-from descent.data.splits import root_of
+from descent.data.base import Data, root_of
 from descent.optim.ema import Ema
 from descent.storage import to_location
 from descent.training.objective import Objective
@@ -33,11 +32,8 @@ def objective_on(config: RunConfig, device: torch.device) -> Objective:
 
 def in_training(objective: Objective, data: Data) -> Objective:
     """The loss for batches of `data`; where its labels lie in memory they are looked at here, not in every step."""
-    root: Any = root_of(data)
-    stored = getattr(root, "targets", None)
-    if isinstance(stored, torch.Tensor) and getattr(root, "in_memory", False):
-        return objective.over(stored)
-    return objective
+    labels = root_of(data).labels
+    return objective.over(labels) if labels is not None and data.in_memory else objective
 
 
 def first_state(config: RunConfig, plan: Plan, model: nn.Module, device: torch.device) -> TrainState:

@@ -135,7 +135,7 @@ class RunRecorder:
         listeners.attach(tracker)
 
     def _describe(self, tracker: "Tracker") -> None:
-        from descent.data.profile import describe
+        from descent.data.description import describe
 
         prepared = self._prepared
         tracker.log_params(

@@ -1,35 +1,37 @@
-"""Batches for the step: from the device or memory where the data lies there, else read ahead in the background."""
+"""Batches for a step: from memory or the device where the data lies there, else read in the background ahead of use."""
 
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
-from descent.data.base import Data
-from descent.data.records import Policy, read_good
-from descent.data.splits import numbers_in, root_of
+from descent.data.bad_records import Policy, read_good
+from descent.data.base import Data, Pair, indices_in_root, root_of
+from descent.data.data_thread import data_thread
+from descent.data.map_style import UserData
 from descent.training.input.sampling import Indices, SampleOrder, stream_seed
 
 _DEPTH = 4
 _SHARE_OF_DEVICE = 8
-"""A data set up to an eighth of the device's memory lies there; of its size, not of what is free: a run's bits must not depend on its neighbours."""
-Pair = tuple[Tensor, Tensor]
+"""A data set of at most an eighth of the device's memory is kept there: of all its memory, not of what is
+free, because a run's bits must not depend on the other programs on the device."""
+_Key = tuple[int, int, int]
+"""(step, first sample, end) of a part of a step's global batch."""
 
 
 class Feed:
-    """Gives a step's micro-batches on the device.
+    """Gives the micro-batches of a step on the device.
 
-    A data set in memory is indexed on the spot: handing a few microseconds of work to a
-    thread would cost more than it saves. One that draws random numbers is read on the spot
-    too, seeded by (step, sample), because it shares its generators with the model. Any
-    other is read up to a step ahead, pinned and on its way to the device. Bad records go
-    by `on_error` (see `descent.data.records.read_good`).
+    A data set in memory is indexed in the calling thread: handing a few microseconds of work to another
+    thread would cost more than it saves. So is a data set that draws random numbers, because it shares
+    the generators with the model; it is seeded by (step, sample). Any other data set is read in the
+    background up to a step ahead, and copied to the device meanwhile. A user's data set is read by one
+    thread only, the process's data thread, unless it is `thread_safe`. Bad records are treated as
+    `on_error` says (see `descent.data.bad_records.read_good`).
 
-    order: None for a set that is only `take`n from.
+    order: the sample order, for `prepare` and `fetch`; None for a data set of which only `take` is used.
     """
 
     def __init__(
@@ -45,25 +47,24 @@ class Feed:
         self._order = order
         self._device = device
         self._seed, self._on_error = seed, on_error
-        self._root: Any = root_of(data)
-        self._random = bool(getattr(self._root, "random", False))
+        self._root = root_of(data)
         self._resident = _on_device(self._root, device)
-        near = getattr(self._root, "in_memory", False) or self._resident is not None
-        readers = getattr(self._root, "readers", 1)
-        self._ahead = None if near or self._random else ThreadPoolExecutor(readers, "feed")
-        self._stream = torch.cuda.Stream(device) if self._ahead is not None and device.type == "cuda" else None
-        self._queue: deque[tuple[int, int, int]] = deque()
-        self._waiting: dict[tuple[int, int, int], Future[_Read]] = {}
+        in_place = data.in_memory or self._resident is not None or data.draws_random_numbers
+        self._readers: Executor | None = None if in_place else _readers_of(self._root)
+        reads_ahead = self._readers is not None
+        self._stream = torch.cuda.Stream(device) if reads_ahead and device.type == "cuda" else None
+        self._to_read: deque[_Key] = deque()
+        self._reading: dict[_Key, Future[_Read]] = {}
         self._window = -1
         self._waited_s = 0.0
         self._replaced = 0
 
     def numbers(self, indices: Indices) -> Indices:
         """The samples' numbers in the data set as it is stored, before any split."""
-        return numbers_in(self._data, indices)
+        return indices_in_root(self._data, indices)
 
     def take(self, indices: Indices, step: int = 0) -> Pair:
-        """The samples `indices`: inputs [n, …] and targets [n, …] on the device."""
+        """The samples `indices`: inputs [n, ...] and targets [n, ...] on the device."""
         begin = time.perf_counter()
         read = self._read(indices, step)
         self._replaced += read.replaced
@@ -72,39 +73,42 @@ class Feed:
         return pair
 
     def prepare(self, step: int, slots: Sequence[tuple[int, tuple[int, int]]], micro_size: int) -> None:
-        """Say what this step will fetch, so that it and the next step's first reads run ahead."""
-        self._expect(step)
-        if self._ahead is None:
+        """Start to read what `fetch` will be asked for in this step, and what the next step begins with.
+
+        slots: (slot, (first sample, end)) of the slots that this rank computes.
+        """
+        self._prefetch_shards(step)
+        if self._readers is None:
             return
         pieces = [(f, min(f + micro_size, hi)) for _, (lo, hi) in slots for f in range(lo, hi, micro_size)]
-        known = {*self._waiting, *self._queue}
+        known = {*self._reading, *self._to_read}
         for wanted in (step, step + 1):
-            self._queue.extend(key for p in pieces if (key := (wanted, *p)) not in known)
-        self._fill()
+            self._to_read.extend(key for p in pieces if (key := (wanted, *p)) not in known)
+        self._start_reads()
 
-    def _expect(self, step: int) -> None:
-        """Tell a data set in shards which ones come next, once a window."""
+    def _prefetch_shards(self, step: int) -> None:
+        """Name the shards that come next to a data set in shards, once for each window."""
         near = None if self._order is None else self._order.shards_near(step)
         if near is not None and near[0] != self._window:
             self._window = near[0]
-            self._root.expect(near[1])
+            self._root.prefetch(near[1])
 
-    def _fill(self) -> None:
-        """Keep a few reads under way; a bound, because a global batch may be larger than memory."""
-        assert self._ahead is not None and self._order is not None
-        while self._queue and len(self._waiting) < _DEPTH:
-            key = self._queue.popleft()
+    def _start_reads(self) -> None:
+        """Keep a few reads under way; bounded, because a global batch may be larger than memory."""
+        assert self._readers is not None and self._order is not None
+        while self._to_read and len(self._reading) < _DEPTH:
+            key = self._to_read.popleft()
             indices = self._order.samples_of(key[0])[key[1] : key[2]]
-            self._waiting[key] = self._ahead.submit(self._read_ahead, indices, key[0])
+            self._reading[key] = self._readers.submit(self._read_ahead, indices, key[0])
 
     def fetch(self, step: int, first: int, stop: int) -> Pair:
-        """Samples first … stop-1 of the step's global batch."""
+        """The samples at places first … stop-1 of the step's global batch: inputs and targets on the device."""
         assert self._order is not None
-        future = self._waiting.pop((step, first, stop), None)
+        future = self._reading.pop((step, first, stop), None)
         if future is None:
             return self.take(self._order.samples_of(step)[first:stop], step)
         begin = time.perf_counter()
-        self._fill()
+        self._start_reads()
         read = future.result()
         self._replaced += read.replaced
         pair = read.to(self._device)
@@ -112,33 +116,30 @@ class Feed:
         return pair
 
     def forget(self) -> None:
-        """Drop what was read ahead: the next generation may deal the slots anew."""
-        for future in self._waiting.values():
+        """Drop what was read ahead: this rank may get other slots next."""
+        for future in self._reading.values():
             future.cancel()
-        self._waiting.clear()
-        self._queue.clear()
+        self._reading.clear()
+        self._to_read.clear()
 
     def waited_s(self) -> float:
-        """Seconds that the step has waited for data since this was last asked."""
+        """Seconds that steps have waited for data since the last call."""
         waited, self._waited_s = self._waited_s, 0.0
         return waited
 
     def replaced(self) -> int:
-        """Bad records replaced since this was last asked."""
+        """Number of bad records that were replaced since the last call."""
         count, self._replaced = self._replaced, 0
         return count
 
     def _read(self, indices: Indices, step: int) -> "_Read":
-        if self._resident is not None:
-            return _Read(self._from_device(numbers_in(self._data, indices)), 0)
-
         def read(wanted: Indices) -> Pair:
-            if not self._random:
+            if self._resident is not None:
+                return self._from_device(indices_in_root(self._data, wanted))
+            if not self._data.draws_random_numbers:
                 return self._data.gather(wanted)
             seeds = [stream_seed(self._seed, step, sample) for sample in wanted.tolist()]
-            data: Any = self._data  # a view, or the MapStyle that says it is random
-            pair: Pair = data.gather(wanted, seeds=seeds)
-            return pair
+            return self._data.gather_seeded(wanted, seeds)
 
         return _Read(*read_good(read, indices, len(self._data), self._on_error))
 
@@ -153,20 +154,21 @@ class Feed:
 
     def _from_device(self, numbers: Indices) -> Pair:
         assert self._resident is not None
+        self._root.refuse_known_bad(numbers)
         at = torch.from_numpy(numbers).to(self._device, non_blocking=True)
-        stored = (part.index_select(0, at) for part in self._resident)
-        inputs, targets = self._root.decode(*stored)
-        return inputs, targets
+        inputs, targets = (part.index_select(0, at) for part in self._resident)
+        return self._root.decode(inputs, targets)
 
 
 class _Read:
-    """A batch that was read, perhaps still on its way to the device."""
+    """A batch that was read, whose copy to the device may still be under way."""
 
     def __init__(self, pair: Pair, replaced: int, arrived: torch.cuda.Event | None = None) -> None:
+        """arrived: the end of the copy to the device; None for a batch in the computer's memory."""
         self.pair, self.replaced, self._arrived = pair, replaced, arrived
 
     def to(self, device: torch.device) -> Pair:
-        """The batch on the device, for the current stream."""
+        """The batch on the device, for use in the current stream."""
         if self._arrived is not None:
             stream = torch.cuda.current_stream(device)
             stream.wait_event(self._arrived)
@@ -176,11 +178,18 @@ class _Read:
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def _on_device(root: Any, device: torch.device) -> Pair | None:
-    """All that the data set stores, on the device, where that fits; None else, and on a CPU."""
-    if device.type == "cpu" or not hasattr(root, "tensors"):
+def _readers_of(root: Data) -> Executor:
+    """The threads that may read this data set in the background."""
+    if isinstance(root, UserData) and not root.thread_safe:
+        return data_thread()
+    return ThreadPoolExecutor(root.readers, "feed")
+
+
+def _on_device(root: Data, device: torch.device) -> Pair | None:
+    """The whole data set as it is stored, on the device, where it fits there; None else, and for a CPU."""
+    if device.type == "cpu":
         return None
-    stored = root.tensors()
+    stored = root.stored()
     if stored is None:
         return None
     size = sum(part.numel() * part.element_size() for part in stored)

@@ -1,21 +1,21 @@
-"""Which samples make up which step: pure functions of (seed, step), no state, no list.
+"""Which samples belong to which step: pure functions of (seed, step), without state and without a list.
 
-An epoch's order is a keyed bijection on 0 … n-1, computed where it is needed, so it
-costs no memory whatever n is, and any step of any epoch can be asked for at once.
-Step s (the first is 1) takes the positions (s-1)*batch … s*batch-1 of the endless
-sequence epoch 0, epoch 1, …: every step is full, and over an epoch each sample comes up
-exactly once, also where the batch doesn't divide n.
+The order of an epoch is a keyed bijection on 0 … n-1, computed for the positions that are needed. So it
+takes no memory whatever n is, and the samples of any step of any epoch can be computed at once.
+Step s (the first is 1) takes the positions (s-1)*batch … s*batch-1 of the endless sequence epoch 0,
+epoch 1, …: every step is full, and over an epoch each sample comes up exactly once, also where the batch
+doesn't divide n.
 
-A data set that is read shard by shard has a `Layout`: there an epoch shuffles the shards,
-lays them end to end, and shuffles the samples inside each window of that stream. So a
-stretch of steps needs few shards, and which ones is known ahead.
+A data set that is read shard by shard has a `Layout`. Then an epoch shuffles the shards, lays them end
+to end, and shuffles the samples inside each window of that stream: a stretch of steps needs few shards,
+and these are known ahead.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from descent.data.base import Data
-from descent.data.shards import Layout
+from descent.data.layout import Layout
 
 Indices = NDArray[np.int64]
 _ROUNDS = 4
@@ -23,10 +23,10 @@ _BLOCK = 1 << 14
 
 
 def _scramble(x: NDArray[np.uint64], key: np.uint64, mask: np.uint64) -> NDArray[np.uint64]:
-    """A Feistel round's function: one multiplication by the odd `key`, and its well-mixed upper bits.
+    """The function of a Feistel round: multiplications by the odd `key`, of which the well-mixed upper bits count.
 
-    Multiply-shift hashing (Dietzfelbinger et al. 1997); a round needs no more, since rounds
-    are repeated, and this is on the path of every step.
+    Multiply-shift hashing (Dietzfelbinger et al. 1997). A round needs nothing better, since rounds are
+    repeated; and every step computes it.
     """
     out = x + (key >> np.uint64(7))
     out *= key
@@ -38,7 +38,7 @@ def _scramble(x: NDArray[np.uint64], key: np.uint64, mask: np.uint64) -> NDArray
 
 
 def stream_seed(seed: int, *path: int) -> int:
-    """A 63-bit seed for the random stream named by `path`, e.g. (step, slot).
+    """A 63-bit seed for the random stream that `path` names, for example (step, slot).
 
     >>> stream_seed(0, 1, 0) == stream_seed(0, 1, 0), stream_seed(0, 1, 0) == stream_seed(0, 0, 1)
     (True, False)
@@ -54,11 +54,11 @@ def stream_seed(seed: int, *path: int) -> int:
 
 
 def permute(positions: Indices, n: int, key: int) -> Indices:
-    """Where a keyed bijection on 0 … n-1 sends `positions`.
+    """The images of `positions` under a keyed bijection on 0 … n-1.
 
-    A Feistel network (Luby and Rackoff 1988) on the smallest power of two that holds n;
-    what falls outside 0 … n-1 is sent on until it falls inside (cycle walking, Black and
-    Rogaway 2002), fewer than twice on average.
+    A Feistel network (Luby and Rackoff 1988) permutes the smallest power of two that is at least n. An
+    image outside 0 … n-1 is permuted again until it falls inside (cycle walking, Black and Rogaway 2002),
+    fewer than twice on average.
 
     >>> sorted(permute(np.arange(10), 10, key=7).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -78,7 +78,7 @@ def permute(positions: Indices, n: int, key: int) -> Indices:
             right ^= _scramble(left, keys[2 * r + 1], low_mask)
         return (left << low) | right
 
-    # Much of the domain: all of it is computed once, and then looked up; each call costs its start.
+    # For much of the domain, all of it is computed in one call and then looked up: a NumPy call has a fixed cost.
     whole = once(np.arange(1 << bits, dtype=np.uint64)) if 2 * len(positions) >= n else None
     x = once(positions.astype(np.uint64)) if whole is None else whole[positions]
     while (outside := np.flatnonzero(x >= np.uint64(n))).size:
@@ -98,7 +98,7 @@ def order(start: int, stop: int, n: int, seed: int) -> Indices:
 
 
 class ShardEpoch:
-    """One epoch's stream of shards, laid end to end; O(shards) in memory, whatever n is."""
+    """One epoch of a data set in shards: the shuffled shards laid end to end. Takes memory for the shards only."""
 
     def __init__(self, layout: Layout, seed: int, epoch: int) -> None:
         self._layout, self._key = layout, stream_seed(seed, epoch)
@@ -132,7 +132,7 @@ class ShardEpoch:
 
 
 class ShardStream:
-    """The endless sequence of epochs of a data set in shards; pure, the last few epochs are kept."""
+    """The endless sequence of epochs of a data set in shards; the last few epochs are cached."""
 
     def __init__(self, layout: Layout, seed: int) -> None:
         self.layout, self._seed = layout, seed
@@ -158,7 +158,7 @@ class ShardStream:
 
 
 class SampleOrder:
-    """`samples_of(step)` with the last block kept, so that a small batch costs little."""
+    """The samples of each step. The samples of many steps are computed together, so that a small batch costs little."""
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, layout: Layout | None = None) -> None:
         self.num_samples = num_samples
@@ -171,8 +171,8 @@ class SampleOrder:
 
     @classmethod
     def of(cls, data: Data, batch_size: int, seed: int) -> "SampleOrder":
-        """The order for a data set: by shards where it has a layout."""
-        return cls(len(data), batch_size, seed, getattr(data, "layout", None))
+        """The order for a data set: shard by shard where it has a layout."""
+        return cls(len(data), batch_size, seed, data.layout)
 
     def samples_of(self, step: int) -> Indices:
         """The sample numbers of step >= 1, [batch_size]."""
@@ -189,7 +189,7 @@ class SampleOrder:
         return self._indices[row * self.batch_size : (row + 1) * self.batch_size]
 
     def shards_near(self, step: int) -> tuple[int, Indices] | None:
-        """(a number that changes with the window, the shards needed now and next); None without shards."""
+        """(number of the window that the step ends in, shards of this window and the next); None without a layout."""
         if self._stream is None:
             return None
         epoch, position = divmod(step * self.batch_size - 1, self.num_samples)
@@ -199,7 +199,7 @@ class SampleOrder:
 
 
 def slot_bounds(batch_size: int, slots: int) -> list[tuple[int, int]]:
-    """The half-open range of the global batch that each slot takes; sizes differ by one at most.
+    """The half-open range of the global batch that belongs to each slot; sizes differ by one at most.
 
     >>> slot_bounds(10, 4)
     [(0, 2), (2, 5), (5, 7), (7, 10)]

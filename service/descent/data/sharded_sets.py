@@ -1,4 +1,4 @@
-"""What `descent data index|inspect|copy` do to sharded sets."""
+"""Index, verify and copy sharded data sets: the work of `descent data index`, `inspect` and `copy`."""
 
 import hashlib
 import tempfile
@@ -8,6 +8,7 @@ from typing import Any
 
 from descent.data.files import data_errors, find_file, open_data
 from descent.data.images import SUFFIXES
+from descent.data.regular_files import is_hidden
 from descent.data.shards import (
     INDEX,
     Shard,
@@ -24,20 +25,23 @@ from descent.errors import DataError
 from descent.storage import Store
 
 Progress = Callable[[str, int, int], None]
-"""(what is under way, bytes done, bytes in all)"""
+"""Called with (the kind of work, bytes done, bytes in all)."""
 
 
 def make_index(
     folder: Path, progress: Progress, *, dtype: str | None = None, vocabulary: int | None = None
 ) -> ShardIndex:
-    """Look through a folder of *.tar, *.parquet or *.bin shards and write its index.json.
+    """Read through a folder of *.tar, *.parquet or *.bin shards and write its index.json.
 
-    dtype and vocabulary are for *.bin files of token ids, which don't say it themselves.
-    Raises DataError when there is nothing, or more than one kind.
+    dtype, vocabulary: of *.bin files, which hold bare token ids and say neither.
+    Raises DataError when the folder holds no shards, or more than one kind of them.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give one with *.tar, *.parquet or *.bin files")
-    kinds = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in (".tar", ".parquet", ".bin")}
+    kinds = {
+        suffix: sorted(f for f in folder.glob(f"*{suffix}") if not is_hidden(f.name) and f.is_file())
+        for suffix in (".tar", ".parquet", ".bin")
+    }
     kinds[".bin"] = [file for file in kinds[".bin"] if file.name != "members.bin"]
     found = [suffix for suffix, files in kinds.items() if files]
     if len(found) != 1:
@@ -45,7 +49,7 @@ def make_index(
         raise DataError(f"{folder}: holds {there}; an index needs *.tar, *.parquet or *.bin, one of them")
     files = kinds[found[0]]
     if found[0] == ".tar":
-        index = index_tars(folder, SUFFIXES, lambda done, total: progress("reading", done, total))
+        index = index_tars(folder, files, SUFFIXES, lambda done, total: progress("reading", done, total))
     elif found[0] == ".parquet":
         index = _parquet(files, progress)
     else:
@@ -93,13 +97,13 @@ def _tokens(files: list[Path], progress: Progress, dtype: str | None, vocabulary
 
 
 def _all_files(index: ShardIndex) -> list[Shard]:
-    """The shards, and what else belongs to the set."""
+    """The shards, and the other files that belong to the data set."""
     members: Any = index.about.get("members")
     return [*index.shards, *([parse_shard(members, f"{INDEX}, members")] if isinstance(members, dict) else [])]
 
 
 def verify(store: Store, index: ShardIndex, progress: Progress) -> list[str]:
-    """Read every file and compare with the index; one line on each that is wrong."""
+    """Read every file and compare it with the index; returns one line about each file that differs."""
     files = _all_files(index)
     total, done, wrong = sum(s.bytes for s in files), 0, []
     for shard in files:
@@ -133,28 +137,28 @@ def _digest(store: Store, shard: Shard) -> str:
 
 @data_errors()
 def copy(source: str, target: str, progress: Progress) -> tuple[ShardIndex, int]:
-    """Copy a sharded set from a folder or s3:// to another; (its index, files that were there already).
+    """Copy a sharded data set between folders or s3:// addresses; (its index, number of files already at the target).
 
-    Each file is verified on its way, and the index is written last: until then there is no
-    set at the target, and a copy that was interrupted goes on where it stopped.
-    Raises DataError when a file isn't what the index says, or the target holds another set.
+    Each file is verified while it is copied, and the index is written last: a target without an
+    index holds no data set, and a copy that was interrupted goes on where it stopped.
+    Raises DataError when a file isn't what the index says, or the target holds another data set.
     """
-    here, there = open_data(source), open_data(target)
-    index = read_index(here)
-    present = {entry.key for entry in there.list()}
-    if INDEX in present and there.get(INDEX) != here.get(INDEX):
+    origin, destination = open_data(source), open_data(target)
+    index = read_index(origin)
+    present = {entry.key for entry in destination.list()}
+    if INDEX in present and destination.get(INDEX) != origin.get(INDEX):
         raise DataError(f"{target}: holds another data set ({INDEX}); choose another place")
     files = _all_files(index)
     total, done, kept = sum(s.bytes for s in files), 0, 0
     with tempfile.TemporaryDirectory(prefix="descent-") as scratch:
         for shard in files:
-            if shard.file in present and _is_whole(there, shard):
+            if shard.file in present and _is_whole(destination, shard):
                 kept += 1
             else:
-                _copy_one(here, there, shard, Path(scratch) / "shard")
+                _copy_one(origin, destination, shard, Path(scratch) / "shard")
             done += shard.bytes
             progress("copying", done, total)
-        there.put(INDEX, here.get(INDEX))
+        destination.put(INDEX, origin.get(INDEX))
     return index, kept
 
 
@@ -162,15 +166,15 @@ def _is_whole(store: Store, shard: Shard) -> bool:
     return find_file(store, shard.file).size == shard.bytes and _digest(store, shard) == shard.sha256
 
 
-def _copy_one(here: Store, there: Store, shard: Shard, scratch: Path) -> None:
-    if here.folder is not None:
-        file = here.folder / shard.file
-        find_file(here, shard.file)  # raises the error that names it
+def _copy_one(origin: Store, destination: Store, shard: Shard, scratch: Path) -> None:
+    if origin.folder is not None:
+        file = origin.folder / shard.file
+        find_file(origin, shard.file)  # raises DataError where the file is missing
     else:
         file = scratch
-        here.download(shard.file, file)
+        origin.download(shard.file, file)
     if (found := sha256_of(file)) != shard.sha256:
         raise DataError(
-            f"{here.address}/{shard.file}: is corrupt: its SHA-256 is {found[:12]}…, not {shard.sha256[:12]}…"
+            f"{origin.address}/{shard.file}: is corrupt: its SHA-256 is {found[:12]}…, not {shard.sha256[:12]}…"
         )
-    there.upload(file, shard.file)
+    destination.upload(file, shard.file)

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descent.data.decoded import DecodedGroups, check_memory, memory_bytes
+from descent.data.row_cache import RowGroupCache, check_memory, memory_bytes
 from descent.errors import DataError
 
 
 class Table:
-    """Rows with their own number in them, cut into groups; it knows what has been decoded."""
+    """Rows with their own number in them, cut into groups; remembers which groups were decoded."""
 
     def __init__(self, counts: list[int]) -> None:
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -29,7 +29,7 @@ class Table:
         return self.inputs[part], self.targets[part]
 
 
-def assert_gathers(groups: DecodedGroups, table: Table, indices: np.ndarray) -> None:
+def assert_gathers(groups: RowGroupCache, table: Table, indices: np.ndarray) -> None:
     inputs, targets = groups.gather(indices)
     assert torch.equal(inputs, table.inputs[torch.from_numpy(indices)])
     assert targets.tolist() == indices.tolist()
@@ -43,7 +43,7 @@ def assert_gathers(groups: DecodedGroups, table: Table, indices: np.ndarray) -> 
 )
 def test_whatever_the_sizes_and_the_room_a_batch_is_what_was_asked_for(counts, capacity, seed):
     table = Table(counts)
-    groups = DecodedGroups(table.read, table.starts, capacity)
+    groups = RowGroupCache(table.read, table.starts, capacity)
     rng = np.random.default_rng(seed)
     for _ in range(12):
         assert_gathers(groups, table, rng.integers(0, sum(counts), int(rng.integers(1, 20))))
@@ -51,35 +51,35 @@ def test_whatever_the_sizes_and_the_room_a_batch_is_what_was_asked_for(counts, c
 
 def test_several_threads_gather_while_others_are_decoded_ahead():
     table = Table([5] * 20)
-    groups = DecodedGroups(table.read, table.starts, 30)
+    groups = RowGroupCache(table.read, table.starts, 30)
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 100, 8) for _ in range(200)]
 
     def one(chosen: np.ndarray) -> None:
-        groups.expect(np.unique(chosen // 5).tolist())
+        groups.prefetch(np.unique(chosen // 5).tolist())
         assert_gathers(groups, table, chosen)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(one, batches))
 
 
-def test_what_is_expected_is_decoded_before_it_is_asked_for():
+def test_prefetched_groups_are_decoded_before_they_are_asked_for():
     table, done = Table([4] * 6), threading.Event()
 
     def read(group: int) -> tuple[torch.Tensor, torch.Tensor]:
         if group == 5:
-            done.set()  # the last of those expected: the others are there
+            done.set()  # the last of those prefetched: the others are there
         return table.read(group)
 
-    groups = DecodedGroups(read, table.starts, 24)
-    groups.expect([3, 1, 5])
+    groups = RowGroupCache(read, table.starts, 24)
+    groups.prefetch([3, 1, 5])
     assert done.wait(30)
     assert table.decoded[:2] == [3, 1]
     assert_gathers(groups, table, np.array([4, 15, 12, 7]))
     assert sorted(table.decoded) == [1, 3, 5]
 
 
-def test_a_group_that_cannot_be_decoded_is_told_to_whoever_asks_for_it():
+def test_a_group_that_cannot_be_decoded_is_an_error_for_the_thread_that_asks_for_it():
     table = Table([4, 4])
 
     def read(group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +87,8 @@ def test_a_group_that_cannot_be_decoded_is_told_to_whoever_asks_for_it():
             raise DataError("row group 1: can't be read")
         return table.read(group)
 
-    groups = DecodedGroups(read, table.starts, 8)
-    groups.expect([1, 0])
+    groups = RowGroupCache(read, table.starts, 8)
+    groups.prefetch([1, 0])
     assert_gathers(groups, table, np.array([3, 0]))
     with pytest.raises(DataError, match="row group 1"):
         groups.gather(np.array([2, 6]))
