@@ -134,7 +134,7 @@ REFUSALS = {
     ("loss=mse",): "it needs one target for each output; classes go with loss=cross_entropy",
     # a single sample would broadcast, [1, 10] against [1], and train on nonsense
     ("loss=mse", "batch=stochastic"): "it needs one target for each output",
-    ("optimizer._target_=torch.nn.Linear",): "optimizer.lr: Linear has no such option",
+    ("optimizer._target_=torch.nn.Linear",): "is a class of kind 'module'; optimizer needs 'optimizer'",
     ("optimizer.lr=-1",): "optimizer.lr=-1: AdamW refuses it",
     ("+optimizer.lrr=1",): "optimizer.lrr: AdamW has no such option; did you mean lr?",
     ("+model.wdith=5",): "model.wdith: MLP has no such argument; did you mean model.width?",
@@ -142,7 +142,7 @@ REFUSALS = {
         "schedule=constant",
         "~schedule.warmup_steps",
         "schedule._target_=torch.optim.lr_scheduler.StepLR",
-    ): "schedule.total_steps: StepLR has no such argument",
+    ): "is not a public class of torch.nn, torch.optim, torch.utils.data or Descent",
     ("schedule.warmup_steps=100000",): "schedule.warmup_steps=100000: must be below the run's 758 steps",
     (
         "schedule=plateau",
@@ -170,7 +170,7 @@ REFUSALS = {
         "batch.size=4",
         "data.evaluate={_target_:plan_nets.Digits,side:4}",
     ): "data.evaluate: model.input_shape=[1,8,8]: the network got inputs of shape [1,4,4]",
-    ("data.train._target_=torch.nn.ReLU",): "data.train.split: ReLU has no such argument",
+    ("data.train._target_=torch.nn.ReLU",): "is a class of kind 'module'; data needs 'data set'",
 }
 
 

@@ -1,35 +1,25 @@
 """The gate: the only way from a `_target_` in a config to a Python object.
 
-A config may come from a colleague, a registry or an old run, so it must not be
-able to call whatever it likes. Hydra's own list of forbidden targets is not a
-boundary; here the object that a dotted path *resolves to* is looked at, and it
-alone is called.
+A config may come from a colleague, a registry or an old run, so it must not be able to call any
+function it likes. Without `trusted_modules` a `_target_` can name only a class from the list in
+`public_classes.py`. `trusted_modules`, which a user types, adds the user's own modules: there the
+object that a dotted path resolves to is checked, and that object alone is called.
 """
 
 import difflib
 import functools
 import importlib
 import inspect
-import sys
 import sysconfig
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from descent.config.import_path import refuse_shadowed
+from descent.config.public_classes import KINDS_BY_GROUP, is_public, public_class, public_names
+from descent.config.secrets import redact
 from descent.errors import ConfigError, DescentError
-
-TRUSTED = (
-    "torch.nn",
-    "torch.optim",
-    "torch.utils.data",
-    "descent.models",
-    "descent.data",
-    "descent.optim",
-    "descent.training",
-)
-"""Classes that live under these are built without asking. Of our own package only what a
-config has a reason to name: not the store, not the cluster."""
 
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _RESERVED = ("_target_", "_partial_", "_args_")
@@ -40,26 +30,26 @@ def _under(name: str, prefixes: Iterable[str]) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """A user's exception as `Kind: message (file.py, line 3)`; the place is where it was raised."""
-    message = " ".join(str(error).split())[:300]
-    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    """An exception of a user's code as `Type: message (file.py, line 3)`, with the line that raised it."""
+    message = redact(" ".join(str(error).split()))[:300]
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if isinstance(error, SyntaxError):
-        return said  # has its place in its message
+        return text  # its message names file and line already
     frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(__file__).resolve().parent.parent
-    theirs = [
+    package = Path(__file__).resolve().parent.parent
+    of_user = [
         frame
         for frame in frames
         if "site-packages" not in frame.filename
         and frame.filename.endswith(".py")
-        and not Path(frame.filename).is_relative_to(ours)
+        and not Path(frame.filename).is_relative_to(package)
         and not frame.filename.startswith(_STANDARD_LIBRARY)
     ]
-    return f"{said} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else said
+    return f"{text} ({Path(of_user[-1].filename).name}, line {of_user[-1].lineno})" if of_user else text
 
 
 def _import(path: str, where: str) -> tuple[Any, list[str]]:
-    """The longest prefix of `path` that is a module, and the names that are left."""
+    """The longest prefix of `path` that is a module, and the names behind it."""
     parts = path.split(".")
     failure = ""
     for cut in range(len(parts) - 1, 0, -1):
@@ -67,8 +57,8 @@ def _import(path: str, where: str) -> tuple[Any, list[str]]:
         try:
             return importlib.import_module(name), parts[cut:]
         except ModuleNotFoundError as error:
-            # Only 'this very module is missing' means that we look one level up;
-            # a module that exists and fails on an import of its own must say so.
+            # If this very module is missing, a shorter prefix is tried. If the module exists and
+            # one of its own imports is missing, the user must see that.
             if error.name is None or not _under(name, (error.name,)):
                 raise ConfigError(f"{where}={path}: importing {name} failed: {in_one_line(error)}") from error
             failure = failure or f"there is no module {error.name!r}"
@@ -80,54 +70,90 @@ def _import(path: str, where: str) -> tuple[Any, list[str]]:
 def _locate(path: str, where: str) -> Any:
     found, rest = _import(path, where)
     for part in rest:
+        if part.startswith("__"):
+            raise ConfigError(f"{where}={path}: {part!r} is an internal name of Python and can't be built")
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [n for n in dir(found) if n[0] != "_"], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{where}={path}: {getattr(found, '__name__', found)} has no {part!r}{hint}")
+            similar = difflib.get_close_matches(part, [n for n in dir(found) if n[0] != "_"], 1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            raise ConfigError(f"{where}={path}: {_described(found)} has no {part!r}{hint}")
         found = getattr(found, part)
     return found
 
 
-def _is_at_home(found: Any) -> bool:
-    """Whether the class is what its own module has under its own name: `__module__` may lie."""
-    home: Any = sys.modules.get(str(found.__module__))
-    for part in str(found.__qualname__).split("."):
-        home = getattr(home, part, None)
-    return home is found
+def _described(found: object) -> str:
+    """The name of a module, class or function; of any other object only its type, because its value may be a secret."""
+    if inspect.ismodule(found) or inspect.isroutine(found) or inspect.isclass(found):
+        return str(found.__name__)
+    return f"a {type(found).__name__}"
 
 
-def resolve_target(path: str, trusted_modules: Iterable[str], where: str) -> Any:
-    """The class (or, in the user's own modules, any callable) at `path`.
+def resolve_target(path: str, trusted_modules: Iterable[str], where: str) -> Callable[..., Any]:
+    """The class at `path`; in the user's own modules any callable.
 
-    Raises ConfigError if what it resolves to lives outside the trusted prefixes,
-    whatever name it was reached by.
+    `trusted_modules` are prefixes of the user's modules. `where` is the key in the config that
+    holds `path`; its first part is the group, which decides what kinds of classes are allowed.
+
+    Raises ConfigError if `path` names neither a class from the list of public classes nor an
+    object that is defined under the trusted prefixes (whatever alias `path` reaches it by).
     """
     trusted_modules = tuple(trusted_modules)
-    allowed = TRUSTED + trusted_modules
     if not isinstance(path, str) or not _is_dotted(path):
-        raise ConfigError(f"{where}={path}: needs the form package.module.Class")
-    # The path is checked before anything is imported: importing runs code.
-    if not _under(path, allowed):
+        raise ConfigError(f"{where}={_of_type(path)}: needs the form package.module.Class")
+    # A path is imported only if it is trusted, because importing runs code.
+    if _under(path, trusted_modules):
+        return _trusted(path, trusted_modules, where)
+    listed = public_class(path)
+    group = where.split(".")[0].split("[")[0]
+    if listed is None:
+        raise ConfigError(_not_listed(path, trusted_modules, where, group))
+    kinds = KINDS_BY_GROUP.get(group)
+    if kinds is not None and where.removesuffix("._target_") not in (group, "data.train", "data.evaluate"):
+        kinds = (*kinds, "module")  # an argument, such as the transform of a data set
+    if kinds is not None and listed.kind not in kinds:
         raise ConfigError(
-            f"{where}={path}: not under the trusted modules ({', '.join(allowed)}); "
-            f"if it is yours, add trusted_modules=[{path.split('.')[0]}]"
+            f"{where}={path}: is a class of kind {listed.kind!r}; {group} needs {' or '.join(map(repr, kinds))}"
         )
+    return listed.cls
+
+
+def _not_listed(path: str, trusted_modules: tuple[str, ...], where: str, group: str) -> str:
+    top, name = path.split(".")[0], path.rsplit(".", 1)[-1]
+    trusted = ", ".join(trusted_modules) or "none"
+    rule = (
+        "is not a public class of torch.nn, torch.optim, torch.utils.data or Descent, "
+        f"and not under the trusted modules ({trusted})"
+    )
+    if top in ("torch", "descent"):
+        names = public_names(group)
+        similar = difflib.get_close_matches(path, [n for n in names if n.endswith(f".{name}")] or names, 1)
+        return f"{where}={path}: {rule}" + (f"; did you mean {similar[0]}?" if similar else "")
+    return f"{where}={path}: {rule}; if it is yours, add trusted_modules=[{top}]"
+
+
+def _trusted(path: str, trusted_modules: tuple[str, ...], where: str) -> Callable[..., Any]:
+    """The callable at `path`, which lies under a trusted prefix."""
+    refuse_shadowed(path.split(".")[0], where)
     found = _locate(path, where)
-    home = str(getattr(found, "__module__", None) or "")
-    by_user = _under(home, trusted_modules)
     if inspect.ismodule(found):
         raise ConfigError(f"{where}={path}: is a module, not a class")
-    if not _under(home, allowed) or (inspect.isclass(found) and not by_user and not _is_at_home(found)):
-        name = f"{home}.{getattr(found, '__qualname__', type(found).__qualname__)}".lstrip(".")
-        raise ConfigError(f"{where}={path}: resolves to {name}, outside the trusted modules ({', '.join(allowed)})")
-    if not (inspect.isclass(found) or (by_user and callable(found))):
-        raise ConfigError(f"{where}={path}: is not a class")
+    home = getattr(found, "__module__", None)
+    if not (isinstance(home, str) and _under(home, trusted_modules)) and not is_public(found):
+        name = f"{home}.{_described(found)}" if isinstance(home, str) else _described(found)
+        trusted = ", ".join(trusted_modules)
+        raise ConfigError(f"{where}={path}: resolves to {name}, outside the trusted modules ({trusted})")
+    if not callable(found):
+        raise ConfigError(f"{where}={path}: is not a class, but {_described(found)}")
     return found
 
 
 def _is_dotted(path: str) -> bool:
     parts = path.split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
+
+
+def _of_type(value: object) -> str:
+    """A value of a config for a message: text and numbers as they are, of anything else the type."""
+    return redact(str(value)) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
 
 
 def _arguments(spec: Any, trusted: tuple[str, ...], where: str) -> Any:
@@ -140,33 +166,33 @@ def _arguments(spec: Any, trusted: tuple[str, ...], where: str) -> Any:
     return spec
 
 
-def _explain(target: Any, kwargs: Mapping[str, Any], error: TypeError, where: str) -> str:
-    """A TypeError of a call, in the words of the config: which key, and the nearest valid one."""
+def _explain(target: Callable[..., Any], kwargs: Mapping[str, Any], error: TypeError, where: str) -> str:
+    """The message for a TypeError of a call: which key is wrong or missing, and the most similar valid one."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return f"{where}: {in_one_line(error)}"
-    name = getattr(target, "__name__", str(target))
-    takes = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    name = _described(target)
+    valid = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in kwargs:
-            if key not in takes:
-                near = difflib.get_close_matches(key, takes, 1)
-                hint = f"it takes {', '.join(takes) or 'none'}"
-                if near:
-                    hint = f"did you mean {where}.{near[0]}?"
+            if key not in valid:
+                similar = difflib.get_close_matches(key, valid, 1)
+                hint = f"it takes {', '.join(valid) or 'none'}"
+                if similar:
+                    hint = f"did you mean {where}.{similar[0]}?"
                 return f"{where}.{key}: {name} has no such argument; {hint}"
-    for key in takes:
+    for key in valid:
         if parameters[key].default is inspect.Parameter.empty and key not in kwargs:
             return f"{where}.{key}: {name} needs it; add +{where}.{key}=…"
     return f"{where}: {name} refused its arguments: {in_one_line(error)}"
 
 
 def build(spec: Mapping[str, Any], trusted_modules: Iterable[str], where: str, **extra: Any) -> Any:
-    """Build what `spec["_target_"]` names, nested specs first; `extra` joins its arguments.
+    """Build the object that `spec["_target_"]` names, nested specs first; `extra` are further arguments.
 
-    Raises ConfigError naming `where` (the key in the config) for everything that the
-    config's author can mend; errors of Descent's own classes pass as they are.
+    `where` is the key of `spec` in the config. Raises ConfigError naming `where` for everything
+    that the author of the config can correct; errors of Descent's own classes pass unchanged.
     """
     trusted = tuple(trusted_modules)
     target = resolve_target(spec["_target_"], trusted, f"{where}._target_")
@@ -174,10 +200,10 @@ def build(spec: Mapping[str, Any], trusted_modules: Iterable[str], where: str, *
     kwargs.update(extra)
     given = spec.get("_args_", [])
     if not isinstance(given, list):
-        raise ConfigError(f"{where}._args_={given}: must be a list of positional arguments")
+        raise ConfigError(f"{where}._args_={_of_type(given)}: must be a list of positional arguments")
     partial = spec.get("_partial_", False)
     if not isinstance(partial, bool):
-        raise ConfigError(f"{where}._partial_={partial}: must be true or false")
+        raise ConfigError(f"{where}._partial_={_of_type(partial)}: must be true or false")
     args = _arguments(given, trusted, f"{where}._args_")
     if partial:
         return functools.partial(target, *args, **kwargs)
@@ -186,18 +212,16 @@ def build(spec: Mapping[str, Any], trusted_modules: Iterable[str], where: str, *
     except DescentError:
         raise
     except TypeError as error:
-        # One from within the user's own code is theirs, not a matter of which arguments there are.
+        # If the arguments fit the signature, the error comes from the body of the user's code.
         inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
         if inside and _binds(target, args, kwargs):
-            name = getattr(target, "__name__", str(target))
-            raise ConfigError(f"{where}: {name} failed: {in_one_line(error)}") from error
+            raise ConfigError(f"{where}: {_described(target)} failed: {in_one_line(error)}") from error
         raise ConfigError(_explain(target, kwargs, error, where)) from error
     except (Exception, SystemExit) as error:
-        name = getattr(target, "__name__", str(target))
-        raise ConfigError(f"{where}: {name} failed: {in_one_line(error)}") from error
+        raise ConfigError(f"{where}: {_described(target)} failed: {in_one_line(error)}") from error
 
 
-def _binds(target: Any, args: list[Any], kwargs: Mapping[str, Any]) -> bool:
+def _binds(target: Callable[..., Any], args: list[Any], kwargs: Mapping[str, Any]) -> bool:
     try:
         inspect.signature(target).bind(*args, **kwargs)
     except (TypeError, ValueError):
