@@ -114,15 +114,15 @@ def _descent(loop: Loop) -> Save:
     from descent.messages import ShareWritten
 
     parts: list[ShareWritten] = []
-    saver = ShareWriter(Path("checkpoints").resolve(), parts.append)
-    loop.optimizer.register_step_pre_hook(lambda *_: saver.copied())
+    writer = ShareWriter(Path("checkpoints").resolve(), parts.append)
+    loop.optimizer.register_step_pre_hook(lambda *_: writer.wait_for_copy())
     begun = 0
 
     def save(step: int) -> None:
         nonlocal begun
         begun += 1
         begin = time.perf_counter()
-        saver.save(loop.state(), step=step, rank=0, world_size=1, generation=1, scalars={})
+        writer.write(loop.state(), step=step, rank=0, world_size=1, generation=1, scalars={})
         loop.waited_s = -(time.perf_counter() - begin)  # the part's figure has this in it too
 
     def saving() -> bool:

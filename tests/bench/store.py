@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import commit_checkpoint
+from descent.checkpoint.reader import read_checkpoint
 from descent.checkpoint.retention import delete
 from descent.checkpoint.writer import ShareWriter
 from descent.messages import ShareWritten
@@ -49,14 +50,14 @@ def run() -> list[Result]:
 
 def _on_disk(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list[Result]:
     raw = folder / "raw"
-    saver, parts = _saver(folder / "checkpoints")
+    writer, parts = _writer(folder / "checkpoints")
     saves, loads = [], []
     for pair in range(_PAIRS + 1):  # the first warms buffers and disk up
         raw.unlink(missing_ok=True)
         target: list[Location] = []
         saves.append(
             _rates(
-                lambda: target.append(_save(saver, parts, tensors)),  # noqa: B023
+                lambda: target.append(_save(writer, parts, tensors)),  # noqa: B023
                 lambda: _dd(f"if={source}", f"of={raw}", "conv=fsync"),
                 swap=pair % 2 == 1,
             )
@@ -64,7 +65,7 @@ def _on_disk(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> li
         _drop([raw, *Path(str(target[0])).iterdir()])
         loads.append(
             _rates(
-                lambda: checkpoint.load(target[0]),  # noqa: B023
+                lambda: read_checkpoint(target[0]),  # noqa: B023
                 lambda: _dd(f"if={raw}", "of=/dev/null"),
                 swap=pair % 2 == 1,
             )
@@ -83,7 +84,7 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
     with moto() as server, mock.patch.dict(os.environ, server.environment()):
         client = server.client()
         client.create_bucket(Bucket="bench")
-        saver, parts = _saver(to_location("s3://bench/run"))
+        writer, parts = _writer(to_location("s3://bench/run"))
         bucket = open_store(to_location("s3://bench"))
 
         def upload() -> None:
@@ -93,18 +94,18 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
         for pair in range(_PAIRS + 1):
             saves.append(
                 _rates(
-                    lambda: _save(saver, parts, tensors),
+                    lambda: _save(writer, parts, tensors),
                     upload,
                     swap=pair % 2 == 1,
                     tidy=lambda: bucket.delete([entry.key for entry in bucket.list()]),
                 )
             )
-        target = _save(saver, parts, tensors)
+        target = _save(writer, parts, tensors)
         upload()
         for pair in range(_PAIRS + 1):
             loads.append(
                 _rates(
-                    lambda: checkpoint.load(target),
+                    lambda: read_checkpoint(target),
                     lambda: client.download_file("bench", "raw", str(folder / "back")),
                     swap=pair % 2 == 1,
                 )
@@ -116,18 +117,18 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
     ]
 
 
-def _saver(root: Location) -> tuple[ShareWriter, list[ShareWritten]]:
+def _writer(root: Location) -> tuple[ShareWriter, list[ShareWritten]]:
     parts: list[ShareWritten] = []
     return ShareWriter(root, parts.append), parts
 
 
-def _save(saver: ShareWriter, parts: list[ShareWritten], tensors: dict[str, torch.Tensor]) -> Location:
+def _save(writer: ShareWriter, parts: list[ShareWritten], tensors: dict[str, torch.Tensor]) -> Location:
     parts.clear()
-    saver.save(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
-    saver.wait()
+    writer.write(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
+    writer.wait_until_written()
     if parts[0].error:
         raise BenchError(parts[0].error)
-    return checkpoint.commit(saver.root, parts, run="bench", config_sha256="")
+    return commit_checkpoint(writer.root, parts, run="bench", config_sha256="")
 
 
 def _rates(

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import read_manifest
+from descent.checkpoint.reader import newest_checkpoint
 from descent.cluster.control import policy
 from descent.cluster.control.policy import Form, View, WorkerView
 from descent.messages import Notice, ShareWritten, WorkerState
@@ -68,7 +69,7 @@ class Conductor:
             self.pool.generation,
             1,
             self.room or max(1, len(workers)),
-            saved_step=checkpoint.read_manifest(self.saved).step if self.saved else -1,
+            saved_step=read_manifest(self.saved).step if self.saved else -1,
         )
 
     def generation(self, pausing: int | None = None) -> Form:
@@ -104,7 +105,7 @@ class Conductor:
     def go_back(self) -> None:
         """Nobody holds the state: the newest checkpoint that verifies is the next to begin with."""
         assert self.saved is not None
-        self.saved, self.skipped = checkpoint.newest(self.saved.parent)
+        self.saved, self.skipped = newest_checkpoint(self.saved.parent)
         self.members, self.joined = (), set()
 
     def _collect(self, told: Told) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import MANIFEST, commit_checkpoint, read_manifest
+from descent.checkpoint.reader import files_of_rank
 from tests.distributed.conductor import RUN, Conductor, parts_of
 from tests.distributed.replicas import Case, Crew, Told, fail
 from tests.distributed.test_equal_for_any_world import MODELS
@@ -16,7 +17,7 @@ def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Told],
     """The whole run by `before` replicas, and its checkpoints of these steps."""
     whole = pool.train(case, before)
     root = case.run_dir / "checkpoints"
-    return whole, [checkpoint.commit(root, parts_of(whole, step), run="r", config_sha256="0" * 64) for step in steps]
+    return whole, [commit_checkpoint(root, parts_of(whole, step), run="r", config_sha256="0" * 64) for step in steps]
 
 
 def resumed(pool: Crew, case: Case, target: Path, after: int, *faults) -> Conductor:  # type: ignore[no-untyped-def]
@@ -54,9 +55,9 @@ def test_each_rank_reads_its_files_and_all_have_the_state(pool: Crew, tmp_path: 
     """The state after the exchange, before any step, is that of one who reads everything."""
     case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
     _, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 3, 10)
-    manifest = checkpoint.read_manifest(target)
+    manifest = read_manifest(target)
     for world in (1, 2, 5, 20):
-        shares = checkpoint.shares(manifest, world)
+        shares = [files_of_rank(manifest, rank, world) for rank in range(world)]
         assert sorted(name for share in shares for name in share) == sorted(manifest.files)
         assert all(shares) or len(manifest.files) < world
     states = set()
@@ -76,7 +77,7 @@ def test_a_share_that_can_not_be_read_takes_all_back_to_the_checkpoint_before(
 ) -> None:
     case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
     whole, (_, target) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 5, 10)
-    victim = target / checkpoint.shares(checkpoint.read_manifest(target), 2)[1][0]
+    victim = target / files_of_rank(read_manifest(target), 1, 2)[0]
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     if harm == "delete":
@@ -96,7 +97,7 @@ def test_a_share_that_can_not_be_read_takes_all_back_to_the_checkpoint_before(
 def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
     _, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 10)
-    os.rename(target / checkpoint.MANIFEST, target / "elsewhere")
+    os.rename(target / MANIFEST, target / "elsewhere")
     replicas = pool.build(case, 3)
     pool.form(case, replicas, (1, 2), restore_from=target)
     told = [replica.hear() for replica in replicas]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import commit_checkpoint
 from tests.distributed.replicas import Case, Crew, Told
 
 STEP = 7
@@ -93,7 +93,7 @@ def test_where_there_is_no_majority_none_is_trusted(pool: Crew, tmp_path: Path, 
     # what was saved before the flip is sound; a save that was still being copied when it came is refused
     parts = sorted((p for t in ended for p in t.parts if p.step == 3), key=lambda p: p.rank)
     root = tmp_path / "checkpoints"
-    saved = checkpoint.commit(root, parts, run="r", config_sha256="0" * 64)
+    saved = commit_checkpoint(root, parts, run="r", config_sha256="0" * 64)
     pool.give(replicas)
     replicas = pool.build(case, 2)
     pool.form(case, replicas, (1,), restore_from=saved)

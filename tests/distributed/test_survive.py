@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import commit_checkpoint
+from descent.checkpoint.reader import read_checkpoint
 from tests.distributed import tally
 from tests.distributed.conductor import (
     RUN,
@@ -285,8 +286,8 @@ def test_each_sample_of_an_epoch_is_spent_once(pool: Crew, tmp_path: Path) -> No
     conductor.finish()
     assert (conductor.lost, conductor.left, len(conductor.members)) == (2, 1, 1)
     parts = parts_of([conductor.told[w] for w in conductor.members], steps)
-    saved = checkpoint.commit(tmp_path / "checkpoints", parts, run="r", config_sha256="0" * 64)
-    tensors, _ = checkpoint.load(saved)
+    saved = commit_checkpoint(tmp_path / "checkpoints", parts, run="r", config_sha256="0" * 64)
+    tensors, _ = read_checkpoint(saved)
     assert tensors["model/spent"].tolist() == [3.0] * tally.SAMPLES  # three epochs
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import checkpoint_root
 from descent.cli.main import app
 from descent.cluster.record import run_log
 from descent.cluster.run.run import config_sha256
@@ -84,7 +84,7 @@ def test_a_resume_of_nothing(refused, run_dir):
     for wanted in ("nothing", "/no/such/folder", "frist"):
         assert f"resume={wanted}" in refused(f"resume={wanted}")
     line = refused("resume=first")
-    assert "checkpoint" in line and str(checkpoint.folder(run_dir, None)) in line
+    assert "checkpoint" in line and str(checkpoint_root(run_dir, None)) in line
 
 
 @pytest.mark.usefixtures("run_dir")

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import commit_checkpoint
+from descent.checkpoint.reader import NoCheckpoint, list_checkpoints, newest_checkpoint, read_checkpoint
 from descent.checkpoint.retention import Retention, prune
 from descent.checkpoint.writer import ShareWriter
 from descent.errors import CheckpointError, StoreError
@@ -21,17 +22,17 @@ TENSORS = {
 }
 
 
-def write(root: Location, step: int, world: int = 2) -> list[ShareWritten]:
-    parts: list[ShareWritten] = []
+def write_shares(root: Location, step: int, world: int = 2) -> list[ShareWritten]:
+    shares: list[ShareWritten] = []
     for rank in range(world):
-        saver = ShareWriter(root, parts.append)
-        saver.save(TENSORS, step=step, rank=rank, world_size=world, generation=1, scalars={"evaluated": 1})
-        saver.wait()
-    return parts
+        writer = ShareWriter(root, shares.append)
+        writer.write(TENSORS, step=step, rank=rank, world_size=world, generation=1, scalars={"evaluated": 1})
+        writer.wait_until_written()
+    return shares
 
 
-def save(root: Location, step: int) -> Location:
-    return checkpoint.commit(root, write(root, step), run="r", config_sha256="c")
+def make_checkpoint(root: Location, step: int) -> Location:
+    return commit_checkpoint(root, write_shares(root, step), run="r", config_sha256="c")
 
 
 @pytest.fixture
@@ -39,20 +40,20 @@ def root(bucket: str) -> Location:
     return to_location(f"s3://{bucket}/runs/mine/")
 
 
-def test_saved_and_restored(root: Location, server: S3Server, bucket: str) -> None:
-    with pytest.raises(checkpoint.NoCheckpoint):
-        checkpoint.newest(root)
-    save(root, 10)
-    save(root, 20)
-    write(root, 30)  # not committed
-    target, skipped = checkpoint.newest(root)
+def test_written_and_read(root: Location, server: S3Server, bucket: str) -> None:
+    with pytest.raises(NoCheckpoint):
+        newest_checkpoint(root)
+    make_checkpoint(root, 10)
+    make_checkpoint(root, 20)
+    write_shares(root, 30)  # not committed
+    target, skipped = newest_checkpoint(root)
     assert (str(target), skipped) == (f"s3://{bucket}/runs/mine/step-00000020", [])
-    tensors, manifest = checkpoint.load(target)
+    tensors, manifest = read_checkpoint(target)
     assert manifest.step == 20 and tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[n], t) for n, t in TENSORS.items())
-    save(root, 20)  # once more, as after going back: the same content
-    assert prune(root, Retention(1)) == ["step-00000010"]
-    assert [t.name for t in checkpoint.committed(root)] == ["step-00000020"]
+    make_checkpoint(root, 20)  # once more, as after going back: the same content
+    assert prune(root, Retention(1)) == (["step-00000010"], [])
+    assert [t.name for t in list_checkpoints(root)] == ["step-00000020"]
     assert server.unfinished(bucket) == []
 
 
@@ -65,8 +66,8 @@ def test_saved_and_restored(root: Location, server: S3Server, bucket: str) -> No
     ],
 )
 def test_damage_is_found_and_the_one_before_is_taken(root: Location, server: S3Server, bucket: str, how: str) -> None:
-    save(root, 10)
-    save(root, 20)
+    make_checkpoint(root, 10)
+    make_checkpoint(root, 20)
     client = server.client()
     key = f"runs/mine/step-00000020/{'manifest.json' if 'manifest' in how else 'model-00001-of-00002.safetensors'}"
     whole = client.get_object(Bucket=bucket, Key=key)["Body"].read()
@@ -83,7 +84,7 @@ def test_damage_is_found_and_the_one_before_is_taken(root: Location, server: S3S
             "manifest of another": client.get_object(Bucket=bucket, Key=other)["Body"].read(),
         }[how]
         client.put_object(Bucket=bucket, Key=key, Body=content)
-    target, skipped = checkpoint.newest(root)
+    target, skipped = newest_checkpoint(root)
     assert target.name == "step-00000010" and len(skipped) == 1 and "step-00000020" in skipped[0]
 
 
@@ -94,22 +95,22 @@ def test_a_server_that_does_not_answer_is_no_missing_checkpoint(
     """Else a run would start afresh, or go further back, because of a network."""
     from descent.storage import s3_client
 
-    save(root, 10)
+    make_checkpoint(root, 10)
     monkeypatch.setattr(s3_client, "MAX_TRIES", 2)
     for fault, kind in (("busy", "unavailable"), ("expired", "credentials"), ("denied", "denied")):
         proxy.plan = always(fault)
-        for ask in (lambda: checkpoint.newest(root), lambda: checkpoint.load(root / "step-00000010")):
+        for ask in (lambda: newest_checkpoint(root), lambda: read_checkpoint(root / "step-00000010")):
             with pytest.raises(StoreError) as caught:
                 ask()
             assert caught.value.kind == kind and not isinstance(caught.value, CheckpointError)
-        parts = write(root, 20, world=1)
-        assert parts[0].error is not None and "can't upload" in parts[0].error
+        shares = write_shares(root, 20, world=1)
+        assert shares[0].error is not None and "can't upload" in shares[0].error
     proxy.plan = lambda _: None
-    assert checkpoint.newest(root)[0].name == "step-00000010"
-    assert checkpoint.commit(root, write(root, 20), run="r", config_sha256="c").name == "step-00000020"
+    assert newest_checkpoint(root)[0].name == "step-00000010"
+    assert commit_checkpoint(root, write_shares(root, 20), run="r", config_sha256="c").name == "step-00000020"
 
 
 def test_a_lost_reply_to_the_commit_is_no_failure(root: Location, proxy: Proxy) -> None:
     proxy.plan = first("put", "lost reply")
-    target = save(root, 10)
-    assert checkpoint.newest(root) == (target, [])
+    target = make_checkpoint(root, 10)
+    assert newest_checkpoint(root) == (target, [])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.reader import verify_checkpoint
 from descent.cli.main import app
 from tests.end_to_end.services import until
 from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, Training
@@ -108,7 +108,7 @@ def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_ther
     code, stopped, err = cut.end()
     own = folder / ".descent" / "runs" / "cut" / "checkpoints"
     assert code == 130 and stopped["checkpoint"].startswith(str(own)), err
-    assert checkpoint.verify(Path(stopped["checkpoint"])).step == stopped["step"] > 60
+    assert verify_checkpoint(Path(stopped["checkpoint"])).step == stopped["step"] > 60
 
     (folder / "LINGER").unlink()
     proxy.plan = lambda _: None
@@ -130,7 +130,7 @@ def test_a_finished_runs_last_state_that_s3_does_not_take_is_in_its_folder(
     code, ended, err = whole.end()
     assert code == 0 and ended["step"] == STEPS, err
     last = folder / ".descent" / "runs" / "whole" / "checkpoints" / f"step-{STEPS:08d}"
-    assert ended["checkpoint"] == str(last) and checkpoint.verify(last).step == STEPS
+    assert ended["checkpoint"] == str(last) and verify_checkpoint(last).step == STEPS
     assert ended["unsaved_at"] == f"s3://{bucket}/runs/whole"
 
 

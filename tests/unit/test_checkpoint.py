@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import commit_checkpoint, partition, read_manifest
+from descent.checkpoint.reader import newest_checkpoint, read_checkpoint, verify_checkpoint
 from descent.checkpoint.retention import Retention, prune
 from descent.checkpoint.writer import ShareWriter
 from descent.errors import CheckpointError
@@ -28,18 +29,18 @@ TENSORS = {
 SCALARS = {"evaluated": 3, "bad_steps": 0, "best": 0.1}
 
 
-def write_parts(root: Path, step: int, world: int = 2, generation: int = 1) -> list[ShareWritten]:
-    """Each rank's share, written by its own saver."""
-    parts: list[ShareWritten] = []
+def write_shares(root: Path, step: int, world: int = 2, generation: int = 1) -> list[ShareWritten]:
+    """Each rank's share, written by its own writer."""
+    shares: list[ShareWritten] = []
     for rank in range(world):
-        saver = ShareWriter(root, parts.append)
-        saver.save(TENSORS, step=step, rank=rank, world_size=world, generation=generation, scalars=SCALARS)
-        saver.wait()
-    return parts
+        writer = ShareWriter(root, shares.append)
+        writer.write(TENSORS, step=step, rank=rank, world_size=world, generation=generation, scalars=SCALARS)
+        writer.wait_until_written()
+    return shares
 
 
-def save(root: Path, step: int, world: int = 2) -> Path:
-    return checkpoint.commit(root, write_parts(root, step, world), run="r", config_sha256="c")
+def make_checkpoint(root: Path, step: int, world: int = 2) -> Path:
+    return commit_checkpoint(root, write_shares(root, step, world), run="r", config_sha256="c")
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -48,7 +49,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
 def test_what_any_number_of_ranks_wrote_is_read_by_one(tmp_path: Path, world: int) -> None:
-    tensors, manifest = checkpoint.load(save(tmp_path, 3, world))
+    tensors, manifest = read_checkpoint(make_checkpoint(tmp_path, 3, world))
     assert same(tensors, TENSORS)
     assert (manifest.step, manifest.scalars) == (3, SCALARS)
 
@@ -58,18 +59,17 @@ def test_what_any_number_of_ranks_wrote_is_read_by_one(tmp_path: Path, world: in
     world=st.integers(1, 6),
 )
 def test_every_tensor_is_written_by_exactly_one_rank(sizes: dict[str, int], world: int) -> None:
-    tensors = {name: torch.zeros(size) for name, size in sizes.items()}
-    shares = [checkpoint.share(tensors, rank, world) for rank in range(world)]
-    assert sorted(name for share in shares for name in share) == sorted(tensors)
-    loads = [sum(tensors[n].numel() for n in share) for share in shares]
+    shares = partition(sizes, world)
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    loads = [sum(sizes[n] for n in share) for share in shares]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pristine")
-    save(root, 10)
-    save(root, 20)
+    make_checkpoint(root, 10)
+    make_checkpoint(root, 20)
     return root
 
 
@@ -113,12 +113,12 @@ def test_any_damage_is_found_and_the_one_before_is_taken(
             if json.loads(file.read_bytes()) == json.loads(whole):
                 return
     with pytest.raises(CheckpointError):
-        checkpoint.load(file.parent)
-    target, skipped = checkpoint.newest(root)
+        read_checkpoint(file.parent)
+    target, skipped = newest_checkpoint(root)
     assert target.name == "step-00000010"
-    # Without a manifest the folder was never a checkpoint; otherwise we are told why not.
+    # Without a manifest the folder was never a checkpoint; otherwise the reason is given.
     assert len(skipped) == (0 if (name, how) == ("manifest.json", "delete") else 1)
-    assert same(checkpoint.load(target)[0], TENSORS)
+    assert same(read_checkpoint(target)[0], TENSORS)
 
 
 def boundaries(file: Path) -> list[int]:
@@ -138,28 +138,28 @@ def test_cut_at_every_boundary(pristine: Path, tmp_path: Path) -> None:
         for at in boundaries(file):
             for cut in {at, max(0, at - 1), at + 1}:
                 file.write_bytes(whole[:cut])
-                target, skipped = checkpoint.newest(tmp_path / "root")
+                target, skipped = newest_checkpoint(tmp_path / "root")
                 assert target.name == "step-00000010" and name in skipped[0]
         file.write_bytes(whole + b"more")
-        assert checkpoint.newest(tmp_path / "root")[0].name == "step-00000010"
+        assert newest_checkpoint(tmp_path / "root")[0].name == "step-00000010"
         file.write_bytes(whole)
-    assert checkpoint.newest(tmp_path / "root")[0].name == "step-00000020"
+    assert newest_checkpoint(tmp_path / "root")[0].name == "step-00000020"
 
 
 def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
     for step, config in ((1, "c"), (2, "another")):
-        parts = write_parts(tmp_path, step)
-        checkpoint.commit(tmp_path, parts, run=f"of {config}", config_sha256=config)
-    target, skipped = checkpoint.newest(tmp_path, "c")
+        shares = write_shares(tmp_path, step)
+        commit_checkpoint(tmp_path, shares, run=f"of {config}", config_sha256=config)
+    target, skipped = newest_checkpoint(tmp_path, "c")
     assert target.name == "step-00000001"
     assert "is of another run, 'of another', with another config" in skipped[0]
 
 
-def test_a_step_that_is_saved_again_replaces_what_was_there(tmp_path: Path) -> None:
+def test_a_step_that_is_written_again_replaces_what_was_there(tmp_path: Path) -> None:
     """As when a run has gone back behind it."""
-    target = save(tmp_path, 5, world=2)
-    assert save(tmp_path, 5, world=1) == target
-    assert same(checkpoint.load(target)[0], TENSORS)
+    target = make_checkpoint(tmp_path, 5, world=2)
+    assert make_checkpoint(tmp_path, 5, world=1) == target
+    assert same(read_checkpoint(target)[0], TENSORS)
 
 
 def edit(target: Path, **changes: object) -> None:
@@ -172,7 +172,7 @@ def edit(target: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "state.safetensors", "..", ""])
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    target = save(tmp_path, 1)
+    target = make_checkpoint(tmp_path, 1)
     outside = tmp_path / "outside.safetensors"
     shutil.copy(target / FILES[1], outside)
     content = outside.read_bytes()
@@ -183,7 +183,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
     }
     edit(target, files={name: entry})
     with pytest.raises(CheckpointError, match="not a valid manifest"):
-        checkpoint.load(target)
+        read_checkpoint(target)
 
 
 FOREIGN = [
@@ -208,24 +208,24 @@ FOREIGN = [
 
 
 def test_the_thorough_look_compares_sha256_too(tmp_path: Path) -> None:
-    target = save(tmp_path, 1)
-    assert checkpoint.verify(target, thorough=True) == checkpoint.read_manifest(target)
+    target = make_checkpoint(tmp_path, 1)
+    assert verify_checkpoint(target, thorough=True) == read_manifest(target)
     files = json.loads((target / "manifest.json").read_text())["files"]
     files[FILES[1]]["sha256"] = "0" * 64
     edit(target, files=files)
-    assert checkpoint.verify(target).files == files
+    assert verify_checkpoint(target).files == files
     with pytest.raises(CheckpointError, match=f"{FILES[1]}: its sha256 is not the manifest's"):
-        checkpoint.verify(target, thorough=True)
+        verify_checkpoint(target, thorough=True)
 
 
 @pytest.mark.parametrize("changes", FOREIGN, ids=str)
 def test_a_foreign_manifest_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
-    target = save(tmp_path, 1)
+    target = make_checkpoint(tmp_path, 1)
     edit(target, **changes)
     with pytest.raises(CheckpointError):
-        checkpoint.load(target)
+        read_checkpoint(target)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.newest(tmp_path)
+        newest_checkpoint(tmp_path)
 
 
 @settings(deadline=None)
@@ -240,50 +240,50 @@ def test_any_other_json_is_refused(pristine: Path, content: object) -> None:
     target.mkdir(exist_ok=True)
     (target / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError):
-        checkpoint.read_manifest(target)
+        read_manifest(target)
 
 
 def test_a_renamed_folder_does_not_pass_for_a_newer_step(tmp_path: Path) -> None:
-    save(tmp_path, 5)
+    make_checkpoint(tmp_path, 5)
     shutil.copytree(tmp_path / "step-00000005", tmp_path / "step-00000009")
-    target, skipped = checkpoint.newest(tmp_path)
+    target, skipped = newest_checkpoint(tmp_path)
     assert target.name == "step-00000005" and len(skipped) == 1
 
 
 def test_before_the_commit_nothing_counts(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    parts = write_parts(tmp_path, 2)
-    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
-    (tmp_path / "step-00000002" / parts[1].files[0].name).unlink()
+    make_checkpoint(tmp_path, 1)
+    shares = write_shares(tmp_path, 2)
+    assert newest_checkpoint(tmp_path)[0].name == "step-00000001"
+    (tmp_path / "step-00000002" / shares[1].files[0].name).unlink()
     with pytest.raises(CheckpointError, match="not there with"):
-        checkpoint.commit(tmp_path, parts, run="r", config_sha256="c")
-    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
+        commit_checkpoint(tmp_path, shares, run="r", config_sha256="c")
+    assert newest_checkpoint(tmp_path)[0].name == "step-00000001"
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.newest(tmp_path / "nowhere")
+        newest_checkpoint(tmp_path / "nowhere")
 
 
 def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> None:
-    save(tmp_path, 99_999_999)
-    write_parts(tmp_path, 100_000_000)  # left over from a crash
+    make_checkpoint(tmp_path, 99_999_999)
+    write_shares(tmp_path, 100_000_000)  # left over from a crash
     for step in (100_000_001, 100_000_002, 100_000_003):
-        save(tmp_path, step)
-    write_parts(tmp_path, 100_000_004)  # not committed yet
+        make_checkpoint(tmp_path, step)
+    write_shares(tmp_path, 100_000_004)  # not committed yet
     (tmp_path / "notes").mkdir()
     prune(tmp_path, Retention(2))
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == ["notes", "step-100000002", "step-100000003", "step-100000004"]
-    assert checkpoint.newest(tmp_path)[0].name == "step-100000003"
+    assert newest_checkpoint(tmp_path)[0].name == "step-100000003"
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000):
-        save(tmp_path, step)
-    assert checkpoint.newest(tmp_path)[0].name == "step-100000000"
+        make_checkpoint(tmp_path, step)
+    assert newest_checkpoint(tmp_path)[0].name == "step-100000000"
     prune(tmp_path, Retention(1))
     assert [p.name for p in tmp_path.iterdir()] == ["step-100000000"]
 
 
 def test_a_disk_that_refuses_is_reported_in_the_part(tmp_path: Path) -> None:
     (tmp_path / "step-00000001").write_text("a file where the folder should be")
-    parts = write_parts(tmp_path, 1, world=1)
-    assert parts[0].error is not None and "File exists" in parts[0].error
+    shares = write_shares(tmp_path, 1, world=1)
+    assert shares[0].error is not None and "File exists" in shares[0].error

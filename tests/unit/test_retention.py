@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from descent.checkpoint import manifest as checkpoint
 from descent.checkpoint.cadence import Cadence, interval, young
+from descent.checkpoint.manifest import commit_checkpoint
+from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 from descent.checkpoint.retention import Retention, delete, prune, to_keep
 from descent.checkpoint.writer import ShareWriter
 from descent.messages import ShareWritten
@@ -31,14 +32,14 @@ def test_the_rule_keeps_what_it_says(scores: dict[int, float | None], last: int,
     assert to_keep({s: scores[s] for s in kept}, rule) == kept
 
 
-def save(root: Path, step: int, score: float | None = None) -> None:
-    parts: list[ShareWritten] = []
-    saver = ShareWriter(root, parts.append)
+def make_checkpoint(root: Path, step: int, score: float | None = None) -> None:
+    shares: list[ShareWritten] = []
+    writer = ShareWriter(root, shares.append)
     tensors = {"model/x": torch.full((4,), float(step)), "optimizer/x/y": torch.ones(2)}
     scalars = {} if score is None else {"eval/loss": score}
-    saver.save(tensors, step=step, rank=0, world_size=1, generation=1, scalars=scalars)
-    saver.wait()
-    checkpoint.commit(root, parts, run="r", config_sha256="c")
+    writer.write(tensors, step=step, rank=0, world_size=1, generation=1, scalars=scalars)
+    writer.wait_until_written()
+    commit_checkpoint(root, shares, run="r", config_sha256="c")
 
 
 def steps(root: Path) -> list[int]:
@@ -47,23 +48,23 @@ def steps(root: Path) -> list[int]:
 
 def test_the_best_the_rare_and_the_newest_stay(tmp_path: Path) -> None:
     for step, score in ((10, 0.5), (20, 0.1), (30, 0.4), (40, None), (50, 0.2)):
-        save(tmp_path, step, score)
-    gone = prune(tmp_path, Retention(1, 30, "eval/loss"))
-    assert steps(tmp_path) == [20, 30, 50] and gone == ["step-00000010", "step-00000040"]
+        make_checkpoint(tmp_path, step, score)
+    pruned = prune(tmp_path, Retention(1, 30, "eval/loss"))
+    assert steps(tmp_path) == [20, 30, 50] and pruned == (["step-00000010", "step-00000040"], [])
 
 
 @pytest.mark.parametrize("done", range(4))
 def test_a_deletion_that_stops_in_the_middle_harms_nothing(tmp_path: Path, done: int) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     folder = tmp_path / "step-00000002"
     names = sorted((p.name for p in folder.iterdir()), key=lambda n: n != "manifest.json")
     assert len(names) == 3
     delete(folder, names[:done])  # as far as it came before the process died
-    found, skipped = checkpoint.newest(tmp_path)
+    found, skipped = newest_checkpoint(tmp_path)
     assert found.name == "step-00000003" and skipped == []
     if done:
-        assert [t.name for t in checkpoint.committed(tmp_path)] == [
+        assert [t.name for t in list_checkpoints(tmp_path)] == [
             "step-00000003",
             "step-00000001",
         ]
@@ -72,11 +73,11 @@ def test_a_deletion_that_stops_in_the_middle_harms_nothing(tmp_path: Path, done:
 
 
 def test_without_a_checkpoint_nothing_is_deleted(tmp_path: Path) -> None:
-    save(tmp_path, 1)
+    make_checkpoint(tmp_path, 1)
     (tmp_path / "step-00000001" / "manifest.json").unlink()
-    assert prune(tmp_path, Retention(1)) == [] and steps(tmp_path) == [1]
+    assert prune(tmp_path, Retention(1)) == ([], []) and steps(tmp_path) == [1]
     shutil.rmtree(tmp_path / "step-00000001")
-    assert prune(tmp_path, Retention(1)) == []
+    assert prune(tmp_path, Retention(1)) == ([], [])
 
 
 @given(st.floats(0.001, 60), st.floats(60, 1e6))
@@ -89,7 +90,7 @@ def test_youngs_interval_costs_least(cost: float, between: float) -> None:
 
 
 @given(st.floats(0, 10), st.floats(0, 100), st.floats(0, 1e6), st.integers(0, 100))
-def test_auto_saves_more_often_with_faults_and_never_above_its_share(
+def test_auto_writes_more_often_with_faults_and_never_above_its_share(
     cost: float, took: float, run: float, faults: int
 ) -> None:
     found = interval(cost, took, run, faults, share=0.01)
@@ -100,10 +101,10 @@ def test_auto_saves_more_often_with_faults_and_never_above_its_share(
 def test_the_cadence_in_seconds_and_after_a_failure() -> None:
     every_minute = Cadence(60.0, 0.01, now=0.0)
     assert not every_minute.due(59) and every_minute.due(60)
-    every_minute.asked(60)
+    every_minute.requested(60)
     every_minute.failed()
-    assert every_minute.due(90), "a save that failed is tried again soon"
-    every_minute.saved(95, 0.1, 1.0)
+    assert every_minute.due(90), "a checkpoint that failed is tried again soon"
+    every_minute.committed(95, 0.1, 1.0)
     assert not every_minute.due(154) and every_minute.due(155)
     by_steps = Cadence(float("inf"), 0.01, now=0.0)
     assert not by_steps.due(1e9)
@@ -112,5 +113,5 @@ def test_the_cadence_in_seconds_and_after_a_failure() -> None:
     auto = Cadence(None, 0.01, now=0.0)
     before = auto.every_s(0)
     for _ in range(20):
-        auto.saved(0, 0.001, 0.5)
+        auto.committed(0, 0.001, 0.5)
     assert auto.every_s(0) < before / 10

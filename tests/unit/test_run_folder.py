@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import checkpoint_root, commit_checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.run.lock import RunLock, is_locked
 from descent.cluster.run.resume import config_sha256, resume, with_implied_length
@@ -61,8 +61,8 @@ def saved_run(folder: Path, composed: Composed, overrides: list[str] | None, sta
         **({"state": state, "state_sha256": "f" * 64} if state else {}),
     }
     run_log.write_run_file(run_dir, content)
-    written = ShareWritten(40, 0, 1, 1, files=(_file(checkpoint.folder(run_dir, None)),))
-    checkpoint.commit(checkpoint.folder(run_dir, None), [written], run="first", config_sha256=sha256, time_ms=0)
+    written = ShareWritten(40, 0, 1, 1, files=(_file(checkpoint_root(run_dir, None)),))
+    commit_checkpoint(checkpoint_root(run_dir, None), [written], run="first", config_sha256=sha256, time_ms=0)
     return run_dir
 
 

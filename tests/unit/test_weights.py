@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import commit_checkpoint
 from descent.checkpoint.weights import put_into, read_weights, write_weights
 from descent.checkpoint.writer import ShareWriter
 from descent.errors import CheckpointError, StoreError
@@ -38,11 +38,11 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 def as_checkpoint(model: nn.Module, folder: Path) -> Path:
     parts: list[ShareWritten] = []
-    saver = ShareWriter(folder, parts.append)
+    writer = ShareWriter(folder, parts.append)
     plain = {f"model/{n}": t for n, t in model.state_dict().items() if n != "head.weight"}
-    saver.save(plain, step=3, rank=0, world_size=1, generation=1, scalars={})
-    saver.wait()
-    return checkpoint.commit(folder, parts, run="r", config_sha256="c")
+    writer.write(plain, step=3, rank=0, world_size=1, generation=1, scalars={})
+    writer.wait_until_written()
+    return commit_checkpoint(folder, parts, run="r", config_sha256="c")
 
 
 def written(kind: str, model: nn.Module, folder: Path) -> Path:

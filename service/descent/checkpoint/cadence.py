@@ -1,24 +1,24 @@
-"""When to save: every so many seconds, or as often as it pays.
+"""When to write a checkpoint: every so many seconds, or as often as it pays.
 
-What a checkpoint every t seconds costs per second is C / t for the saves, each holding the
-training up for C seconds, and t / 2M for what a fault undoes, one coming in M seconds on
-average. The sum is least at t = sqrt(2 C M): Young, "A first order approximation to the
-optimum checkpoint interval", CACM 17(9), 1974.
+A checkpoint every t seconds costs C / t of the time for the writing, where each holds the
+training up for C seconds, and t / 2M for the steps that faults undo, where one fault comes in
+M seconds on average. The sum is least at t = sqrt(2 C M): Young, "A first order approximation
+to the optimum checkpoint interval", CACM 17(9), 1974.
 """
 
 import math
 import time
 
 _PRIOR_S = 24 * 3600.0
-"""Before anything is known: one fault a day."""
+"""The time between faults that is assumed at the start: a day."""
 _LEAST_S = 5.0
 _AGAIN_S = 30.0
-"""After a save that failed."""
+"""The interval after a checkpoint that failed."""
 _FIRST_COST_S = 1.0
 
 
 def young(cost_s: float, between_faults_s: float) -> float:
-    """The interval in seconds that loses least time to saving and to repeating.
+    """The interval in seconds that loses least time to writing checkpoints and to repeating steps.
 
     >>> young(cost_s=2.0, between_faults_s=3600.0)
     120.0
@@ -29,9 +29,9 @@ def young(cost_s: float, between_faults_s: float) -> float:
 def interval(cost_s: float, took_s: float, run_s: float, faults: int, share: float) -> float:
     """The cadence `auto`, in seconds.
 
-    cost_s: how long a save holds the training up; took_s: until it is on disk; run_s: how
-    long the run has lasted, with `faults` that made it go back to a checkpoint; share: at
-    most this part of the time may go into saving.
+    cost_s: how long a checkpoint holds the training up; took_s: how long until it is on disk;
+    run_s: how long the run has lasted, with `faults` after which it went back to a checkpoint;
+    share: the part of the time that checkpoints may hold the training up at most.
     """
     between_faults_s = (run_s + _PRIOR_S) / (faults + 1)
     return max(young(cost_s, between_faults_s), cost_s / share, took_s, _LEAST_S)
@@ -40,7 +40,7 @@ def interval(cost_s: float, took_s: float, run_s: float, faults: int, share: flo
 class Cadence:
     """Says when the next checkpoint is due. every_s: seconds, None for `auto`.
 
-    Infinity where checkpoints don't go by time: then only one that failed is asked for again.
+    Infinity where checkpoints go by steps: then only one that failed is repeated by time.
     """
 
     def __init__(self, every_s: float | None, share: float, now: float | None = None) -> None:
@@ -52,30 +52,30 @@ class Cadence:
 
     def every_s(self, now: float) -> float:
         """The seconds between two checkpoints, as things stand."""
-        found = self._every_s
-        if found is None:
+        every_s = self._every_s
+        if every_s is None:
             run_s = now - self._began
-            found = interval(self._cost_s, self._took_s, run_s, self._faults, self._share)
-        return min(found, _AGAIN_S) if self._failed else found
+            every_s = interval(self._cost_s, self._took_s, run_s, self._faults, self._share)
+        return min(every_s, _AGAIN_S) if self._failed else every_s
 
     def due(self, now: float) -> bool:
         return now - self._last >= self.every_s(now)
 
-    def asked(self, now: float) -> None:
-        """A save was asked for."""
+    def requested(self, now: float) -> None:
+        """Note that a checkpoint was requested from the workers."""
         self._last = now
 
-    def saved(self, now: float, cost_s: float, took_s: float) -> None:
-        """A save, asked for or not, is done, and what it cost; half the weight to those before."""
+    def committed(self, now: float, cost_s: float, took_s: float) -> None:
+        """Note that a checkpoint, requested or not, is committed, and its costs: half the weight to those before."""
         self._last = now
         self._cost_s = (self._cost_s + cost_s) / 2
         self._took_s = (self._took_s + took_s) / 2
         self._failed = False
 
     def failed(self) -> None:
-        """The last save came to nothing: try again soon."""
+        """Note that the last checkpoint failed: the next one is due soon."""
         self._failed = True
 
-    def went_back(self) -> None:
-        """A fault made the run go back to a checkpoint."""
+    def restored(self) -> None:
+        """Note that a fault made the run go back to a checkpoint."""
         self._faults += 1

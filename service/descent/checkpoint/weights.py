@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.reader import read_checkpoint
 from descent.errors import CheckpointError, StoreError
 from descent.storage import Location, open_store
 
@@ -30,7 +30,7 @@ def read_weights(source: Location) -> dict[str, Tensor]:
     if source.name.endswith(_TORCH):
         return _parse_torch(_content(source), source)
     try:
-        tensors, _ = checkpoint.load(source)
+        tensors, _ = read_checkpoint(source)
     except CheckpointError as error:
         raise CheckpointError(
             f"{source}: no weights: neither a .safetensors file, nor one of torch's ({', '.join(_TORCH)}), nor a checkpoint ({error})"

@@ -32,48 +32,50 @@ _RUNS = Path(".descent")
 
 def _root(run: str, output_dir: Path) -> Any:
     """Where a run's checkpoints lie. Raises CheckpointError."""
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.manifest import checkpoint_root, step_of
     from descent.cluster.record import run_log
     from descent.storage import S3Path, to_location
 
     where = to_location(run)
     if isinstance(where, S3Path):
         return where
-    if where.is_dir() and any(checkpoint.step_of(p.name) is not None for p in where.iterdir()):
+    if where.is_dir() and any(step_of(p.name) is not None for p in where.iterdir()):
         return where
     run_dir = run_log.find_run(run, output_dir.expanduser(), "RUN")
     settings = run_log.read_run_file(run_dir)["config"]["checkpoint"]
-    return checkpoint.folder(run_dir, settings["dir"])
+    return checkpoint_root(run_dir, settings["dir"])
 
 
 def _chosen(run: str, step: int | None, output_dir: Path) -> Any:
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.manifest import step_of
+    from descent.checkpoint.reader import list_checkpoints
 
     root = _root(run, output_dir)
-    found = checkpoint.committed(root)
+    found = list_checkpoints(root)
     if not found:
         raise CheckpointError(f"{root}: no complete checkpoint")
     if step is None:
         return found[0]
     for target in found:
-        if checkpoint.step_of(target.name) == step:
+        if step_of(target.name) == step:
             return target
-    there = ", ".join(str(checkpoint.step_of(t.name)) for t in found[:8])
+    there = ", ".join(str(step_of(t.name)) for t in found[:8])
     raise CheckpointError(f"--step {step}: {root} has no complete checkpoint of it; it has {there}")
 
 
 @app.command("ls")
 def list_(run: Run, output_dir: OutputDir = _RUNS, as_json: Json = False) -> None:
     """List a run's checkpoints, the newest first."""
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.manifest import read_manifest, step_of
+    from descent.checkpoint.reader import list_checkpoints
 
     rows = []
     with _refusing():
         root = _root(run, output_dir)
-        for target in checkpoint.committed(root):
-            row: dict[str, Any] = {"step": checkpoint.step_of(target.name), "place": str(target)}
+        for target in list_checkpoints(root):
+            row: dict[str, Any] = {"step": step_of(target.name), "place": str(target)}
             try:
-                found = checkpoint.read_manifest(target)
+                found = read_manifest(target)
                 scores = {k: v for k, v in found.scalars.items() if k.startswith("eval/")}
                 row |= {"bytes": found.size, "time_ms": found.time_ms, **scores}
             except CheckpointError as error:
@@ -103,17 +105,17 @@ def list_(run: Run, output_dir: OutputDir = _RUNS, as_json: Json = False) -> Non
 @app.command()
 def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
     """Read checkpoints whole and compare sizes and hashes: all, or the one of --step; exit code 1 if any is bad."""
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.reader import list_checkpoints, verify_checkpoint
 
     bad = 0
     with _refusing():
         one = None if step is None else _chosen(run, step, output_dir)
-        targets = [one] if one is not None else checkpoint.committed(_root(run, output_dir))
+        targets = [one] if one is not None else list_checkpoints(_root(run, output_dir))
         if not targets:
             raise CheckpointError(f"{_root(run, output_dir)}: no complete checkpoint")
         for target in targets:
             try:
-                found = checkpoint.verify(target, thorough=True)
+                found = verify_checkpoint(target, thorough=True)
                 print(f"{target.name}  good  {len(found.files)} files, {_size(found.size)}")
             except CheckpointError as error:
                 bad += 1
@@ -124,11 +126,11 @@ def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
 @app.command()
 def show(run: Run, step: Step = None, output_dir: OutputDir = _RUNS, as_json: Json = False) -> None:
     """Show what is in a checkpoint: its manifest and its tensors."""
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.reader import read_checkpoint
 
     with _refusing():
         target = _chosen(run, step, output_dir)
-        tensors, manifest = checkpoint.load(target)
+        tensors, manifest = read_checkpoint(target)
     content = {
         "place": str(target),
         "step": manifest.step,
@@ -164,14 +166,14 @@ def export(
 
       descent checkpoint export RUN model.safetensors
     """
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.reader import read_checkpoint
     from descent.checkpoint.weights import model_weights, write_weights
 
     with _refusing():
         if target.suffix != ".safetensors":
             raise CheckpointError(f"{target}: the file's name must end in .safetensors")
         source = _chosen(run, step, output_dir)
-        tensors, manifest = checkpoint.load(source)
+        tensors, manifest = read_checkpoint(source)
         kept = {n: t for n, t in tensors.items() if averaged or not n.startswith("ema/")}
         about = {"format": "pt", "step": str(manifest.step), "run": manifest.run}
         weights = model_weights(kept)
@@ -198,9 +200,11 @@ def prune_(
             raise CheckpointError(f"--keep-best {keep_best}: is eval/loss or eval/accuracy")
         root = _root(run, output_dir)
         mode: Any = "max" if keep_best == "eval/accuracy" else "min"
-        gone = prune(root, Retention(keep_last, keep_every, keep_best, mode))
+        deleted, skipped = prune(root, Retention(keep_last, keep_every, keep_best, mode))
         half = open_store(root).tidy(older_than_s=3600.0)
-    print(f"deleted: {', '.join(gone) or 'nothing'}" + (f", {half} unfinished files" if half else ""))
+    print(f"deleted: {', '.join(deleted) or 'nothing'}" + (f", {half} unfinished files" if half else ""))
+    for line in skipped:
+        print(f"passed over: {line}")
 
 
 def _size(count: int | None) -> str:

@@ -20,7 +20,7 @@ from descent.storage import to_location
 from descent.training import collectives, nonfinite, sentinel, slot_balancer
 from descent.training.buffers import Buffers
 from descent.training.checkpointing import restoring
-from descent.training.checkpointing.saving import ReplicaCheckpoints
+from descent.training.checkpointing.writing import ReplicaCheckpoints
 from descent.training.collectives import Group
 from descent.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
 from descent.training.determinism import compiled, only_deterministic, refuse_undeterministic
@@ -71,7 +71,7 @@ class Trainer:
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
         self.evaluator = Evaluator(config, plan, held_out, self.state, self.objective, device, self._autocast)
-        self.saves = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
+        self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
         self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
         self.buffers = Buffers(model, plan.changing_buffers)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
@@ -94,7 +94,7 @@ class Trainer:
         when the checkpoint that the generation was to begin with could not be read.
         """
         self.control.diverged = ()
-        self.saves.copied()
+        self.checkpoints.wait_for_copy()
         share = self._read_share(membership)
         self.control.enter("join")
         collectives.leave()
@@ -121,8 +121,8 @@ class Trainer:
                 self._tell_progress()
             if membership.save_only:
                 if membership.save_to is not None:
-                    self.saves.go_elsewhere(to_location(membership.save_to))
-                self.saves.save(group, membership.generation, wait=True)
+                    self.checkpoints.move_to(to_location(membership.save_to))
+                self.checkpoints.write_share(group, membership.generation, wait=True)
                 return "paused"
             return self._loop(group, membership)
         except BaseException:
@@ -161,12 +161,12 @@ class Trainer:
                 self._evaluate_if_due(group)
                 if self.state.step == self.plan.total_steps:
                     break
-                due = votes[SAVE] or self.saves.is_due()
+                due = votes[SAVE] or self.checkpoints.is_due()
                 if votes[PAUSE] or due:
-                    self.saves.save(group, membership.generation, wait=bool(votes[PAUSE]))
+                    self.checkpoints.write_share(group, membership.generation, wait=bool(votes[PAUSE]))
                 if votes[PAUSE]:
                     return "paused"
-            self.saves.save(group, membership.generation, wait=True)
+            self.checkpoints.write_share(group, membership.generation, wait=True)
         return "finished"
 
     def _slots(self, share: tuple[int, int]) -> list[tuple[int, tuple[int, int]]]:
@@ -311,7 +311,7 @@ class Trainer:
         if not self.evaluator.is_due():
             return
         self.control.enter("evaluate")
-        self.saves.copied()  # averaged weights are put into the model for a while
+        self.checkpoints.wait_for_copy()  # averaged weights are put into the model for a while
         metrics = self.evaluator.evaluate(group)
         self.control.evaluated = self.state.evaluated
         self.control.records.append(EvaluationRecord(self.state.step, metrics, int(time.time() * 1000)))
@@ -334,7 +334,7 @@ class Trainer:
 
     def finish_saving(self) -> None:
         """Wait until the background write is on disk."""
-        self.saves.wait()
+        self.checkpoints.wait_until_written()
 
     def sha256(self) -> str:
         """The hash of the whole state."""

@@ -5,8 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from descent.checkpoint import manifest as checkpoint
 from descent.checkpoint.cadence import Cadence
+from descent.checkpoint.manifest import commit_checkpoint, read_manifest
+from descent.checkpoint.reader import NoCheckpoint, newest_checkpoint
 from descent.checkpoint.retention import Retention, prune
 from descent.config.schema import Checkpoint
 from descent.errors import DescentError, StoreError
@@ -52,7 +53,7 @@ class CheckpointCommitter:
         self.cadence = Cadence(settings.every_s, settings.share)
         self.newest = newest
         """The last committed checkpoint."""
-        self.step = checkpoint.read_manifest(newest).step if newest is not None else -1
+        self.step = read_manifest(newest).step if newest is not None else -1
 
     @property
     def waiting(self) -> bool:
@@ -78,7 +79,7 @@ class CheckpointCommitter:
         failed = [p.error for p in parts if p.error]
         if failed:
             raise DescentError(failed[0])
-        return checkpoint.commit(
+        return commit_checkpoint(
             self.root,
             parts,
             run=self._run,
@@ -95,8 +96,8 @@ class CheckpointCommitter:
             error = future.exception()
             if error is None:
                 self.newest, self.step = future.result(), step
-                self.cadence.saved(time.monotonic(), stalled_s, max(p.took_s for p in parts))
-                self._thread.submit(self._prune)
+                self.cadence.committed(time.monotonic(), stalled_s, max(p.took_s for p in parts))
+                self._thread.submit(self._prune, step)
                 size = sum(f.size for p in parts for f in p.files)
                 found.append(Saved(step, None, stalled_s, size))
             else:
@@ -117,10 +118,10 @@ class CheckpointCommitter:
         """Wait for the commits that are under way."""
         wait([future for _, future in self._under_way], timeout=max(0.0, patience_s))
 
-    def _prune(self) -> None:
-        """What can't be deleted now is deleted the next time."""
+    def _prune(self, newest_step: int) -> None:
+        """Delete what the rule doesn't keep; what can't be deleted now is deleted the next time."""
         try:
-            prune(self.root, self._keep)
+            prune(self.root, self._keep, config_sha256=self._config_sha256, newest_step=newest_step)
         except StoreError:
             return
 
@@ -134,13 +135,13 @@ class CheckpointCommitter:
         Raises CheckpointError when there are some and none is good, StoreError when they can't
         be looked at: the run must not begin again in silence.
         """
-        self.cadence.went_back()
+        self.cadence.restored()
         try:
-            self.newest, skipped = checkpoint.newest(self.root, self._config_sha256, self._rescued)
-        except checkpoint.NoCheckpoint:
+            self.newest, skipped = newest_checkpoint(self.root, self._config_sha256, self._rescued)
+        except NoCheckpoint:
             self.newest, self.step = None, -1
             return []
-        self.step = checkpoint.read_manifest(self.newest).step
+        self.step = read_manifest(self.newest).step
         return skipped
 
     def close(self) -> None:

@@ -276,7 +276,7 @@ class Controller:
         now, reporter = time.monotonic(), self._reports.reporter
         if reporter is None or self._commits.waiting or not self._commits.cadence.due(now):
             return
-        self._commits.cadence.asked(now)
+        self._commits.cadence.requested(now)
         self._group.save(reporter)
 
     def _show(self, state: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import step_of
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run.listeners import ListenerGroup
@@ -168,7 +168,7 @@ class RunRecorder:
                 tags["descent.state_sha256"] = outcome.state_sha256
             tracker.set_tags(tags)
             if outcome.state is TerminalState.FINISHED and outcome.checkpoint is not None:
-                if checkpoint.step_of(outcome.checkpoint.name) == outcome.step:
+                if step_of(outcome.checkpoint.name) == outcome.step:
                     self._keep_model(tracker, outcome.checkpoint)
                 else:
                     self._console.print(

@@ -160,14 +160,15 @@ def metric_figures(log: RunLog) -> dict[str, Any]:
 
 def best_kept(root: "Location", rule: "KeepBest | None") -> tuple[str, int] | None:
     """The best of the kept checkpoints and its step; None where none has the metric, or the place can't be read."""
-    from descent.checkpoint import manifest as checkpoint
+    from descent.checkpoint.manifest import read_manifest
+    from descent.checkpoint.reader import list_checkpoints
 
     if rule is None:
         return None
     scored: list[tuple[float, int, str]] = []
     try:
-        for target in checkpoint.committed(root):
-            manifest = checkpoint.read_manifest(target)
+        for target in list_checkpoints(root):
+            manifest = read_manifest(target)
             score = manifest.scalars.get(rule.metric)
             if score is not None and score == score:
                 scored.append((-score if rule.higher else score, manifest.step, str(target)))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import MANIFEST, checkpoint_root, read_manifest, rescue_root
+from descent.checkpoint.reader import newest_checkpoint, verify_checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.run.result import RunResult
 from descent.config import Composed, RunConfig, compose, flatten, groups, recompose
@@ -112,15 +113,15 @@ def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
     if differ:
         shown = ", ".join(f"{k}={now.get(k)} (the run has {before.get(k)})" for k in differ[:5])
         raise CheckpointError(f"resume={wanted}: the config disagrees in {shown}; leave these out, or start a new run")
-    root = checkpoint.folder(run_dir, merged.config.checkpoint.dir)
+    root = checkpoint_root(run_dir, merged.config.checkpoint.dir)
     skipped: list[str] = []
     target: Location
-    if (Path(wanted).expanduser() / checkpoint.MANIFEST).is_file():
+    if (Path(wanted).expanduser() / MANIFEST).is_file():
         target = Path(wanted).expanduser().resolve()
-        checkpoint.verify(target)
+        verify_checkpoint(target)
     else:
-        target, skipped = checkpoint.newest(root, saved["config_sha256"], checkpoint.rescue_folder(run_dir))
-    manifest = checkpoint.read_manifest(target)
+        target, skipped = newest_checkpoint(root, saved["config_sha256"], rescue_root(run_dir))
+    manifest = read_manifest(target)
     if manifest.config_sha256 != saved["config_sha256"]:
         raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
     kept = replace(merged, config=merged.config.model_copy(update={"name": run_dir.name}))
@@ -174,13 +175,13 @@ def find_weights(config: RunConfig) -> Location | None:
     if isinstance(where, S3Path):
         # Asked for now, while nothing has started that would have to be ended again.
         if "." not in where.name:
-            checkpoint.read_manifest(where)
+            read_manifest(where)
         elif open_store(where.parent).find(where.name) is None:
             raise CheckpointError(f"init_from={where}: there is no such object")
         return where
-    if where.is_file() or (where / checkpoint.MANIFEST).is_file():
+    if where.is_file() or (where / MANIFEST).is_file():
         return where
     run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
     of_run = run_log.read_run_file(run_dir)["config"]["checkpoint"]
-    root = checkpoint.folder(run_dir, of_run["dir"])
-    return checkpoint.newest(root, rescued=checkpoint.rescue_folder(run_dir))[0]
+    root = checkpoint_root(run_dir, of_run["dir"])
+    return newest_checkpoint(root, rescue=rescue_root(run_dir))[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import checkpoint_root, rescue_root
 from descent.cluster.chaos import injector
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
@@ -165,12 +165,12 @@ class Run:
         display = Display(self.console, self._title(prepared), plan.total_steps, plan.batch_size, first_step)
         listeners = ListenerGroup(display)
         committer = CheckpointCommitter(
-            checkpoint.folder(self.run_dir, self.config.checkpoint.dir),
+            checkpoint_root(self.run_dir, self.config.checkpoint.dir),
             self.run_dir.name,
             self.config_sha256,
             self.config.checkpoint,
             resumed.checkpoint if resumed else None,
-            checkpoint.rescue_folder(self.run_dir),
+            rescue_root(self.run_dir),
         )
         controller = Controller(
             self.config,
@@ -216,7 +216,7 @@ class Run:
         tracker, undelivered = recorder.finish(outcome, listeners, log)
         steps_s = seconds_of_steps(log, self.started_at)
         first_at = listeners.first_step_at or trained_at
-        best = best_kept(checkpoint.folder(self.run_dir, self.config.checkpoint.dir), self.config.checkpoint.keep_best)
+        best = best_kept(checkpoint_root(self.run_dir, self.config.checkpoint.dir), self.config.checkpoint.keep_best)
         failure = outcome.failure
         result = RunResult(
             state=str(outcome.state),

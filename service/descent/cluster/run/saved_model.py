@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import MANIFEST, checkpoint_root, rescue_root, step_of
+from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 from descent.cluster.record import run_log
 from descent.config import RunConfig, recompose
 from descent.errors import CheckpointError
@@ -54,17 +55,17 @@ def load(
 
 
 def _checkpoint(run: str, run_dir: Path, config: RunConfig, step: int | None) -> Location:
-    if (Path(run).expanduser() / checkpoint.MANIFEST).is_file() and step is None:
+    if (Path(run).expanduser() / MANIFEST).is_file() and step is None:
         return Path(run).expanduser().resolve()
-    root, rescue = checkpoint.folder(run_dir, config.checkpoint.dir), checkpoint.rescue_folder(run_dir)
+    root, rescue = checkpoint_root(run_dir, config.checkpoint.dir), rescue_root(run_dir)
     if step is None:
-        return checkpoint.newest(root, rescued=rescue)[0]
+        return newest_checkpoint(root, rescued=rescue)[0]
     places: list[Location] = [root, rescue] if rescue != root else [root]
-    targets: list[Location] = [target for place in places for target in checkpoint.committed(place)]
+    targets: list[Location] = [target for place in places for target in list_checkpoints(place)]
     for target in targets:
-        if checkpoint.step_of(target.name) == step:
+        if step_of(target.name) == step:
             return target
-    steps = ", ".join(str(checkpoint.step_of(target.name)) for target in targets[:8])
+    steps = ", ".join(str(step_of(target.name)) for target in targets[:8])
     raise CheckpointError(f"step={step}: {run_dir.name} has no checkpoint of this step; it has {steps or 'none'}")
 
 

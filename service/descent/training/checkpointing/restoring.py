@@ -1,18 +1,20 @@
-"""A checkpoint into all members of a generation: each reads and verifies its share, then they exchange.
+"""A checkpoint into the state of all members of a generation: each reads and verifies a share, then they exchange.
 
-Reading comes before the members meet, where it may take as long as a disk or a server takes:
-nobody waits for it inside a collective. Whoever could not read its share comes to the meeting
-all the same and says so there, so that all of them have the same outcome.
+Reading comes before the members meet, since it may take as long as a disk or a server takes:
+nobody waits for it inside a collective. A rank that could not read its share, or whose share
+doesn't fit this run's state, comes to the meeting all the same and says so there, so that all
+ranks have the same outcome.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from descent.checkpoint import manifest as checkpoint
-from descent.checkpoint.manifest import Manifest
+from descent.checkpoint.manifest import Manifest, read_manifest
+from descent.checkpoint.reader import files_of_rank, read_files
 from descent.errors import DescentError
 from descent.storage import to_location
 from descent.training.collectives import Group
@@ -20,7 +22,7 @@ from descent.training.state import TrainState, broadcast_state
 
 
 class NotRestored(Exception):
-    """Some member could not read its share of the checkpoint: none has taken anything over."""
+    """A member has no share of the checkpoint to give: no member's state has changed."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,23 @@ class Share:
 
     source: str
     manifest: Manifest | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     error: str = ""
 
 
 def read_share(source: str, rank: int, world_size: int) -> Share:
-    """This rank's files of a checkpoint, on the CPU. Doesn't raise: the others wait to hear of it."""
+    """This rank's files of a checkpoint, on the CPU. An error is returned, not raised: the other ranks must see it."""
     try:
         target = to_location(source)
-        manifest = checkpoint.read_manifest(target)
-        mine = checkpoint.shares(manifest, world_size)[rank]
-        return Share(source, manifest, checkpoint.load_files(target, manifest, mine))
+        manifest = read_manifest(target)
+        names = files_of_rank(manifest, rank, world_size)
+        return Share(source, manifest, read_files(target, manifest, names))
     except DescentError as error:
         return Share(source, error=str(error))
 
 
 def exchange(group: Group, share: Share, state: TrainState, device: torch.device) -> None:
-    """Put the members' shares together into everybody's state.
+    """Put the shares of all members together, on each of them, and load them into its state.
 
     Raises NotRestored, on all ranks alike, when one has no share to give; PeerLost when one
     is gone; CheckpointError when the checkpoint doesn't fit the model.
@@ -54,20 +56,20 @@ def exchange(group: Group, share: Share, state: TrainState, device: torch.device
     assert share.manifest is not None
     tensors: dict[str, Tensor] = {}
     for owner in range(group.world_size):
-        theirs, _ = broadcast_state(group, owner, share.tensors if owner == group.rank else None, device)
-        tensors.update(theirs)
+        received, _ = broadcast_state(group, owner, share.tensors if owner == group.rank else None, device)
+        tensors.update(received)
     state.load(tensors, share.manifest.step, share.manifest.scalars)
 
 
 def _agree(group: Group, share: Share, device: torch.device) -> None:
-    """Whether all have their shares, and of one and the same checkpoint."""
-    said = torch.zeros(2, group.world_size, dtype=torch.int64, device=device)
-    said[0, group.rank] = int(bool(share.error))
-    said[1, group.rank] = int(hashlib.sha256(repr(share.manifest).encode()).hexdigest()[:15], 16)
-    failed, marks = group.sum_(said).tolist()
+    """Raise NotRestored unless all ranks have a share, and of one and the same checkpoint."""
+    votes = torch.zeros(2, group.world_size, dtype=torch.int64, device=device)
+    votes[0, group.rank] = int(bool(share.error))
+    votes[1, group.rank] = int(hashlib.sha256(repr(share.manifest).encode()).hexdigest()[:15], 16)
+    failed, manifests = group.sum_(votes).tolist()
     if share.error:
         raise NotRestored(share.error)
     if any(failed):
         raise NotRestored(f"{share.source}: rank {failed.index(1)} could not read its share")
-    if len(set(marks)) > 1:
+    if len(set(manifests)) > 1:
         raise NotRestored(f"{share.source}: was replaced while it was being read")
