@@ -59,7 +59,7 @@ def _checkpoint(run: str, run_dir: Path, config: RunConfig, step: int | None) ->
         return Path(run).expanduser().resolve()
     root, rescue = checkpoint_root(run_dir, config.checkpoint.dir), rescue_root(run_dir)
     if step is None:
-        return newest_checkpoint(root, rescued=rescue)[0]
+        return newest_checkpoint(root, rescue=rescue)[0]
     places: list[Location] = [root, rescue] if rescue != root else [root]
     targets: list[Location] = [target for place in places for target in list_checkpoints(place)]
     for target in targets:
