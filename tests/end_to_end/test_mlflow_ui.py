@@ -19,6 +19,7 @@ def test_the_run_page_shows_metrics_and_plots(tmp_path):
     server = MlflowServer(tmp_path / "server").start()
     try:
         tracker = Tracker.open(uri=server.uri, experiment="ui", run_name="seen", spool_dir=tmp_path / "spool")
+        tracker.start()
         history = {
             "train/loss": [(i, 2.3 * 0.97**i) for i in range(100)],
             "eval/loss": [(i, 2.4 * 0.97**i) for i in range(0, 100, 10)],
@@ -31,14 +32,14 @@ def test_the_run_page_shows_metrics_and_plots(tmp_path):
             tracker.log_file(path, "plots")
         assert tracker.finish("FINISHED", deadline_s=60) == 0
 
+        page, _, side = tracker.url.partition("?")
         look(
-            tracker.url,
+            f"{page}/model-metrics?{side}",
             ["train/loss", "eval/loss", "train/learning_rate", "main-svg"],
             pictures / "metrics.png",
         )
-        page = f"{server.uri}/#/experiments/{tracker.experiment_id}/runs/{tracker.run_id}"
         html = look(
-            f"{page}/artifacts/plots/loss.png",
+            f"{page}/artifacts/plots/loss.png?{side}",
             ["loss.png", "learning_rate.png", "<img"],
             pictures / "artifacts.png",
         )

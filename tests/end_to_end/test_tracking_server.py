@@ -13,6 +13,8 @@ from mlflow import MlflowClient
 
 from descent.errors import TrackingError
 from descent.tracking import Tracker, replay
+from descent.tracking.check import check_tracking
+from descent.tracking.mlflow_sink import MlflowSink, RunIdentity
 from descent.tracking.spool import Spool
 from tests.end_to_end.mlflow_server import MlflowServer
 
@@ -25,8 +27,17 @@ def server(tmp_path_factory):
 
 
 def open_tracker(uri, directory, **options):
-    defaults = {"experiment": "tests", "run_name": "test", "system_metrics": False}
-    return Tracker.open(uri=uri, spool_dir=directory / "spool", **(defaults | options))
+    """A tracker that delivers."""
+    defaults = {"experiment": "tests", "run_name": "test"}
+    tracker = Tracker.open(uri=uri, spool_dir=directory / "spool", **(defaults | options))
+    tracker.start(system_metrics=False)
+    return tracker
+
+
+def connected_tracker(uri, directory, **options):
+    tracker = open_tracker(uri, directory, **options)
+    assert tracker.wait_until_connected(60), tracker.status()
+    return tracker
 
 
 def history(uri, run_id, key):
@@ -43,7 +54,7 @@ def wait_until(condition):
 
 
 def test_a_server_that_stalls_and_dies_loses_and_doubles_nothing(server, tmp_path):
-    tracker = open_tracker(server.uri, tmp_path)
+    tracker = connected_tracker(server.uri, tmp_path)
     step = 0
 
     def log(count):
@@ -83,8 +94,9 @@ from descent.tracking import Tracker
 
 tracker = Tracker.open(
     uri=sys.argv[1], experiment="tests", run_name="crash", spool_dir=Path(sys.argv[2]),
-    system_metrics=False,
 )
+tracker.start(system_metrics=False)
+tracker.wait_until_connected(60)
 print(tracker.run_id, flush=True)
 step = 0
 while True:
@@ -119,7 +131,7 @@ def test_a_writer_that_is_killed_leaves_nothing_undelivered(server, tmp_path):
 
 
 def test_repeated_delivery_of_the_same_records_changes_nothing(server, tmp_path):
-    tracker = open_tracker(server.uri, tmp_path)
+    tracker = connected_tracker(server.uri, tmp_path)
     for step in range(50):
         values = {"loss": 0.5, "nan": math.nan, "inf": math.inf, "minus": -math.inf}
         tracker.log_metrics(step, values)
@@ -127,15 +139,19 @@ def test_repeated_delivery_of_the_same_records_changes_nothing(server, tmp_path)
     assert tracker.finish("KILLED", deadline_s=60) == 0
     (tmp_path / "spool" / "acknowledged").write_text("0")  # as after a crash before the mark
     assert replay(tmp_path / "spool", server.uri) > 50
-    for key in ("loss", "nan", "inf", "minus"):
+    for key in ("loss", "nan"):
         assert [step for step, _ in history(server.uri, tracker.run_id, key)] == list(range(50))
     assert all(math.isnan(v) for _, v in history(server.uri, tracker.run_id, "nan"))
-    assert history(server.uri, tracker.run_id, "inf")[0][1] == sys.float_info.max
-    assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == "KILLED"
+    run = MlflowClient(server.uri).get_run(tracker.run_id)
+    assert run.info.status == "KILLED"
+    # MLflow would store infinity as another number
+    assert not {"inf", "minus"} & run.data.metrics.keys()
+    assert run.data.tags["descent.infinite.inf"].startswith("inf at step 0")
+    assert run.data.tags["descent.infinite.minus"].startswith("-inf at step 0")
 
 
 def test_the_end_of_a_run_is_delivered_later_if_the_server_is_gone(server, tmp_path):
-    tracker = open_tracker(server.uri, tmp_path)
+    tracker = connected_tracker(server.uri, tmp_path)
     wait_until(lambda: tracker.status().pending == 0)
     server.signal(signal.SIGSTOP)
     try:
@@ -143,7 +159,7 @@ def test_the_end_of_a_run_is_delivered_later_if_the_server_is_gone(server, tmp_p
         assert tracker.finish("FAILED", deadline_s=1) == 2
     finally:
         server.signal(signal.SIGCONT)
-    wait_until(lambda: not tracker._courier.is_alive())
+    wait_until(lambda: not tracker._delivery.is_alive())
     replay(tmp_path / "spool", server.uri)
     assert history(server.uri, tracker.run_id, "train/loss") == [(1, 0.25)]
     assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FAILED"
@@ -154,7 +170,7 @@ def test_a_resumed_run_goes_on_as_the_same_one(server, tmp_path):
     first.log_params({"steps": 10, "seed": 0})
     first.log_metrics(1, {"train/loss": 1.0})
     assert first.finish("KILLED", deadline_s=60) == 0
-    second = open_tracker(server.uri, tmp_path / "2", run_id=first.run_id)
+    second = connected_tracker(server.uri, tmp_path / "2", run_id=first.run_id)
     client = MlflowClient(server.uri)
     assert second.run_id == first.run_id
     assert client.get_run(first.run_id).info.status == "RUNNING"
@@ -167,19 +183,81 @@ def test_a_resumed_run_goes_on_as_the_same_one(server, tmp_path):
     assert history(server.uri, first.run_id, "train/loss") == [(1, 1.0), (2, 0.5)]
 
 
-def test_an_unknown_run_is_refused(server, tmp_path):
-    with pytest.raises(TrackingError, match="check the run's id") as caught:
-        open_tracker(server.uri, tmp_path, run_id="0" * 32)
-    assert "\n" not in str(caught.value)
+def test_what_can_be_known_before_the_start_is_refused_in_one_line(server):
+    client = MlflowClient(server.uri)
+    gone = client.create_experiment("gone")
+    run = client.create_run(client.create_experiment("here")).info.run_id
+    check_tracking(server.uri, "here", run)
+    check_tracking(server.uri, "a new one", None)
+    client.delete_experiment(gone)
+    client.delete_run(run)
+    file = f"sqlite:///{server.directory / 'mlflow.db'}"
+    for uri in (server.uri, file):
+        for experiment, run_id, message in (
+            ("gone", None, f"tracking.experiment=gone: this MLflow experiment was deleted.*--experiment-id {gone}"),
+            ("here", run, f"the MLflow run {run} was deleted; bring it back with mlflow runs restore"),
+            ("here", "0" * 32, "there is no run 0+ there; check tracking.uri"),
+        ):
+            with pytest.raises(TrackingError, match=message) as caught:
+                check_tracking(uri, experiment, run_id)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(
+        TrackingError, match=r"^tracking.uri=http://127.0.0.1:9: no answer .*refused.*; start the server"
+    ):
+        check_tracking("http://me:hunter2@127.0.0.1:9", "here", None)
 
 
-def test_a_server_that_is_down_at_the_start_is_one_line(tmp_path):
-    with pytest.raises(TrackingError) as caught:
-        open_tracker("http://me:hunter2@127.0.0.1:9", tmp_path)
-    assert str(caught.value) == (
-        "tracking.uri=http://127.0.0.1:9: connection refused; "
-        "start the server, or set tracking.uri=null for the embedded store"
-    )
+def test_records_of_a_run_whose_server_was_never_reached_arrive_later_once(server, tmp_path):
+    tracker = open_tracker("http://127.0.0.1:9", tmp_path)
+    for step in range(30):
+        tracker.log_metrics(step, {"train/loss": float(step)})
+    wait_until(lambda: tracker.status().last_error is not None)
+    assert "connection refused" in tracker.status().last_error and tracker.status().failing_s > 0
+    assert tracker.run_id is None and tracker.url is None
+    assert tracker.finish("FINISHED", deadline_s=1) > 30
+    wait_until(lambda: not tracker._delivery.is_alive())
+
+    class LosesTheAnswer(MlflowSink):
+        """The server makes the run, and the process dies before it can note which."""
+
+        def _note(self, _identity):
+            raise KeyboardInterrupt
+
+    spool = Spool(tmp_path / "spool")
+    identity = RunIdentity.read(tmp_path / "spool")
+    with pytest.raises(KeyboardInterrupt):
+        LosesTheAnswer(server.uri, tmp_path / "spool", identity, running=False).connect()
+    spool.close()
+    assert replay(tmp_path / "spool", server.uri) > 30
+    run_id = RunIdentity.read(tmp_path / "spool").run_id
+    assert history(server.uri, run_id, "train/loss") == [(i, float(i)) for i in range(30)]
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "test")
+    same = f"tags.`descent.mark` = '{identity.mark}'"
+    assert len(MlflowClient(server.uri).search_runs([run.info.experiment_id], same)) == 1
+
+
+def test_a_proxys_400_is_tried_again_and_mlflows_own_is_not(tmp_path):
+    from mlflow.exceptions import MlflowException, RestException
+
+    sink = MlflowSink("http://127.0.0.1:9", tmp_path, RunIdentity(), running=False)
+    # what MLflow's client makes of an answer of 400 without JSON, and with it
+    proxy = MlflowException("API request failed with error code 400 != 200. Response body: '<html>'", error_code=1001)
+    proxy.error_code = "BAD_REQUEST"
+    assert not sink.refuses(proxy)
+    assert sink.refuses(RestException({"error_code": "BAD_REQUEST", "message": "no"}))
+    assert sink.refuses(RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}))
+
+
+def test_a_spool_that_cannot_be_delivered_is_named(server, tmp_path):
+    spool = Spool(tmp_path / "spool")
+    spool.append({"op": "batch", "metrics": {"a": 1.0}})
+    spool.close()
+    with pytest.raises(TrackingError, match=r"spool: holds records, but run.json doesn't say of which MLflow run"):
+        replay(tmp_path / "spool", server.uri)
+    (tmp_path / "spool" / "run.json").write_text('{"run_id": "' + "0" * 32 + '"}')
+    with pytest.raises(TrackingError, match="check the run's id"):
+        replay(tmp_path / "spool", server.uri)
 
 
 def test_the_embedded_store_keeps_everything_without_a_word(tmp_path):
@@ -194,6 +272,7 @@ def test_the_embedded_store_keeps_everything_without_a_word(tmp_path):
             uri={uri!r}, experiment="tests", run_name="embedded", spool_dir=here / "spool",
             artifact_root=here / ".descent" / "mlartifacts",
         )
+        tracker.start()
         assert tracker.url is None
         tracker.log_params({{"long": "x" * 9000, "s3.secret_key": "hunter2", "inputs_key": "x"}})
         data = {{"name": "digits", "digest": "abc", "source": "sklearn", "num_samples": 1797}}

@@ -131,3 +131,11 @@ def test_mlflow_loads_it_in_a_fresh_process_without_this_package(tmp_path):
     for (shape, values), (true_shape, truth) in zip(json.loads(done.stdout.splitlines()[-1]), expected, strict=True):
         assert shape == true_shape
         np.testing.assert_allclose(np.array(values), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_sample_is_enough(tmp_path):
+    model, sample = networks()["dense"]
+    path = export_model(model, sample[:1], tmp_path)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(path).module()(sample), model(sample))

@@ -23,6 +23,7 @@ def history(steps: int = 200) -> dict[str, list[tuple[int, float]]]:
     }
     curves = {name: [(i, float(f(i))) for i in range(steps)] for name, f in values.items()}
     curves["eval/loss"] = [(i, 1.0 / (i + 1)) for i in range(0, steps, 50)]
+    curves["eval/accuracy"] = [(i, 1 - 1.0 / (i + 1)) for i in range(0, steps, 50)]
     curves["cluster/world_size"] = [(0, 2.0), (50, 1.0), (100, 2.0)]
     return curves
 
@@ -31,6 +32,7 @@ def test_a_full_history_gives_all_plots(tmp_path):
     paths = plots(history(), tmp_path / "new")
     assert [path.name for path in paths] == [
         "loss.png",
+        "accuracy.png",
         "learning_rate.png",
         "gradient_norms.png",
         "gradient_depth.png",
@@ -75,3 +77,30 @@ def test_drawing_does_not_load_pyplot(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_incidents_are_marked_on_the_plots_over_time(tmp_path):
+    quiet = {path.name: path.read_bytes() for path in plots(history(), tmp_path / "quiet")}
+    incidents = [(40, "worker lost"), (90, "preempted"), (90, "worker lost")]
+    marked = {path.name: path.read_bytes() for path in plots(history(), tmp_path / "marked", incidents)}
+    differ = {name for name in quiet if quiet[name] != marked[name]}
+    assert differ == {"loss.png", "accuracy.png", "learning_rate.png", "throughput.png"}
+
+
+def test_the_label_of_a_layer_stands_at_its_own_point():
+    """Of a slanted label the end is what points at the tick; no two labels touch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from descent.tracking.plots import _curve, _gradient_depth
+
+    figure = _gradient_depth({name: _curve(points) for name, points in history().items()})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes = figure.axes[0]
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    assert len(labels) > 10
+    ticks = axes.transData.transform([(tick, 1.0) for tick in axes.get_xticks()])[:, 0]
+    for label, tick in zip(labels, ticks, strict=True):
+        assert label.get_text() == f"layer{round(float(label.get_position()[0]))}"
+        assert abs(label.get_window_extent().x1 - tick) < 25  # pixels of 1,200
+    assert np.all(np.diff(ticks) > 25)

@@ -165,6 +165,9 @@ class RefusingSink:
         self.metrics += batch.metrics
         self.params.update(batch.params)
 
+    def connect(self) -> None:
+        pass
+
     def perform(self, record: dict) -> None:
         self.performed.append((record["op"], len(self.metrics)))
 
@@ -180,10 +183,10 @@ def test_one_refused_value_costs_nothing_else(tmp_path):
     spool.append({"op": "text", "text": "", "path": ""})
     spool.append({"op": "batch", "step": 4, "time": 8, "metrics": {"last": 1.0}})
     sink = RefusingSink(failures=2)
-    courier = DeliveryThread(spool, sink)
-    courier.start()
-    assert courier.finish(60)
-    assert courier.delivered == 4
+    delivery = DeliveryThread(spool, sink)
+    delivery.start()
+    assert delivery.finish(60)
+    assert (delivery.delivered, delivery.refused) == (4, 2)
     keys = [metric[0] for metric in sink.metrics]
     assert sorted(keys) == sorted([*(f"m{i}" for i in range(2500)), "nan", "last"])
     assert len(sink.params) == 250

@@ -3,13 +3,20 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from descent.errors import CheckpointError, DescentError
+from descent.cli.arguments import Json, OutputDir, run_names
+from descent.cli.output import refusals
+from descent.cluster.run.console import print_line
+from descent.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from descent.storage import Location
 
 app = typer.Typer(
     help="What a run has saved: list it, verify it, show it, export its weights, delete what isn't needed.",
@@ -21,16 +28,15 @@ Run = Annotated[
     typer.Argument(
         metavar="RUN",
         help="A run's name, id or folder; or a folder of checkpoints, also s3://…",
+        autocompletion=run_names,
         show_default=False,
     ),
 ]
 Step = Annotated[int | None, typer.Option(help="The checkpoint of this step; the newest otherwise.")]
-OutputDir = Annotated[Path, typer.Option(help="The folder that runs were written to.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _RUNS = Path(".descent")
 
 
-def _root(run: str, output_dir: Path) -> Any:
+def _root(run: str, output_dir: Path) -> "Location":
     """Where a run's checkpoints lie. Raises CheckpointError."""
     from descent.checkpoint.manifest import checkpoint_root, step_of
     from descent.cluster.record import run_log
@@ -46,7 +52,8 @@ def _root(run: str, output_dir: Path) -> Any:
     return checkpoint_root(run_dir, settings["dir"])
 
 
-def _chosen(run: str, step: int | None, output_dir: Path) -> Any:
+def _chosen(run: str, step: int | None, output_dir: Path) -> "Location":
+    """A run's checkpoint of one step, or its newest. Raises CheckpointError."""
     from descent.checkpoint.manifest import step_of
     from descent.checkpoint.reader import list_checkpoints
 
@@ -65,12 +72,19 @@ def _chosen(run: str, step: int | None, output_dir: Path) -> Any:
 
 @app.command("ls")
 def list_(run: Run, output_dir: OutputDir = _RUNS, as_json: Json = False) -> None:
-    """List a run's checkpoints, the newest first."""
+    """List a run's checkpoints, the newest first.
+
+    Examples:
+
+      descent checkpoint ls RUN
+
+      descent checkpoint ls s3://bucket/runs/RUN --json
+    """
     from descent.checkpoint.manifest import read_manifest, step_of
     from descent.checkpoint.reader import list_checkpoints
 
     rows = []
-    with _refusing():
+    with refusals():
         root = _root(run, output_dir)
         for target in list_checkpoints(root):
             row: dict[str, Any] = {"step": step_of(target.name), "place": str(target)}
@@ -95,20 +109,27 @@ def list_(run: Run, output_dir: OutputDir = _RUNS, as_json: Json = False) -> Non
             _size(row.get("bytes")),
             written if "time_ms" in row else "",
             *(f"{row[m]:.4f}" if m in row else "" for m in ("eval/loss", "eval/accuracy")),
-            row.get("error", ""),
+            escape(row.get("error", "")),
         )
     console = Console()
     console.print(table)
-    console.print(f"in {root}", highlight=False, soft_wrap=True)
+    print_line(console, f"in {root}")
 
 
 @app.command()
 def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
-    """Read checkpoints whole and compare sizes and hashes: all, or the one of --step; exit code 1 if any is bad."""
+    """Read checkpoints whole and compare sizes and hashes: all, or the one of --step; exit code 1 if any is bad.
+
+    Examples:
+
+      descent checkpoint verify RUN
+
+      descent checkpoint verify RUN --step 500
+    """
     from descent.checkpoint.reader import list_checkpoints, verify_checkpoint
 
     bad = 0
-    with _refusing():
+    with refusals():
         one = None if step is None else _chosen(run, step, output_dir)
         targets = [one] if one is not None else list_checkpoints(_root(run, output_dir))
         if not targets:
@@ -125,10 +146,17 @@ def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
 
 @app.command()
 def show(run: Run, step: Step = None, output_dir: OutputDir = _RUNS, as_json: Json = False) -> None:
-    """Show what is in a checkpoint: its manifest and its tensors."""
+    """Show what is in a checkpoint: its manifest and its tensors.
+
+    Examples:
+
+      descent checkpoint show RUN
+
+      descent checkpoint show RUN --step 500 --json
+    """
     from descent.checkpoint.reader import read_checkpoint
 
-    with _refusing():
+    with refusals():
         target = _chosen(run, step, output_dir)
         tensors, manifest = read_checkpoint(target)
     content = {
@@ -158,20 +186,25 @@ def export(
     target: Annotated[Path, typer.Argument(metavar="FILE", help="The .safetensors file to write.")],
     step: Step = None,
     averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run has them (ema.decay).")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there already.")] = False,
     output_dir: OutputDir = _RUNS,
 ) -> None:
     """Write a checkpoint's weights as one safetensors file under the module's own names.
 
-    Example:
+    Examples:
 
       descent checkpoint export RUN model.safetensors
+
+      descent checkpoint export RUN best.safetensors --step 500 --no-averaged --force
     """
     from descent.checkpoint.reader import read_checkpoint
     from descent.checkpoint.weights import model_weights, write_weights
 
-    with _refusing():
+    with refusals():
         if target.suffix != ".safetensors":
             raise CheckpointError(f"{target}: the file's name must end in .safetensors")
+        if target.expanduser().exists() and not force:
+            raise CheckpointError(f"{target}: is there already; --force replaces it")
         source = _chosen(run, step, output_dir)
         tensors, manifest = read_checkpoint(source)
         kept = {n: t for n, t in tensors.items() if averaged or not n.startswith("ema/")}
@@ -184,18 +217,27 @@ def export(
 @app.command("prune")
 def prune_(
     run: Run,
-    keep_last: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 2,
-    keep_every: Annotated[int | None, typer.Option(min=1, help="One of each window of so many steps stays.")] = None,
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")] = 2,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="In addition, one checkpoint for each so many steps stays.")
+    ] = None,
     keep_best: Annotated[
-        str | None, typer.Option(help="The best by this metric stays: eval/loss or eval/accuracy.")
+        str | None, typer.Option(help="In addition, the best by this metric stays: eval/loss or eval/accuracy.")
     ] = None,
     output_dir: OutputDir = _RUNS,
 ) -> None:
-    """Delete a run's checkpoints but those to keep, and what died half written. Not while the run is going on."""
+    """Delete a run's checkpoints except those to keep, and files that were never finished. Not while the run trains.
+
+    Examples:
+
+      descent checkpoint prune RUN --keep-last 1
+
+      descent checkpoint prune RUN --keep-every 1000 --keep-best eval/accuracy
+    """
     from descent.checkpoint.retention import Retention, prune
     from descent.storage import open_store
 
-    with _refusing():
+    with refusals():
         if keep_best not in (None, "eval/loss", "eval/accuracy"):
             raise CheckpointError(f"--keep-best {keep_best}: is eval/loss or eval/accuracy")
         root = _root(run, output_dir)
@@ -216,15 +258,3 @@ def _size(count: int | None) -> str:
             return f"{amount:.4g} {unit}"
         amount /= 1000
     return f"{amount:.4g} TB"
-
-
-class _refusing:
-    """What Descent raises on purpose, as one line and an exit code."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, DescentError):
-            line = " ".join(str(error).split())
-            Console(stderr=True).print("[red]error:[/red]", line, highlight=False, soft_wrap=True, markup=True)
-            raise typer.Exit(error.exit_code)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from descent.errors import DescentError
+from descent.cli.output import refusals
 
 if TYPE_CHECKING:
     from descent.data.shards import ShardIndex
@@ -20,16 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except DescentError as error:
-        line = escape(" ".join(str(error).split()))
-        Console(stderr=True).print(f"[red]error:[/red] {line}", highlight=False, soft_wrap=True)
-        raise typer.Exit(error.exit_code) from None
 
 
 @contextmanager
@@ -47,7 +37,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
 
 
-def _say(index: "ShardIndex", where: str) -> None:
+def _print_index(index: "ShardIndex", where: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     unit = {"tokens": "tokens", "images": "images", "parquet": "rows"}.get(index.kind, "samples")
     console.print(
@@ -63,7 +53,7 @@ def _say(index: "ShardIndex", where: str) -> None:
         console.print(f"  {len(classes)} classes  {escape(named)}")
 
 
-def _next(index: "ShardIndex", where: str) -> None:
+def _print_next(index: "ShardIndex", where: str) -> None:
     extra = " data.target=COLUMN" if index.kind == "parquet" else ""
     Console(highlight=False, soft_wrap=True).print(
         f"Next:  descent train data={index.kind} data.path={escape(where)}{extra}"
@@ -81,20 +71,27 @@ def tokenize(
     ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.")] = 1 << 25,
 ) -> None:
-    """Turn text into shards of token ids for data=tokens."""
+    """Turn text into shards of token ids for data=tokens.
+
+    Examples:
+
+      descent data tokenize book.txt tokens
+
+      descent data tokenize docs tokens --pattern "**/*.md" --tokenizer tokenizer.json
+    """
     from descent.data import tokenize as work
 
-    with _refusals(), _progress() as tell:
+    with refusals(), _progress() as report:
         index = work.tokenize(
             source.expanduser(),
             target.expanduser(),
             work.tokenizer_of(tokenizer, separator),
             pattern=pattern,
             shard_tokens=shard_tokens,
-            progress=lambda done, total: tell("tokenizing", done, total),
+            progress=lambda done, total: report("tokenizing", done, total),
         )
-    _say(index, str(target))
-    _next(index, str(target))
+    _print_index(index, str(target))
+    _print_next(index, str(target))
 
 
 @app.command()
@@ -107,13 +104,19 @@ def index(
 
     Images in a tar belong to the class whose folder they lie in there, or to the number in
     the .cls file beside them.
+
+    Examples:
+
+      descent data index shards
+
+      descent data index tokens --dtype uint16 --vocabulary 50257
     """
     from descent.data.sharded_sets import make_index
 
-    with _refusals(), _progress() as tell:
-        made = make_index(folder.expanduser(), tell, dtype=dtype, vocabulary=vocabulary)
-    _say(made, str(folder))
-    _next(made, str(folder))
+    with refusals(), _progress() as report:
+        made = make_index(folder.expanduser(), report, dtype=dtype, vocabulary=vocabulary)
+    _print_index(made, str(folder))
+    _print_next(made, str(folder))
 
 
 @app.command()
@@ -121,16 +124,23 @@ def inspect(
     path: Annotated[str, typer.Argument(help="A folder or s3://… with an index.json.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare with its hash.")] = False,
 ) -> None:
-    """Say what a sharded set holds; with --verify, whether its shards are what the index says."""
+    """Show what a sharded data set holds; with --verify, whether its shards are what the index says.
+
+    Examples:
+
+      descent data inspect tokens
+
+      descent data inspect s3://bucket/tokens --verify
+    """
     from descent.data import sharded_sets
     from descent.data.files import open_data
     from descent.data.shards import read_index
 
-    with _refusals(), _progress() as tell:
+    with refusals(), _progress() as report:
         store = open_data(path)
         found = read_index(store)
-        wrong = sharded_sets.verify(store, found, tell) if verify else []
-    _say(found, path)
+        wrong = sharded_sets.verify(store, found, report) if verify else []
+    _print_index(found, path)
     for line in wrong:
         Console(highlight=False, soft_wrap=True).print(f"  [red]✗[/red] {escape(line)}")
     if wrong:
@@ -144,12 +154,17 @@ def copy(
     source: Annotated[str, typer.Argument(help="A folder or s3://… with an index.json.")],
     target: Annotated[str, typer.Argument(help="A folder or s3://… to copy it to.")],
 ) -> None:
-    """Copy a sharded set, verified; one that was interrupted goes on where it stopped."""
+    """Copy a sharded data set and verify the copy; a copy that was interrupted goes on where it stopped.
+
+    Example:
+
+      descent data copy tokens s3://bucket/tokens
+    """
     from descent.data import sharded_sets
 
-    with _refusals(), _progress() as tell:
-        done, kept = sharded_sets.copy(source, target, tell)
-    _say(done, target)
+    with refusals(), _progress() as report:
+        done, kept = sharded_sets.copy(source, target, report)
+    _print_index(done, target)
     if kept:
         print(f"  {kept} of its files were there already")
-    _next(done, target)
+    _print_next(done, target)

@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints."""
+"""The command line: `descent train`, `config`, `chaos`, `ui`, `submit`, `scale`; it parses, calls and prints."""
 
 import json
 import os
@@ -12,11 +12,13 @@ from rich.console import Console
 
 from descent.cli import checkpoint as checkpoint_commands
 from descent.cli import data as data_commands
+from descent.cli.arguments import OutputDir, run_names
 from descent.cli.output import print_groups, print_result, print_trial
 from descent.cluster.run.console import print_error
 from descent.errors import DescentError
 
 if TYPE_CHECKING:
+    from descent.cluster.run.console import Starting
     from descent.config import Composed
 
 _STARTED = time.time()
@@ -34,8 +36,8 @@ app.add_typer(data_commands.app, name="data")
 _VERSIONS = ("descent-service", "torch", "ray", "mlflow")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print("descent", *(f"{name} {version(name)}" for name in _VERSIONS), sep="\n  ")
@@ -54,8 +56,15 @@ def _main(
 def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
     from descent.config.completion import complete
 
+    for key in ("resume=", "init_from="):
+        if incomplete.startswith(key):
+            return [f"{key}{name}" for name in run_names(ctx, incomplete.removeprefix(key))]
     folders = [str(folder) for folder in ctx.params.get("config_dir") or ()]
     return complete(incomplete, ctx.params.get("overrides") or (), folders)
+
+
+def _complete_run_or_override(ctx: typer.Context, incomplete: str) -> list[str]:
+    return [*run_names(ctx, incomplete), *_complete(ctx, incomplete)]
 
 
 Overrides = Annotated[
@@ -77,12 +86,16 @@ def _fail(error: DescentError) -> NoReturn:
     raise typer.Exit(error.exit_code)
 
 
-def _composed(overrides: list[str] | None, config_dirs: list[Path] | None) -> "Composed":
+def _composed(
+    overrides: list[str] | None, config_dirs: list[Path] | None, starting: "Starting | None" = None
+) -> "Composed":
     from descent.cluster.run.train import compose_overrides
 
     try:
         return compose_overrides(overrides or [], [str(p) for p in config_dirs or []])
     except DescentError as error:
+        if starting is not None:
+            starting.stop()
         _fail(error)
 
 
@@ -112,26 +125,30 @@ def train(
 
     Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 stopped by Ctrl-C or SIGTERM.
     """
-    from descent.cluster.run.console import lasting_output, print_line
+    from descent.cluster.run.console import Starting, lasting_output, print_line
 
     lasting_output()
     console = Console(stderr=as_json)
-    composed = _composed(overrides, config_dir)
-    from descent.cluster.run.run import Run
-
+    starting = Starting(console, in_logs=not as_json)
     run = None
     try:
-        run = Run(composed, console, _STARTED)
+        composed = _composed(overrides, config_dir, starting)
+        from descent.cluster.run.run import Run
+
+        run = Run(composed, console, _STARTED, starting)
         result = run.execute()
     except DescentError as error:
+        starting.stop()
         print_error(composed.located(error))
         if run is not None:
             run.end_process_if_ray_is_starting(error.exit_code)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
+        starting.stop()
         print_line(console, "stopped at once; what was not in a checkpoint is lost")
         raise typer.Exit(130) from None
     finally:
+        starting.stop()
         if run is not None:
             run.close()
     if result.traceback:
@@ -149,10 +166,11 @@ def chaos(
         list[str] | None,
         typer.Argument(
             help="A finished run (its id, name or folder), or overrides as for descent train; overrides may follow a run.",
+            autocompletion=_complete_run_or_override,
             show_default=False,
         ),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path(".descent"),
+    output_dir: OutputDir = Path(".descent"),
     config_dir: ConfigDirs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object on stdout.")] = False,
 ) -> None:
@@ -238,19 +256,49 @@ def _print_groups(config_dirs: list[Path] | None, as_json: bool) -> None:
 
 @app.command()
 def ui(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run whose page is shown first: its name, id or folder.",
+            autocompletion=run_names,
+            show_default=False,
+        ),
+    ] = None,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on; anything but this machine needs authentication in front."),
+        typer.Option(help="Address to listen on; only addresses of this machine, because there is no password."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 5000,
-    output_dir: Annotated[Path, typer.Option(help="The folder that runs were written to.")] = Path(".descent"),
+    output_dir: OutputDir = Path(".descent"),
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
-    """Open the MLflow UI on the embedded store of this folder."""
+    """Open MLflow's pages on the runs of this folder: their charts, plots, configurations and models.
+
+    First it delivers what runs that were killed left behind, and marks them as failed.
+
+    Examples:
+
+      descent ui
+
+      descent ui RUN                      (straight to one run's page)
+
+      descent ui --port 0 --no-browser    (a free port; only print the address)
+
+      descent ui --output-dir /data/runs
+    """
+    from descent.cluster.record import run_log
+    from descent.cluster.run.left_over import settle_left_over
     from descent.tracking.ui import serve
 
+    folder = output_dir.expanduser().resolve()
     try:
-        raise typer.Exit(serve(output_dir.expanduser().resolve(), host, port, browser))
+        run_id = None
+        if run is not None:
+            run_id = run_log.read_run_file(run_log.find_run(run, folder, key="RUN")).get("run_id")
+        if (folder / "mlflow.db").is_file():
+            for line in settle_left_over(folder, None, f"sqlite:///{folder / 'mlflow.db'}"):
+                print(line, flush=True)
+        raise typer.Exit(serve(folder, host, port, browser, run_id))
     except DescentError as error:
         _fail(error)
 
@@ -279,7 +327,17 @@ def submit(
 ) -> None:
     """Hand a training to a Ray cluster and follow its log.
 
-    The overrides are checked here first. Ctrl-C stops following, not the job.
+    The overrides are checked here first. Ctrl-C stops following, not the job; nor does a connection that is cut.
+
+    Examples:
+
+      descent submit --address http://HEAD:8265 experiment=digits
+
+      descent submit --working-dir . model=custom model._target_=my_model.Net 'trusted_modules=[my_model]'
+
+      descent submit --no-wait experiment=digits_resnet     (with RAY_API_SERVER_ADDRESS set)
+
+    Exit codes: those of the job's own descent train; 0 with --no-wait or after Ctrl-C; 1 if the connection was cut and the job's end is not known.
     """
     from descent.cluster import jobs
 
@@ -299,9 +357,9 @@ def submit(
 
 @app.command()
 def scale(
-    run: Annotated[str, typer.Argument(help="A run id, a run's name or its folder.")],
+    run: Annotated[str, typer.Argument(help="A run id, a run's name or its folder.", autocompletion=run_names)],
     workers: Annotated[str, typer.Argument(help="workers=3, or workers={min: 1, max: 3}", metavar="workers=N")],
-    output_dir: Annotated[Path, typer.Option(help="The folder that runs are written to.")] = Path(".descent"),
+    output_dir: OutputDir = Path(".descent"),
 ) -> None:
     """Change the number of workers of a run while it trains; nothing is lost and no bit changes.
 
@@ -318,11 +376,11 @@ def scale(
     from descent.errors import ConfigError
 
     try:
-        wanted = compose([workers]).config.workers
-        if not workers.startswith("workers=") or wanted == "auto":
+        size = compose([workers]).config.workers
+        if not workers.startswith("workers=") or size == "auto":
             raise ConfigError(f"{workers}: say how many, such as workers=3 or 'workers={{min: 1, max: 3}}'")
         folder = run_log.find_run(run, output_dir.expanduser().resolve(), key="RUN")
-        print(f"{folder.name}: {control_file.ask_to_scale(folder, wanted, wait_s=30.0)}")
+        print(f"{folder.name}: {control_file.ask_to_scale(folder, size, wait_s=30.0)}")
     except DescentError as error:
         _fail(error)
 

@@ -1,24 +1,40 @@
 """What the commands print for people: a run's result, how faults were survived, the groups of choices."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from descent.cluster.run.console import (
     duration,
+    print_error,
     print_line,
     print_value,
     print_warning,
     significant,
 )
+from descent.errors import DescentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from descent.cluster.chaos.comparison import ChaosComparison
     from descent.cluster.run.result import RunResult
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn a DescentError into one line on stderr and its exit code."""
+    try:
+        yield
+    except DescentError as error:
+        print_error(error)
+        raise typer.Exit(error.exit_code) from None
 
 
 _WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
@@ -77,20 +93,28 @@ def _print_figures(console: Console, result: "RunResult") -> None:
         rows.append(("state sha256", result.state_sha256[:16] + "…", ""))
     width = max(len(value) for _, value, _ in rows)
     for name, value, note in rows:
-        print_line(console, f"{name:<15}{value:<{width}}   {note}".rstrip())
+        print_line(console, f"{name:<14}{value:<{width}}  {note}".rstrip())
 
 
 def _print_places(console: Console, result: "RunResult") -> None:
-    print_value(console, "run", result.name + (f"  (MLflow run {result.run_id})" if result.run_id else ""))
-    print_value(console, "folder", str(result.run_dir))
+    print_value(console, "run", result.name)
+    print_value(console, "folder", _shortest(str(result.run_dir)))
     if result.checkpoint:
-        print_value(console, "checkpoint", result.checkpoint)
-    if result.best_checkpoint and result.best_checkpoint != result.checkpoint:
-        print_value(console, "best", f"{result.best_checkpoint}  (step {result.best_step:,})")
-    elif result.best_checkpoint:
-        print_value(console, "best", f"step {result.best_step:,}, the same checkpoint")
+        print_value(console, "checkpoint", _shortest(result.checkpoint))
+    if result.best_checkpoint:
+        same = result.best_checkpoint == result.checkpoint
+        print_value(console, "best", "the same" if same else _shortest(result.best_checkpoint))
+    if result.run_id:
+        print_value(console, "MLflow run", result.run_id)
     if result.url:
         print_value(console, "charts", result.url)
+
+
+def _shortest(place: str) -> str:
+    """A path below the working directory without the directory's own; anything else as it is."""
+    with suppress(ValueError):
+        return str(Path(place).relative_to(Path.cwd()))
+    return place
 
 
 def _print_warnings(console: Console, result: "RunResult") -> None:
@@ -120,15 +144,15 @@ def _print_next(console: Console, result: "RunResult") -> None:
     if result.state != "FINISHED":
         print_value(console, "go on", f"descent train resume={result.name}")
     if result.url is None:
-        print_value(console, "look", "descent ui")
+        print_value(console, "look", f"descent ui {result.name}")
     if result.model_uri:
-        print_value(console, "use", "python")
+        print_value(console, "use", "in Python, anywhere:")
         for line in (
             "import mlflow",
             f'mlflow.set_tracking_uri("{result.tracking_uri}")',
             f'model = mlflow.pyfunc.load_model("{result.model_uri}")',
         ):
-            print_value(console, "", line)
+            print_value(console, "", line, indent=2)
 
 
 def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:

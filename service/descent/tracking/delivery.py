@@ -1,9 +1,8 @@
 """The background thread between the spool and a tracking server.
 
-It reads records from the spool in order, hands them to a `Sink` in batches, and acknowledges
-them; it knows nothing of MLflow. When the sink fails it waits and tries again, for as long as
-it lives; when the sink refuses something for good, that one thing is put aside and the rest
-goes on.
+The thread reads records from the spool in order, hands them to a `Sink` in batches, and acknowledges
+them; it knows nothing of MLflow. When the sink fails, the thread waits and tries again for as long as
+it lives. When the sink refuses a record for good, that record is set aside and the others go on.
 """
 
 import threading
@@ -15,7 +14,7 @@ from descent.tracking.spool import Spool
 
 MAX_METRICS = 1000  # MLflow's limits for one log_batch call
 MAX_PARAMS = 100
-FLUSH_EVERY_S = 0.5  # how long a record waits for company
+FLUSH_EVERY_S = 0.5  # how long a record waits for others that go out in the same call
 SYNC_EVERY_S = 1.0
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
@@ -36,6 +35,9 @@ class Batch:
 class Sink(Protocol):
     """Where records go. Each method is idempotent, blocks, and raises when it fails."""
 
+    def connect(self) -> None:
+        """Make sure that there is something to deliver to; does nothing once it has succeeded."""
+
     def send(self, batch: Batch) -> None:
         """Deliver metrics, params and tags."""
 
@@ -48,15 +50,18 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class TrackerStatus:
-    """For the live display: records delivered and still pending, and what went wrong last."""
+    """Records delivered, still pending and refused for good; what went wrong last, and for how long it has."""
 
     delivered: int
     pending: int
+    refused: int
     last_error: str | None
+    failing_s: float
+    """Seconds since the first of the failures in a row that are going on; 0 where none are."""
 
 
 class DeliveryThread(threading.Thread):
-    """Delivers `spool` to `sink` until told to stop; then closes the spool."""
+    """Delivers `spool` to `sink` until `finish`; then closes the spool."""
 
     def __init__(self, spool: Spool, sink: Sink) -> None:
         super().__init__(name="descent-tracking", daemon=True)
@@ -66,25 +71,28 @@ class DeliveryThread(threading.Thread):
         self._drain = threading.Event()
         self._stopped = threading.Event()
         self._last_sync = 0.0
-        self.delivered = 0
+        self.delivered = self.refused = 0
         self.last_error: str | None = None
+        self.failing_since: float | None = None
+        """time.monotonic() of the first of the failures that are going on."""
         self._refusal: str | None = None
 
     def run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
         try:
             while not self._stopped.is_set():
-                # asked before reading: what was appended before `finish` is still delivered
+                # Read before the records: what was appended before `finish` is still delivered.
                 draining = self._drain.is_set()
                 try:
                     idle = not self.deliver_some()
                     backoff_s = FIRST_BACKOFF_S
-                except Exception as error:  # whatever it is: try again, training must not notice
+                except Exception as error:  # whatever it is: try again, the training goes on meanwhile
+                    self.failing_since = self.failing_since or time.monotonic()
                     self.last_error = str(error).splitlines()[0] if str(error) else repr(error)
                     self._stopped.wait(FIRST_BACKOFF_S if self._drain.is_set() else backoff_s)
                     backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
                     continue
-                self.last_error = self._refusal
+                self.last_error, self.failing_since = self._refusal, None
                 if idle and draining:
                     return
                 if not draining and self._spool.pending_bytes < 2**15:
@@ -106,6 +114,7 @@ class DeliveryThread(threading.Thread):
     def deliver_some(self) -> int:
         """Deliver the oldest records up to one call's worth; returns how many."""
         self._sync_if_due()
+        self._sink.connect()
         batch, count, offset = Batch(), 0, 0
         for end, record in self._spool.read():
             if record is None:
@@ -115,7 +124,7 @@ class DeliveryThread(threading.Thread):
                     break
                 _add(batch, record)
             elif count:
-                break  # first what came before it
+                break  # deliver what came before this record first
             else:
                 self._perform(record)
                 count, offset = 1, end
@@ -146,7 +155,8 @@ class DeliveryThread(threading.Thread):
 
     def _refuse(self, record: Record, error: Exception) -> None:
         self._spool.refuse(record, str(error))
-        self._refusal = f"the server refused a record, kept in {self._spool.refused}: {error}"
+        self.refused += 1
+        self._refusal = f"the server refused a record, which is kept in {self._spool.refused}: {error}"
 
     def _send(self, batch: Batch) -> None:
         for part in _parts(batch):

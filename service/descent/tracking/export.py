@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,13 @@ mlflow.models.set_model(ExportedNetwork())
 def export_model(model: nn.Module, sample: Tensor, out_dir: Path) -> Path:
     """Write `out_dir/model.pt2`: the network in evaluation mode, on the CPU, in float32.
 
-    `sample`: [n, *input_shape] with n >= 2; the batch dimension of the export is free.
+    `sample`: [n, *input_shape] with n >= 1; the batch dimension of the export is free.
     `model` itself is left as it is. Raises `TrainingError` if torch can't trace the network.
     """
-    assert sample.ndim >= 1, sample.shape
-    assert sample.shape[0] >= 2, "a batch of 1 would be taken for a constant"
+    assert sample.ndim >= 1 and sample.shape[0] >= 1, sample.shape
     network, sample = _on_cpu(model), _as_input(sample)
+    if sample.shape[0] == 1:  # torch.export would take a batch of 1 for a constant
+        sample = torch.cat([sample, sample])
     batch = torch.export.Dim("batch")
     try:
         with torch.no_grad():
@@ -90,7 +92,7 @@ def pickled_records(archive: Path) -> list[str]:
 def save_model(model: nn.Module, sample: Tensor, predictions: Tensor, out_dir: Path) -> Path:
     """Write an MLflow model (new directory `out_dir`) with signature and input example.
 
-    `sample`: [n, *input_shape], n >= 2; `predictions`: the model's output for it, [n, ...].
+    `sample`: [n, *input_shape], n >= 1; `predictions`: the model's output for it, [n, ...].
     """
     import mlflow
     from mlflow.models import ModelSignature
@@ -123,14 +125,23 @@ def save_model(model: nn.Module, sample: Tensor, predictions: Tensor, out_dir: P
     return out_dir
 
 
-def log_model(tracker: Tracker, model: nn.Module, sample: Tensor, predictions: Tensor, name: str = "model") -> None:
-    """Keep the trained model with the run: `mlflow.pyfunc.load_model("runs:/<run_id>/model")`.
+def log_model(
+    tracker: Tracker,
+    model: nn.Module,
+    sample: Tensor,
+    predictions: Tensor,
+    name: str,
+    step: int,
+    metrics: Mapping[str, float],
+) -> None:
+    """Keep the trained model with the run: `mlflow.pyfunc.load_model("runs:/<run_id>/<name>")`.
 
-    Exports here and now (seconds); the upload is the tracker's, in the background.
+    `step`, `metrics`: what the model was measured at and with. The export happens here and now and
+    takes seconds; the tracker uploads in the background.
     """
     with tempfile.TemporaryDirectory() as temporary:
         directory = save_model(model, sample, predictions, Path(temporary) / name)
-        tracker.log_model(directory, name)
+        tracker.log_model(directory, name, step, metrics)
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

@@ -6,130 +6,215 @@ mlflow is imported inside functions: importing this module is cheap.
 import json
 import logging
 import os
-from collections.abc import Callable
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from descent.errors import TrackingError
+from descent.storage.atomic import PRIVATE, write_atomic
 from descent.tracking.delivery import Batch, Record
 from descent.tracking.provenance import redact
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 MAX_KEY_LENGTH = 250
-OPEN_TIMEOUT_S = 4
+CONNECT_TIMEOUT_S = 4
 CALL_TIMEOUT_S = 20
-_T = TypeVar("_T")
+_IDENTITY_FILE = "run.json"
+_MARK = "descent.mark"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which MLflow run a spool belongs to; it is kept beside the spool, so that any later process can deliver it."""
+
+    experiment: str = "descent"
+    run_name: str = ""
+    started_ms: int = 0
+    """Unix time in milliseconds."""
+    artifact_root: str | None = None
+    """Where a new experiment of an embedded store keeps its artifacts; a server decides that itself."""
+    run_id: str | None = None
+    """None until the server has made the run."""
+    experiment_id: str | None = None
+    mark: str = ""
+    """A tag of the MLflow run, by which it is found again if the answer to its creation was lost."""
+
+    @classmethod
+    def read(cls, spool_dir: Path) -> "RunIdentity | None":
+        """What an earlier process noted; None where there is nothing that can be read."""
+        try:
+            saved = json.loads((spool_dir / _IDENTITY_FILE).read_text(encoding="utf-8"))
+            return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, spool_dir: Path) -> None:
+        """Note it for later processes."""
+        write_atomic(spool_dir / _IDENTITY_FILE, json.dumps(asdict(self)), mode=PRIVATE)
+
+    @classmethod
+    def new(cls, experiment: str, run_name: str, artifact_root: Path | None) -> "RunIdentity":
+        """Of a run that MLflow doesn't know yet."""
+        return cls(
+            experiment,
+            run_name,
+            int(time.time() * 1000),
+            str(artifact_root.absolute()) if artifact_root else None,
+            mark=uuid.uuid4().hex,
+        )
 
 
 class MlflowSink:
     """MLflow behind `delivery.Sink`; only MlflowClient, never the process's active run."""
 
-    def __init__(self, client: Any, run: Any) -> None:
-        self._client = client
-        self.run_id: str = run.info.run_id
-        self.experiment_id: str = run.info.experiment_id
-        self.artifact_uri: str = run.info.artifact_uri
-        self.started_ms: int = run.info.start_time
-        self._params: dict[str, str] = dict(run.data.params)
-        self.files = Path()
+    def __init__(self, uri: str, spool_dir: Path, identity: RunIdentity, *, running: bool) -> None:
+        """running: whether the run is set back to RUNNING when it is reached: a process trains it."""
+        self._uri, self._spool_dir, self._running = uri, spool_dir, running
+        self.identity = identity
+        self._client: MlflowClient | None = None
+        self._params: dict[str, str] = {}
 
-    @classmethod
-    def begin(
-        cls,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        artifact_root: Path | None,
-        run_id: str | None,
-    ) -> "MlflowSink":
-        """A new run, or `run_id` set back to RUNNING."""
-        client = _client(uri)
-        if run_id is not None:
-            client.update_run(run_id, status="RUNNING")
-            return cls(client, client.get_run(run_id))
-        found = client.get_experiment_by_name(experiment)
+    @property
+    def connected(self) -> bool:
+        """Whether the server has been reached and has the run."""
+        return self._client is not None
+
+    def connect(self) -> None:
+        """Reach the server, and find or make the run. Raises TrackingError, in one line."""
+        if self._client is not None:
+            return
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(CONNECT_TIMEOUT_S)
+        try:
+            client = _client(self._uri)
+            if self.identity.run_id is None:
+                self._make_run(client)
+            elif self._running:
+                client.update_run(self.identity.run_id, status="RUNNING")
+            run = client.get_run(str(self.identity.run_id))
+        except TrackingError:
+            raise
+        except Exception as error:  # MLflow, SQLAlchemy and the file system each have their own
+            raise TrackingError(f"tracking.uri={redact(self._uri)}: {_reason(error)}; {_advice(error)}") from None
+        finally:
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(CALL_TIMEOUT_S)
+        self._params = dict(run.data.params)
+        self._note(replace(self.identity, experiment_id=run.info.experiment_id))
+        self._client = client
+
+    def _make_run(self, client: "MlflowClient") -> None:
+        wanted = self.identity
+        found = client.get_experiment_by_name(wanted.experiment)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise TrackingError(deleted_experiment(wanted.experiment, found.experiment_id))
         if found is None:
-            embedded = artifact_root is not None and not uri.startswith(("http://", "https://"))
-            location = artifact_root.absolute().as_uri() if embedded and artifact_root else None
-            experiment_id = client.create_experiment(experiment, artifact_location=location)
+            embedded = wanted.artifact_root is not None and not self._uri.startswith(("http://", "https://"))
+            location = Path(str(wanted.artifact_root)).as_uri() if embedded else None
+            experiment_id = client.create_experiment(wanted.experiment, artifact_location=location)
         else:
             experiment_id = found.experiment_id
-        return cls(client, client.create_run(experiment_id, run_name=run_name))
+            marked = client.search_runs([experiment_id], filter_string=f"tags.`{_MARK}` = '{wanted.mark}'")
+            if wanted.mark and marked:
+                self._note(replace(wanted, run_id=marked[0].info.run_id))
+                return
+        run = client.create_run(
+            experiment_id, start_time=wanted.started_ms, tags={_MARK: wanted.mark}, run_name=wanted.run_name
+        )
+        self._note(replace(wanted, run_id=run.info.run_id))
 
-    @classmethod
-    def attach(cls, uri: str, run_id: str) -> "MlflowSink":
-        """An existing run, as it is."""
-        client = _client(uri)
-        return cls(client, client.get_run(run_id))
+    def _note(self, identity: RunIdentity) -> None:
+        if identity != self.identity:
+            self.identity = identity
+            identity.write(self._spool_dir)
+
+    @property
+    def _reached(self) -> "tuple[MlflowClient, str]":
+        assert self._client is not None and self.identity.run_id is not None, "connect comes first"
+        return self._client, self.identity.run_id
 
     def send(self, batch: Batch) -> None:
+        """Metrics, params and tags in one call; a param that has changed becomes the tag `resumed.<key>`."""
         from mlflow.entities import Metric, Param, RunTag
 
+        client, run_id = self._reached
         tags, params = dict(batch.tags), {}
         for key, value in batch.params.items():
             if self._params.setdefault(key, value) == value:
                 params[key] = value
             else:
                 tags[f"resumed.{key}"[:MAX_KEY_LENGTH]] = value
-        self._client.log_batch(
-            self.run_id,
+        client.log_batch(
+            run_id,
             metrics=[Metric(*metric) for metric in batch.metrics],
             params=[Param(key, value) for key, value in params.items()],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
 
     def perform(self, record: Record) -> None:
+        """One record of any other kind: a text, a file, a data set, the model, the end of the run."""
+        client, run_id = self._reached
         match record["op"]:
             case "text":
-                self._client.log_text(self.run_id, record["text"], record["path"])
+                client.log_text(run_id, record["text"], record["path"])
             case "file":
-                self._client.log_artifact(self.run_id, str(self.files / record["file"]), record["path"])
+                client.log_artifact(run_id, str(self._spool_dir / "files" / record["file"]), record["path"])
             case "dataset":
-                self._client.log_inputs(self.run_id, [_dataset_input(record)])
+                client.log_inputs(run_id, [_dataset_input(record)])
             case "model":
                 self._log_model(record)
             case "end":
-                self._client.set_terminated(self.run_id, record["status"], record["time"])
+                client.set_terminated(run_id, record["status"], record["time"])
 
     def refuses(self, error: Exception) -> bool:
-        return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+        """Whether MLflow itself has said that the values are wrong; a proxy's 400 is no such word."""
+        from mlflow.exceptions import RestException
+
+        code = getattr(error, "error_code", None)
+        return code == "INVALID_PARAMETER_VALUE" or (code == "BAD_REQUEST" and isinstance(error, RestException))
 
     def _log_model(self, record: Record) -> None:
-        """Upload a model directory as a logged model of the run; the same one on a retry."""
-        from mlflow.entities import LoggedModelOutput
+        """Upload a model directory as a logged model of the run, with its metrics; the same one on a retry."""
+        from mlflow.entities import LoggedModelOutput, Metric
         from mlflow.models import Model
 
-        directory = self.files / record["file"]
-        models = self._client.search_logged_models(
-            [self.experiment_id], filter_string=f"tags.`descent.record` = '{record['id']}'"
-        )
+        client, run_id = self._reached
+        experiment_id = str(self.identity.experiment_id)
+        directory = self._spool_dir / "files" / record["file"]
+        mark = {"descent.record": record["id"]}
+        models = client.search_logged_models([experiment_id], filter_string=f"tags.`descent.record` = '{record['id']}'")
         model = (
             models[0]
             if models
-            else self._client.create_logged_model(
-                self.experiment_id,
-                name=record["name"],
-                source_run_id=self.run_id,
-                tags={"descent.record": record["id"]},
-            )
+            else client.create_logged_model(experiment_id, name=record["name"], source_run_id=run_id, tags=mark)
         )
         description = Model.load(str(directory))
         description.model_id = description.model_uuid = model.model_id
-        description.run_id = self.run_id
+        description.run_id = run_id
         description.artifact_path = model.artifact_location
         description.save(str(directory / "MLmodel"))
-        self._client.log_model_artifacts(model.model_id, str(directory))
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+        client.log_model_artifacts(model.model_id, str(directory))
+        client.finalize_logged_model(model.model_id, "READY")
+        step = int(record.get("step", 0))
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        metrics = [
+            Metric(key, value, record["time"], step, model_id=model.model_id, run_id=run_id)
+            for key, value in record.get("metrics", {}).items()
+        ]
+        if metrics:
+            client.log_batch(run_id, metrics=metrics)
 
 
-def _client(uri: str) -> Any:
+def _client(uri: str) -> "MlflowClient":
     """An MlflowClient that says nothing, reports to nobody and gives up at the first failure."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    # The courier does the waiting; MLflow's own retries would hold it for four minutes.
+    # The delivery thread does the waiting; MLflow's own retries would hold it for four minutes.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -140,26 +225,40 @@ def _client(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def connect(uri: str, call: Callable[[], _T], timeout_s: int = OPEN_TIMEOUT_S) -> _T:
-    """Run `call` against the store with a time-out; its failure as one line."""
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(timeout_s)
-    try:
-        return call()
-    except Exception as error:  # MLflow, SQLAlchemy and the file system each have their own
-        reason = _reason(error)
-        advice = "start the server, or set tracking.uri=null for the embedded store"
-        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-            advice = "check the run's id and tracking.uri"
-        raise TrackingError(f"tracking.uri={redact(uri)}: {reason}; {advice}") from None
-    finally:
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(CALL_TIMEOUT_S)
+def page_of(uri: str, experiment_id: str, run_id: str) -> str | None:
+    """The run's page in MLflow's UI; None for an embedded store, which has no server.
+
+    The part after '?' opens the side of the UI that is about training, which isn't the default one.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return None
+    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_SIDE}"
+
+
+TRAINING_SIDE = "workflowType=machine_learning"
+
+
+def deleted_experiment(name: str, experiment_id: str) -> str:
+    """The error for an experiment in MLflow's bin."""
+    return (
+        f"tracking.experiment={name}: this MLflow experiment was deleted; bring it back with "
+        f"mlflow experiments restore --experiment-id {experiment_id}, or use another name"
+    )
+
+
+def _advice(error: Exception) -> str:
+    if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+        return "check the run's id and tracking.uri"
+    if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
+        return "check the run and the experiment in MLflow's UI"
+    return "start the server, or set tracking.uri=null for the embedded store"
 
 
 def _reason(error: Exception) -> str:
     text = redact(" ".join(str(error).split()))
     for sign, words in (
         ("Connection refused", "connection refused"),
-        ("timed out", f"no answer within {OPEN_TIMEOUT_S} s"),
+        ("timed out", f"no answer within {CONNECT_TIMEOUT_S} s"),
         ("Name or service not known", "unknown host name"),
     ):
         if sign in text:
@@ -170,7 +269,7 @@ def _reason(error: Exception) -> str:
 def _dataset_input(record: Record) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    description = dict(record["dataset"])
+    description: dict[str, Any] = dict(record["dataset"])
     name, digest = str(description.pop("name")), str(description.pop("digest"))
     source = redact(str(description.pop("source")))
     scheme = source.split("://")[0] if "://" in source else "local"

@@ -1,6 +1,6 @@
-"""The plots that a run keeps: loss, learning rate, gradient norms over depth and time, throughput.
+"""The plots that a run keeps: loss, accuracy, learning rate, gradient norms over depth and time, throughput.
 
-Drawn with matplotlib's Figure and the Agg canvas directly; pyplot's global state isn't touched,
+They are drawn with matplotlib's Figure and the Agg canvas directly. pyplot's global state isn't touched,
 so this may run on any thread.
 """
 
@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 History = Mapping[str, Sequence[tuple[int, float]]]
@@ -22,18 +22,25 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, values: [n] ea
 WIDTH_PX, HEIGHT_PX, DPI = 1200, 700, 100
 BUCKETS = 1000  # about the width of the axes in pixels
 LAYER_PREFIX = "grad/norm/"
-BLUE, ORANGE, GREY = "#1f6fb4", "#d95f0e", "#8a8f98"
+BLUE, ORANGE, GREY, RED = "#1f6fb4", "#d95f0e", "#8a8f98", "#b2182b"
+_MARKED = ("loss", "accuracy", "learning_rate", "throughput")
+"""The plots whose horizontal axis is the step, and that have room for the marks of incidents."""
+_NAMED_INCIDENTS = 6
+"""Of more incidents than these, the marks alone are drawn."""
 
 
-def plots(history: History, out_dir: Path) -> list[Path]:
+def plots(history: History, out_dir: Path, incidents: Sequence[tuple[int, str]] = ()) -> list[Path]:
     """Draw each plot for which `history` (metric name -> (step, value)s) has values.
 
-    Returns the PNGs' paths: loss, learning_rate, gradient_norms, gradient_depth, throughput.
+    incidents: (step, kind) of each; they are marked on the plots over time.
+
+    Returns the PNGs' paths: loss, accuracy, learning_rate, gradient_norms, gradient_depth, throughput.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     curves = {name: _curve(points) for name, points in history.items() if len(points)}
     drawers: dict[str, Callable[[dict[str, Curve]], Figure | None]] = {
         "loss": _loss,
+        "accuracy": _accuracy,
         "learning_rate": _learning_rate,
         "gradient_norms": _gradient_norms,
         "gradient_depth": _gradient_depth,
@@ -43,6 +50,8 @@ def plots(history: History, out_dir: Path) -> list[Path]:
     for name, draw in drawers.items():
         figure = draw(curves)
         if figure is not None:
+            if name in _MARKED:
+                _mark_incidents(figure, incidents)
             path = out_dir / f"{name}.png"
             FigureCanvasAgg(figure).print_png(str(path))
             paths.append(path)
@@ -148,6 +157,55 @@ def _loss(curves: dict[str, Curve]) -> Figure | None:
     return figure
 
 
+def _accuracy(curves: dict[str, Curve]) -> Figure | None:
+    curve = curves.get("eval/accuracy")
+    if curve is None or not np.any(np.isfinite(curve[1])):
+        return None
+    figure, axes = _axes("Accuracy", "held-out samples classified correctly")
+    steps, values = downsample(*curve)
+    marker = "o" if len(steps) <= 60 else None
+    axes.plot(steps, values, color=ORANGE, linewidth=2.2, marker=marker, label="evaluation")
+    best = int(np.argmax(values))
+    axes.axhline(values[best], color=ORANGE, linewidth=1, linestyle=":")
+    axes.text(
+        1.0,
+        values[best],
+        f"best {values[best]:.2%} at step {int(steps[best]):,}",
+        transform=axes.get_yaxis_transform(),
+        ha="right",
+        va="bottom",
+        fontsize=12,
+        color=ORANGE,
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(top=min(1.02, float(np.max(values)) * 1.08 + 1e-9))
+    return figure
+
+
+def _mark_incidents(figure: Figure, incidents: Sequence[tuple[int, str]]) -> None:
+    """A thin red line at the step of each incident, with its kind where there are few."""
+    axes = figure.axes[0]
+    low, high = axes.get_xlim()
+    steps = sorted({step for step, _ in incidents if low <= step <= high})
+    for step in steps:
+        axes.axvline(step, color=RED, linewidth=0.9, linestyle="--", alpha=0.6, zorder=0)
+    if not 0 < len(steps) <= _NAMED_INCIDENTS:
+        return
+    for step in steps:
+        kinds = sorted({kind for at, kind in incidents if at == step})
+        axes.text(
+            step,
+            0.03,
+            f" {', '.join(kinds)}",
+            transform=axes.get_xaxis_transform(),
+            rotation=90,
+            va="bottom",
+            ha="right",
+            fontsize=10,
+            color=RED,
+        )
+
+
 def _learning_rate(curves: dict[str, Curve]) -> Figure | None:
     curve = curves.get("train/learning_rate")
     if curve is None:
@@ -250,7 +308,9 @@ def _gradient_depth(curves: dict[str, Curve]) -> Figure | None:
     else:
         axes.set_ylim(bottom=0)
     _name_layers(axes.xaxis, list(layers), at=0.0)
-    axes.tick_params(axis="x", rotation=35 if len(layers) > 6 else 0)
+    if len(layers) > 6:  # a slanted label ends below its own tick, not a layer beside it
+        for label in axes.get_xticklabels():
+            label.set(rotation=40, ha="right", va="top", rotation_mode="anchor")
     axes.legend(frameon=False, fontsize=13)
     return figure
 
@@ -262,7 +322,7 @@ def _value_at(curve: Curve, step: float) -> float:
 
 
 def _name_layers(axis: Any, names: list[str], at: float) -> None:
-    """Label the layers; when there are many, evenly spaced ones with first and last."""
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 24)).astype(int))
+    """Label the layers; when there are many, evenly spaced ones, so that no two labels touch."""
+    shown = np.arange(0, len(names), -(-len(names) // 24))
     labels = [names[i] if len(names[i]) <= 28 else "…" + names[i][-27:] for i in shown]
     axis.set_ticks(shown + at, labels=labels)

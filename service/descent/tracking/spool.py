@@ -1,4 +1,4 @@
-"""A durable queue of JSON records in one directory: what tracking still owes its server.
+"""A durable queue of JSON records in one directory: what has still to be delivered to the tracking server.
 
     records.jsonl   one record a line, appended by any thread; a line is a record once its
                     newline is there
@@ -28,7 +28,7 @@ REUSE_BYTES = 16 * 2**20
 
 
 class SpoolBusyError(Exception):
-    """Another living process holds this spool."""
+    """Another living process uses this spool."""
 
 
 class Spool:
@@ -166,6 +166,11 @@ class Spool:
             self.sync()
             os.close(self._fd)
             self._fd = -1
+
+    def delete(self) -> None:
+        """Close the spool and remove its directory."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _drop_torn_line(self) -> int:
         """Cut off what follows the last newline; returns the size."""

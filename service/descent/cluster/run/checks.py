@@ -1,11 +1,9 @@
-"""What is looked at before anything starts: places that can be written to, a tracking server that answers."""
+"""Whether the places that a run writes to can be written to, tried before anything starts."""
 
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-from descent.errors import ConfigError, StoreError, TrackingError
+from descent.errors import ConfigError, StoreError
 from descent.storage import open_store, to_location
 
 
@@ -32,22 +30,3 @@ def check_place(text: str, key: str) -> None:
         store.delete([name])
     except StoreError as error:
         raise ConfigError(f"{key}={text}: {error}") from error
-
-
-def check_tracking(uri: str | None) -> None:
-    """Whether an http tracking server answers at all; the run itself is opened later. Raises TrackingError."""
-    if uri is None or not uri.startswith("http"):
-        return
-    from descent.tracking.provenance import redact
-
-    shown = redact(uri)
-    try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        return  # it answers; whether it lets us in, opening the run will show
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise TrackingError(
-            f"tracking.uri={shown}: no answer ({reason}); start it, or use tracking.uri=null for the embedded store"
-        ) from error

@@ -92,9 +92,9 @@ def print_line(console: Console, text: str, style: str = "") -> None:
     console.print(escape(text), style=style or None, highlight=False, soft_wrap=not console.is_terminal, emoji=False)
 
 
-def print_value(console: Console, label: str, value: str) -> None:
+def print_value(console: Console, label: str, value: str, indent: int = 14) -> None:
     """A label and one long word (a path, an address, a command) that no line break of ours cuts."""
-    console.print(f"{escape(label):<15}{escape(value)}", highlight=False, soft_wrap=True, emoji=False)
+    console.print(f"{escape(label):<{indent}}{escape(value)}", highlight=False, soft_wrap=True, emoji=False)
 
 
 def print_warning(console: Console, text: str) -> None:
@@ -106,6 +106,25 @@ def print_error(error: BaseException) -> None:
     """The error as one line on stderr."""
     line = escape(" ".join(str(error).split()))
     Console(stderr=True).print(f"[red]error:[/red] {line}", highlight=False, soft_wrap=True, emoji=False)
+
+
+class Starting:
+    """Shows that a run is on its way before there is anything else to show: one line, or a spinner on a terminal."""
+
+    def __init__(self, console: Console, *, in_logs: bool = True) -> None:
+        """in_logs: whether the line is printed where there is no terminal, too."""
+        text = "starting: reading the configuration and the data, building the model, starting Ray"
+        self._status = console.status(text) if console.is_terminal else None
+        if self._status is not None:
+            self._status.start()
+        elif in_logs:
+            print_line(console, text)
+
+    def stop(self) -> None:
+        """Something else is shown from now on; may be called again."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
 
 
 def significant(value: float) -> str:

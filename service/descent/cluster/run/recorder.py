@@ -1,31 +1,39 @@
-"""What is kept of a run, in its own file and in tracking: config, plan, data sets, plots, model, how it ended."""
+"""Everything that is recorded of a run: its file, and in tracking its config, data sets, plots, model and end."""
 
 import gc
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
 
 from descent.checkpoint.manifest import step_of
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
-from descent.cluster.run.listeners import ListenerGroup
+from descent.cluster.run.left_over import settle_left_over
+from descent.cluster.run.note import as_csv, note_of
 from descent.cluster.run.result import RunResult
 from descent.config import Composed, flatten
-from descent.errors import CheckpointError, DescentError, TrackingError
+from descent.config.secrets import is_secret, redact
 from descent.messages import TerminalState
 from descent.storage import Location
+from descent.tracking import Tracker
 
 if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome
-    from descent.tracking import Tracker
+    from descent.cluster.run.display import Display
     from descent.training.plan import Prepared
+
+_FAILING_S = 5.0
+"""Tracking that has failed for this long is worth a line."""
+_DEADLINE_S, _DEADLINE_UNREACHED_S = 60.0, 15.0
+"""How long the end of a run waits for the last records to be delivered, and where no server ever answered."""
+_PARAMS = ("seed", "steps", "epochs", "precision", "compile", "workers", "slots", "reduction", "compress", "device")
+_PARAM_GROUPS = ("model.", "optimizer.", "schedule.", "loss.", "batch.", "clip.", "ema.", "data.name", "data.holdout")
+_PLAN = ("total_steps", "batch_size", "num_samples", "num_evaluation", "num_parameters", "slots", "device")
 
 
 class RunRecorder:
-    """Opens the run in tracking beside the training, hands over what is known, and at the end what came of it."""
+    """Writes the run's file, and describes the run in tracking: at its start, and at its end what came of it."""
 
     def __init__(
         self,
@@ -37,15 +45,26 @@ class RunRecorder:
         config_sha256: str,
         uri: str,
         run_id: str | None,
-        console: Console,
+        display: "Display",
         background: ThreadPoolExecutor,
     ) -> None:
-        """run_id: of the run that is resumed; a new one is made without."""
+        """run_id: of the MLflow run that goes on; a new one is made without.
+
+        Raises TrackingError if the run's spool can't be used.
+        """
         self._composed, self._config, self._prepared = composed, composed.config, prepared
         self._output_dir, self._run_dir, self._config_sha256 = output_dir, run_dir, config_sha256
-        self._uri, self._run_id, self._console = uri, run_id, console
-        self._background = background
-        self._opening: Future[Tracker] | None = None
+        self._uri, self._display, self._background = uri, display, background
+        self._started = self._greeted = self._warned = False
+        self._resumed_id = run_id
+        self.tracker = Tracker.open(
+            uri=uri,
+            experiment=self._config.tracking.experiment,
+            run_name=run_dir.name,
+            spool_dir=run_dir / "spool",
+            artifact_root=None if self._config.tracking.uri else output_dir / "mlartifacts",
+            run_id=run_id,
+        )
 
     def write_run_file(self, result: RunResult | None = None) -> None:
         """Write to the run's folder what a resume needs; with the result, how the run ended."""
@@ -60,7 +79,7 @@ class RunRecorder:
             self._run_dir,
             {
                 "name": self._run_dir.name,
-                "run_id": self._run_id,
+                "run_id": self.tracker.run_id,
                 "tracking_uri": self._config.tracking.uri,
                 "overrides": kept if from_overrides else None,
                 "config_dirs": list(self._composed.config_dirs),
@@ -73,161 +92,173 @@ class RunRecorder:
             },
         )
 
-    # -- opening ------------------------------------------------------------------------
+    # -- while the run trains -------------------------------------------------------------
 
-    def attach_when_open(self, listeners: ListenerGroup) -> None:
-        """Called in every turn of the controller: once tracking is open, hand over what is known.
+    def check(self, *, stepping: bool) -> None:
+        """Called in every round of the controller; `stepping`: whether the first step has been committed.
 
-        Opening takes seconds of a core (imports, a new database's tables), which the workers'
-        own start needs more; so it begins with the first step, and what was logged before
-        then follows. A store that can't be opened ends the run with its one clear line.
+        Delivery begins with the first step: connecting takes seconds of a core (imports, a new
+        database's tables), which the workers' own start needs more. Nothing that fails here ends
+        the run: the records wait in the spool, and the user reads one line about it.
         """
-        if listeners.tracker is not None or listeners.first_step_at is None:
+        if not stepping:
             return
-        opening = self._tracker_opening()
-        if opening.done():
-            self._attach(opening.result(), listeners)
-            # All is imported: what millions of objects these are, the collector of cycles
-            # needn't look through again and again, with all threads waiting for it.
-            gc.freeze()
+        if not self._started:
+            self._started = True
+            self._background.submit(self._start)
+        if self.tracker.connected and not self._greeted:
+            self._greet()
+        self._warn()
 
-    def _tracker_opening(self) -> "Future[Tracker]":
-        if self._opening is None:
-            self._opening = self._background.submit(self._open)
-        return self._opening
+    def _start(self) -> None:
+        for line in settle_left_over(self._output_dir, self._config.tracking.uri, self._uri, besides=self._run_dir):
+            self._display.line(line)
+        self._describe()
+        self.tracker.start(system_metrics=self._config.tracking.system_metrics)
 
-    def _open(self) -> "Tracker":
-        from descent.tracking import Tracker
+    def _greet(self) -> None:
+        self._greeted = True
+        if self.tracker.run_id != self._resumed_id:
+            self.write_run_file()
+        if self.tracker.url is not None:
+            self._display.line(f"tracked at {self.tracker.url}")
+        # Everything is imported by now. The collector of cycles needn't look through these
+        # millions of objects again and again, with all threads waiting for it.
+        gc.freeze()
 
-        self._deliver_left_over()
-        root = None if self._config.tracking.uri else self._output_dir / "mlartifacts"
-        return Tracker.open(
-            uri=self._uri,
-            experiment=self._config.tracking.experiment,
-            run_name=self._run_dir.name,
-            spool_dir=self._run_dir / "spool",
-            artifact_root=root,
-            run_id=self._run_id,
-            tags={"descent.run_dir": str(self._run_dir)},
-            system_metrics=self._config.tracking.system_metrics,
-        )
+    def _warn(self) -> None:
+        status = self.tracker.status()
+        if not self._warned and status.failing_s > _FAILING_S and status.last_error:
+            self._warned = True
+            self._display.note(
+                f"tracking is behind: {status.last_error}. The training goes on; its records wait in "
+                f"{self._run_dir / 'spool'} and are delivered when that works again"
+            )
 
-    def _deliver_left_over(self) -> None:
-        """What earlier runs could not deliver to this tracking server before they ended."""
-        from descent.tracking import replay
-
-        for spool in sorted((self._output_dir / "runs").glob("*/spool")):
-            if spool.parent != self._run_dir and _tracked_at(spool.parent) == self._config.tracking.uri:
-                try:
-                    count = replay(spool, self._uri)
-                except TrackingError:
-                    return  # opening this run's own will say so
-                if count:
-                    self._console.print(
-                        f"delivered {count} records that {spool.parent.name} had left behind",
-                        highlight=False,
-                    )
-
-    def _attach(self, tracker: "Tracker", listeners: ListenerGroup) -> None:
-        self._run_id = tracker.run_id
-        self.write_run_file()
-        self._describe(tracker)
-        listeners.attach(tracker)
-
-    def _describe(self, tracker: "Tracker") -> None:
+    def _describe(self) -> None:
         from descent.data.description import describe
 
-        prepared = self._prepared
-        tracker.log_params(
-            {
-                **flatten(self._config.to_dict()),
-                **{f"plan.{k}": v for k, v in prepared.plan.to_dict().items()},
-            }
-        )
+        prepared, tracker = self._prepared, self.tracker
+        tracker.log_params(self._params())
         tracker.log_text(_without_secrets(self._composed.yaml), "config.yaml")
         tracker.log_dataset(describe(prepared.train), "training")
         if prepared.evaluate is not None:
             tracker.log_dataset(describe(prepared.evaluate), "evaluation")
+        tracker.set_tags(
+            {
+                "descent.run_dir": str(self._run_dir),
+                "descent.command": self._command(),
+                "mlflow.note.content": note_of(self._composed, prepared.plan, self._command()),
+            }
+        )
+
+    def _command(self) -> str:
+        import shlex
+
+        from descent.config.overrides import shown_override
+
+        if self._composed.sources is None:
+            return "descent.train(RunConfig(…))"
+        words = [word for folder in self._composed.config_dirs for word in ("--config-dir", folder)]
+        return shlex.join(["descent", "train", *words, *map(shown_override, self._composed.overrides)])
+
+    def _params(self) -> dict[str, object]:
+        """What was chosen and what decides the result; the whole configuration is the artifact config.yaml."""
+        chosen = {o.lstrip("+~").partition("=")[0] for o in self._composed.overrides} - {"resume"}
+        params: dict[str, object] = {f"choice.{group}": option for group, option in self._composed.choices.items()}
+        for key, value in flatten(self._config.to_dict()).items():
+            matters = key in _PARAMS or key.startswith(_PARAM_GROUPS)
+            if (matters and value is not None) or any(key == c or key.startswith(f"{c}.") for c in chosen):
+                params[key] = value
+        plan = self._prepared.plan.to_dict()
+        return {**params, **{f"plan.{key}": plan[key] for key in _PLAN if key in plan}}
 
     # -- the end ------------------------------------------------------------------------
 
-    def finish(self, outcome: "Outcome", listeners: ListenerGroup, log: RunLog) -> "tuple[Tracker, int]":
-        """Keep what came of the run. The tracker, and how many records it could not deliver."""
-        with self._console.status("keeping plots, model and metrics…"):
-            tracker = self._tracker_opening().result()
-            if listeners.tracker is None:
-                self._attach(tracker, listeners)
-            self._keep_plots(tracker, log)
+    def finish(self, outcome: "Outcome", figures: dict[str, dict[str, float]], log: RunLog) -> int:
+        """Record what came of the run; returns how many records could not be delivered."""
+        tracker = self.tracker
+        with self._display.finishing("recording plots, model and metrics…"):
+            if not self._started:
+                self._started = True
+                self._start()
+            self._log_plots(log)
             if outcome.incidents:
                 tracker.log_file(self._run_dir / run_log.INCIDENTS_FILE)
-            tags = {
-                "descent.workers": json.dumps(outcome.workers),
-                "descent.goodput": f"{outcome.goodput:.4f}",
-            }
+                tracker.log_text(as_csv(outcome.incidents), "incidents.csv")
+            note = note_of(self._composed, self._prepared.plan, self._command(), outcome, figures)
+            tags = {"descent.workers": json.dumps(outcome.workers), "mlflow.note.content": note}
+            if outcome.incidents:
+                tags["descent.goodput"] = f"{outcome.goodput:.4f}"
             if outcome.state_sha256:
                 tags["descent.state_sha256"] = outcome.state_sha256
             tracker.set_tags(tags)
-            if outcome.state is TerminalState.FINISHED and outcome.checkpoint is not None:
-                if step_of(outcome.checkpoint.name) == outcome.step:
-                    self._keep_model(tracker, outcome.checkpoint)
-                else:
-                    self._console.print(
-                        f"[yellow]![/yellow] the final state could not be saved, so no model is kept; the last checkpoint is {outcome.checkpoint.name}",
-                        highlight=False,
-                    )
-            undelivered = tracker.finish(str(outcome.state), deadline_s=60.0)  # type: ignore[arg-type]
-        return tracker, undelivered
+            self.model_name = self._log_model_of(outcome, figures)
+            self._background.shutdown(wait=True)  # the start of delivery, if it is still under way
+            reached = tracker.wait_until_connected(_DEADLINE_UNREACHED_S)
+            deadline_s = _DEADLINE_S if reached else 1.0
+            undelivered = tracker.finish(str(outcome.state), deadline_s)  # type: ignore[arg-type]
+        return undelivered
 
-    def _keep_plots(self, tracker: "Tracker", log: RunLog) -> None:
+    @property
+    def model_uri(self) -> str | None:
+        """For `mlflow.pyfunc.load_model`; None when no model was kept, or when MLflow doesn't have the run."""
+        if self.model_name is None or self.tracker.run_id is None:
+            return None
+        return f"runs:/{self.tracker.run_id}/{self.model_name}"
+
+    def _log_plots(self, log: RunLog) -> None:
         from descent.tracking.plots import plots
 
-        for path in plots(log.history(), self._run_dir / "plots"):
-            tracker.log_file(path, "plots")
+        incidents = [(incident.step, incident.kind) for incident in log.incidents]
+        for path in plots(log.history(), self._run_dir / "plots", incidents):
+            self.tracker.log_file(path, "plots")
 
-    def _keep_model(self, tracker: "Tracker", target: Location) -> None:
+    def _log_model_of(self, outcome: "Outcome", figures: dict[str, dict[str, float]]) -> str | None:
+        """Keep the trained model, exported, with the run; returns its name in MLflow."""
+        if outcome.state is not TerminalState.FINISHED or outcome.checkpoint is None:
+            return None
+        if step_of(outcome.checkpoint.name) != outcome.step:
+            self._display.note(
+                "the final state could not be saved, so no model is kept; "
+                f"the last checkpoint is {outcome.checkpoint.name}"
+            )
+            return None
+        name = "".join("_" if c in "/:.%\"'" else c for c in self._run_dir.name)
+        try:
+            self._export(outcome.checkpoint, name, outcome.step, figures["metrics"])
+        except Exception as error:
+            # The training is done and its checkpoint is safe: an export that fails must not undo that.
+            line = " ".join(str(error).split())[:200]
+            self._display.note(f"the model could not be exported: {type(error).__name__}: {line}")
+            self.tracker.set_tags({"descent.export_error": line})
+            return None
+        return name
+
+    def _export(self, target: Location, name: str, step: int, metrics: dict[str, float]) -> None:
         import torch
 
         from descent.checkpoint.weights import put_into, read_weights
         from descent.tracking.export import log_model
 
         model, sample = self._prepared.model, self._prepared.sample
-        try:
-            put_into(model, read_weights(target), target, strict=True)
-            model.eval()
-            with torch.no_grad():
-                predictions = model(sample)
-            log_model(tracker, model, sample, predictions)
-        except Exception as error:
-            # The training is done and its checkpoint is safe: an export that fails must not undo that.
-            line = " ".join(str(error).split())[:200]
-            self._console.print(
-                f"[yellow]![/yellow] the model could not be exported: {type(error).__name__}: {line}",
-                highlight=False,
-            )
-            tracker.set_tags({"descent.export_error": line})
+        put_into(model, read_weights(target), target, strict=True)
+        model.eval()
+        with torch.no_grad():
+            predictions = model(sample)
+        log_model(self.tracker, model, sample, predictions, name, step, metrics)
 
     def abandon(self) -> None:
-        """The run has broken off: say so in tracking, where it was opened."""
-        if self._opening is None:
+        """The run has broken off: say so in tracking, if delivery has begun; otherwise leave no trace there."""
+        if not self._started:
+            self.tracker.discard()
             return
-        try:
-            self._opening.result(timeout=30).finish("FAILED", deadline_s=5.0)
-        except (DescentError, TimeoutError):
-            return
-
-
-def _tracked_at(run_dir: Path) -> str | None:
-    try:
-        uri = run_log.read_run_file(run_dir).get("tracking_uri")
-    except CheckpointError:
-        return ""
-    return None if uri is None else str(uri)
+        self._background.shutdown(wait=True)
+        self.tracker.finish("FAILED", deadline_s=5.0)
 
 
 def _without_secrets(yaml: str) -> str:
     """The YAML with the values of secret-looking keys, and passwords in addresses, blotted out."""
-    from descent.tracking.provenance import is_secret, redact
-
     lines = []
     for line in yaml.splitlines():
         key, colon, value = line.partition(":")

@@ -18,8 +18,8 @@ from descent.checkpoint.manifest import checkpoint_root, rescue_root
 from descent.cluster.chaos import injector
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
-from descent.cluster.run.checks import check_place, check_tracking, check_writable
-from descent.cluster.run.console import print_line
+from descent.cluster.run.checks import check_place, check_writable
+from descent.cluster.run.console import Starting, print_line
 from descent.cluster.run.display import Display
 from descent.cluster.run.listeners import ListenerGroup
 from descent.cluster.run.lock import RunLock
@@ -28,8 +28,10 @@ from descent.cluster.run.result import RunResult, best_kept, incident_figures, m
 from descent.cluster.run.resume import config_sha256, find_weights, resume, run_to_resume
 from descent.cluster.run.signals import stopping
 from descent.config import Composed
+from descent.config.secrets import redact
 from descent.errors import CheckpointError, ConfigError
 from descent.messages import WorkerSpec
+from descent.tracking.check import check_tracking
 
 if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome
@@ -44,12 +46,19 @@ class Run:
         result = run.execute()
     """
 
-    def __init__(self, composed: Composed, console: Console, started_at: float | None = None) -> None:
+    def __init__(
+        self,
+        composed: Composed,
+        console: Console,
+        started_at: float | None = None,
+        starting: Starting | None = None,
+    ) -> None:
         """started_at: Unix time of the command, from which the times of the result count.
+        starting: what is shown until the training begins.
 
         Raises DescentError for what can be refused without data, model or Ray.
         """
-        self.console, self.started_at = console, started_at or time.time()
+        self.console, self.started_at, self._starting = console, started_at or time.time(), starting
         self._connecting: Future[Cluster] | None = None
         self._background = ThreadPoolExecutor(2, "start")
         self._lock: RunLock | None = None
@@ -77,8 +86,10 @@ class Run:
             check_place(self.config.checkpoint.dir, "checkpoint.dir")
         self.config_sha256 = self.resumed.config_sha256 if self.resumed else config_sha256(self.config)
         self.init_from = None if self.resumed else find_weights(self.config)
-        check_tracking(self.config.tracking.uri)
         self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
+        check_tracking(
+            self.tracking_uri, self.config.tracking.experiment, self.resumed.run_id if self.resumed else None
+        )
 
     # -- the run ----------------------------------------------------------------------
 
@@ -149,6 +160,15 @@ class Run:
         log = RunLog(self.run_dir)
         group = WorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
         group.start(plan.max_workers + self.config.spares)
+        first_step = resumed.step if resumed else 0
+        display = Display(
+            self.console,
+            f"{self.run_dir.name}  {plan.num_parameters:,} parameters",
+            plan.total_steps,
+            plan.batch_size,
+            first_step,
+            plan.steps_per_epoch,
+        )
         recorder = RunRecorder(
             self.composed,
             prepared,
@@ -157,13 +177,11 @@ class Run:
             config_sha256=self.config_sha256,
             uri=self.tracking_uri,
             run_id=resumed.run_id if resumed else None,
-            console=self.console,
+            display=display,
             background=self._background,
         )
         recorder.write_run_file()
-        first_step = resumed.step if resumed else 0
-        display = Display(self.console, self._title(prepared), plan.total_steps, plan.batch_size, first_step)
-        listeners = ListenerGroup(display)
+        listeners = ListenerGroup(display, recorder.tracker)
         committer = CheckpointCommitter(
             checkpoint_root(self.run_dir, self.config.checkpoint.dir),
             self.run_dir.name,
@@ -181,11 +199,11 @@ class Run:
             committer,
             listeners,
             first_step=first_step,
-            check_health=lambda: recorder.attach_when_open(listeners),
+            check_health=lambda: recorder.check(stepping=listeners.first_step_at is not None),
         )
         try:
+            self._announce(prepared, display)
             with stopping(controller.stop, self.console), display:
-                self._announce(prepared, display)
                 outcome = controller.run()
             group.release()
             committer.close()
@@ -213,7 +231,9 @@ class Run:
     def _result(self, recorder: RunRecorder, outcome: "Outcome", listeners: ListenerGroup, log: RunLog) -> RunResult:
         """Record what came of the training, and say it in one value."""
         trained_at = time.time()
-        tracker, undelivered = recorder.finish(outcome, listeners, log)
+        figures = metric_figures(log)
+        undelivered = recorder.finish(outcome, figures, log)
+        tracking = recorder.tracker.status()
         steps_s = seconds_of_steps(log, self.started_at)
         first_at = listeners.first_step_at or trained_at
         best = best_kept(checkpoint_root(self.run_dir, self.config.checkpoint.dir), self.config.checkpoint.keep_best)
@@ -227,9 +247,10 @@ class Run:
             best_checkpoint=best[0] if best else None,
             best_step=best[1] if best else None,
             state_sha256=outcome.state_sha256,
-            run_id=tracker.run_id,
-            url=tracker.url,
-            tracking_uri=self.tracking_uri,
+            run_id=recorder.tracker.run_id,
+            url=recorder.tracker.url,
+            tracking_uri=redact(self.tracking_uri),
+            model_uri=recorder.model_uri,
             start_s=first_at - self.started_at,
             training_s=trained_at - first_at,
             finishing_s=time.time() - trained_at,
@@ -238,12 +259,14 @@ class Run:
             samples_per_second=outcome.samples / steps_s if steps_s > 0 else 0.0,
             first_step_s=first_at - self.started_at if listeners.first_step_at else None,
             undelivered=undelivered,
+            refused=tracking.refused,
+            tracking_error=tracking.last_error if undelivered or tracking.refused else None,
             unsaved_at=str(outcome.unsaved_at) if outcome.unsaved_at else None,
             peak_rss_mb=outcome.peak_rss_mb,
             workers=outcome.workers,
             chaos=outcome.chaos.to_dict() if outcome.chaos else None,
             traceback=failure.traceback if failure is not None and failure.by_user else "",
-            **metric_figures(log),
+            **figures,
             **incident_figures(outcome),
         )
         recorder.write_run_file(result)
@@ -285,11 +308,10 @@ class Run:
 
     # -- lines for the user --------------------------------------------------------------
 
-    def _title(self, prepared: "Prepared") -> str:
-        return f"{self.run_dir.name}  {prepared.plan.num_parameters:,} parameters"
-
     def _announce(self, prepared: "Prepared", display: Display) -> None:
         """What is about to be trained, in one line, and what is special about it."""
+        if self._starting is not None:
+            self._starting.stop()
         plan = prepared.plan
         workers = f"{plan.max_workers} worker{'s' if plan.max_workers > 1 else ''}"
         accumulation = -(-max(b - a for a, b in _bounds(plan.batch_size, plan.slots)) // plan.micro_size)

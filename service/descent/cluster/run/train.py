@@ -2,12 +2,14 @@
 
 import io
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from descent.cluster.run.console import Starting
 from descent.cluster.run.result import RunResult
 from descent.cluster.run.resume import with_implied_length
 from descent.config import Composed, RunConfig, compose
@@ -52,13 +54,18 @@ def train(
     """
     from descent.cluster.run.run import Run
 
-    composed = _composed(config, config_dirs)
+    started_at = time.time()
     console = Console(stderr=True) if progress else Console(file=io.StringIO())
+    starting = Starting(console)
     try:
-        with Run(composed, console) as run:
-            return run.execute()
-    except DescentError as error:
-        raise composed.located(error) from None
+        composed = _composed(config, config_dirs)
+        try:
+            with Run(composed, console, started_at, starting) as run:
+                return run.execute()
+        except DescentError as error:
+            raise composed.located(error) from None
+    finally:
+        starting.stop()
 
 
 def _composed(config: Overrides | RunConfig | Composed, config_dirs: Sequence[str | Path]) -> Composed:
