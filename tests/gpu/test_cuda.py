@@ -103,14 +103,10 @@ def test_powersgd_on_the_gpu_is_that_of_the_cpu() -> None:
         group = Group(0, 1, torch.device(device), threading.Event())
         reducer = Compressed(model, group, "powersgd")
         for _ in range(3):
-            reducer.begin()
-            reducer.backward(
-                lambda m=model, d=device: m(batch.to(d)).square().sum(),
-                torch.tensor(1.0, device=device),
-                True,
-                lambda: None,
-            )
-            reducer.finish()
+            reducer.begin_step()
+            output = reducer.forward(batch.to(device), last=True)
+            reducer.backward(output.square().sum(), torch.tensor(1.0, device=device), last=True)
+            reducer.finish_step()
         found.append(model.weight.grad.cpu())
     torch.testing.assert_close(*found)
 
@@ -122,10 +118,10 @@ def test_the_stopwatch_measures_the_device_and_not_the_host() -> None:
         a @ a
     measured = []
     for products in (1, 20):
-        watch.begin()
+        watch.begin_step()
         for _ in range(products):
             a @ a
         watch.stop(1)
         torch.cuda.synchronize()
-        measured.append(watch.begin())
+        measured.append(watch.begin_step())
     assert 0.0 < 5 * measured[0] < measured[1]

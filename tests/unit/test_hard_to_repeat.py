@@ -69,26 +69,26 @@ def test_the_rest_is_found_out(model: type[nn.Module], buffers: tuple[str, ...],
 def test_a_buffer_that_begins_to_change_later_ends_the_run_by_its_name() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), hard.DrawingLate())
     buffers = Buffers(model, ["0.running_mean", "0.running_var", "0.num_batches_tracked"])
-    buffers.begin()
+    buffers.begin_step()
     model[0](torch.randn(4, 3))
-    buffers.check(7)
+    buffers.check_constants(7)
     model[1](torch.randn(2, 1, 8, 8))
     with pytest.raises(TrainingError, match=r"buffer '1\.forwards' changes from step 7 on"):
-        buffers.check(7)
-    buffers.begin()
-    buffers.check(8)
+        buffers.check_constants(7)
+    buffers.begin_step()
+    buffers.check_constants(8)
 
 
 def test_a_replaced_buffer_goes_back_and_is_averaged_like_one_written_in_place() -> None:
     model = hard.Centred()
     buffers = Buffers(model, ["mean"])
     assert isinstance(model.mean, torch.Tensor)
-    buffers.begin()
+    buffers.begin_step()
     rows = []
     for value in (1.0, 3.0):
         model.mean = torch.full((1, 8, 8), value)
         rows.append(buffers.pack().clone())
         buffers.restart()
         assert not model.mean.any()
-    buffers.unpack(torch.stack(rows))
+    buffers.combine(torch.stack(rows))
     assert torch.equal(model.mean, torch.full((1, 8, 8), 2.0))

@@ -20,9 +20,9 @@ def network() -> nn.Module:
 
 def delivered(reducer: Compressed, model: nn.Module, batch: torch.Tensor) -> dict[str, np.ndarray]:
     """The gradients of one step as the optimizer sees them."""
-    reducer.begin()
-    reducer.backward(lambda: model(batch).square().sum(), ONE, True, lambda: None)
-    reducer.finish()
+    reducer.begin_step()
+    reducer.backward(reducer.forward(batch, last=True).square().sum(), ONE, last=True)
+    reducer.finish_step()
     return {n: p.grad.detach().numpy().copy() for n, p in model.named_parameters()}
 
 

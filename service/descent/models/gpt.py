@@ -29,6 +29,9 @@ class GPT(nn.Module):
     numbers of shape [B, 1 to T].
     """
 
+    classes_last = True
+    """Tells the loss that the outputs are one row of logits for each token, also where T equals num_outputs."""
+
     def __init__(
         self,
         input_shape: Sequence[int],

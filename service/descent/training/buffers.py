@@ -27,14 +27,16 @@ class Buffers:
         kept = model.state_dict(keep_vars=True).keys() & owners.keys()
         self._others = [(name, *owners[name]) for name in sorted(kept - set(names))]
         self._versions: list[tuple[int, int]] = []
+        self._moved = False
+        """Whether a forward of this step may have changed them."""
         sizes = [b.numel() for b in self._buffers]
-        self.size = sum(sizes)
-        if not self.size:
+        self.row_length = sum(sizes)
+        if not self.row_length:
             return
         # One call for all of them: a deep network has dozens, and each call of its own costs.
         self._start = [b.clone() for b in self._buffers]
         device = self._start[0].device
-        self._row = torch.empty(self.size, dtype=torch.float64, device=device)
+        self._row = torch.empty(self.row_length, dtype=torch.float64, device=device)
         """All of them side by side, [size]."""
         pieces = zip(self._row.split(sizes), self._start, strict=True)
         self._pieces = [piece.view(b.shape) for piece, b in pieces]
@@ -50,13 +52,14 @@ class Buffers:
     def _now(self) -> list[tuple[int, int]]:
         return [(id(t := owner[name]), t._version) for _, owner, name in self._others]
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         """A step begins with the values of now."""
         self._versions = self._now()
-        if self.size:
+        self._moved = False
+        if self.row_length:
             torch._foreach_copy_(self._start, self._buffers)
 
-    def check(self, step: int) -> None:
+    def check_constants(self, step: int) -> None:
         """Raises TrainingError where a buffer that is taken for a constant was written since the step began."""
         for (name, _, _), before, now in zip(self._others, self._versions, self._now(), strict=True):
             if before != now:
@@ -66,9 +69,15 @@ class Buffers:
                     "(add_(0) where there is nothing to change)"
                 )
 
+    def begin_slot(self) -> None:
+        """Each slot begins with the values of the step's start."""
+        if self._moved:
+            self.restart()
+        self._moved = True
+
     def restart(self) -> None:
         """Back to the values of the step's start."""
-        if self.size:
+        if self.row_length:
             torch._foreach_copy_(self._buffers, self._start)
 
     def pack(self) -> Tensor:
@@ -76,8 +85,10 @@ class Buffers:
         torch._foreach_copy_(self._pieces, self._buffers)
         return self._row
 
-    def unpack(self, rows: Tensor) -> None:
+    def combine(self, rows: Tensor) -> None:
         """Take the mean of [slots, size]."""
+        if not self.row_length:
+            return
         total = rows[0].clone()
         for row in rows[1:]:
             total += row

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,14 @@ tensors away, and both would wait for ever. Let go of here, it goes without the 
 
 class PeerLost(Exception):
     """A collective can't be finished: a peer is gone, or the controller aborted the generation."""
+
+
+class Work(Protocol):
+    """A collective under way, as torch gives it."""
+
+    def wait(self, timeout: datetime.timedelta = ..., /) -> bool: ...
+
+    def is_completed(self) -> bool: ...
 
 
 class Store:
@@ -117,7 +125,7 @@ class Group:
             torch.cuda.current_stream(self.device).synchronize()
             self._check()
 
-    def wait(self, work: Any) -> None:
+    def wait(self, work: Work | None) -> None:
         """Wait for an asynchronous collective. Raises PeerLost when it fails or is aborted."""
         if work is None:
             return
@@ -134,7 +142,7 @@ class Group:
                     continue
                 raise PeerLost(in_short(error)) from error
 
-    def sum_async(self, tensor: Tensor) -> Any:
+    def sum_async(self, tensor: Tensor) -> Work | None:
         """Start summing `tensor` over the ranks, in place."""
         if self.world_size == 1:
             return None
@@ -147,12 +155,12 @@ class Group:
         self.synchronize()
         return tensor
 
-    def exchange_async(self, output: Tensor, send: Tensor, output_sizes: list[int], send_sizes: list[int]) -> Any:
+    def exchange_async(self, output: Tensor, send: Tensor, output_sizes: list[int], send_sizes: list[int]) -> Work:
         """Start an all-to-all of 1-D tensors: rank r gets the r-th piece of everyone's `send`."""
         with _translated():
             return dist.all_to_all_single(output, send, output_sizes, send_sizes, async_op=True)
 
-    def gather_async(self, output: Tensor, piece: Tensor) -> Any:
+    def gather_async(self, output: Tensor, piece: Tensor) -> Work:
         """Start gathering equal 1-D pieces into `output`, in the order of the ranks."""
         with _translated():
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,7 +1,7 @@
 """`reduction=exact`: only kernels that add in one order, whatever runs beside them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,15 +50,16 @@ def begin_stream(seed: int, device: torch.device, uses_non_torch_rng: bool) -> N
         torch.cuda.manual_seed(seed)
 
 
-def compiled(model: nn.Module, exact: bool) -> Callable[..., Any]:
+def compiled(model: nn.Module, exact: bool) -> nn.Module:
     """`model` through torch.compile.
 
     exact: a kernel for each size of a micro-batch. Left to itself torch makes one for all sizes
     when it meets the second, which adds in another order than the one for the first size alone;
     which comes second depends on the slots that a worker has.
     """
-    forward: Callable[..., Any] = torch.compile(model, dynamic=False if exact else None)
-    return forward
+    forward: Any = torch.compile(model, dynamic=False if exact else None)
+    module: nn.Module = forward
+    return module
 
 
 def refuse_undeterministic(error: BaseException) -> None:

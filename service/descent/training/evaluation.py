@@ -2,25 +2,25 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import torch
 
 from descent.config import RunConfig
 from descent.data.base import Data
+from descent.errors import DataError
 from descent.optim.plateau import Plateau
 from descent.training.collectives import Group
 from descent.training.determinism import begin_stream
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import stream_seed
-from descent.training.objective import Objective
+from descent.training.objective import Objective, Reading
 from descent.training.plan import Plan
 from descent.training.state import TrainState
 
 
 class Evaluator:
-    """Evaluates the state after a step, once, and judges it; every rank comes to the same answers."""
+    """Evaluates the state after a step, once, and compares it with the best so far; every rank comes to the same answers."""
 
     def __init__(
         self,
@@ -30,9 +30,9 @@ class Evaluator:
         state: TrainState,
         objective: Objective,
         device: torch.device,
-        autocast: Callable[[], AbstractContextManager[Any]],
+        autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """data: the held-out set; without one nothing is ever due."""
+        """data: the held-out set; without one no evaluation is ever due."""
         self._config, self._plan, self._state = config, plan, state
         self._objective, self._autocast = objective, autocast
         self._num_samples = 0 if data is None else len(data)
@@ -42,14 +42,14 @@ class Evaluator:
         """Whether the state is the best so far and has not been saved yet."""
 
     def is_due(self) -> bool:
-        """Whether to evaluate after this step, unless that is done: a fault may have come in between."""
+        """Whether to evaluate after this step. Not where that was done before a fault interrupted the run."""
         step = self._state.step
         due = self._plan.is_due(self._config.evaluate.every, step)
         due = due or step in (0, self._plan.total_steps)
         return self._feed is not None and due and self._state.evaluated < step
 
     def evaluate(self, group: Group) -> dict[str, float]:
-        """The metrics of the state as it is now; the schedule sees them too."""
+        """The metrics of the state as it is now; a plateau schedule takes the loss in. Raises PeerLost, DataError."""
         assert self._feed is not None
         metrics = evaluate(
             self._state,
@@ -79,7 +79,7 @@ class Evaluator:
             self._state.best, self.improved = score, True
 
     def scores(self) -> dict[str, float]:
-        """What a save of the state as it is now says of it; nothing where it was not evaluated."""
+        """The metrics of the state as it is now, for its checkpoint; empty where the state was not evaluated."""
         evaluated, scores = self._scores
         return scores if evaluated == self._state.step else {}
 
@@ -94,16 +94,19 @@ def evaluate(
     size: int,
     seed: int,
     uses_non_torch_rng: bool,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, float]:
     """{"eval/loss", and "eval/accuracy" where there are classes}, the same on every rank.
 
-    The set is cut into chunks of `size` that don't depend on the number of ranks; each
-    chunk's sums have one owner, so the result's bits are the same for any world size. A model that
-    draws random numbers here too finds a chunk's own stream, the same in every evaluation.
+    The loss is divided as the loss divides (by class weights, where there are some), the accuracy by the
+    number of labels that are not ignored. The set is cut into chunks of `size` that don't depend on the number of
+    ranks; each chunk's sums have one owner, so the result's bits are the same for any world size. A model that
+    draws random numbers in evaluation too has a random stream for each chunk, the same in every evaluation.
+
+    Raises PeerLost, and DataError where every label of the set is ignored.
     """
     starts = range(0, num_samples, size)
-    sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=group.device)
+    sums = torch.zeros(len(starts), 4, dtype=torch.float64, device=group.device)
     state.model.eval()
     with state.averaged(), torch.no_grad(), autocast():
         for chunk in range(group.rank, len(starts), group.world_size):
@@ -112,14 +115,18 @@ def evaluate(
             # No training step is step 0.
             begin_stream(stream_seed(seed, 0, chunk), group.device, uses_non_torch_rng)
             output = state.model(inputs)
-            sums[chunk, 0] = objective(output, targets)
-            sums[chunk, 1] = objective.count(targets)
-            if objective.by_class and not targets.is_floating_point():
+            sums[chunk, 0], sums[chunk, 1] = objective(output, targets)
+            if objective.by_class:
                 sums[chunk, 2] = objective.num_correct(output, targets)
+                sums[chunk, 3] = objective.num_labels(targets)
     state.model.train()
-    rows = group.sum_(sums).tolist()
-    count = sum(row[1] for row in rows)
-    metrics = {"eval/loss": sum(row[0] for row in rows) / count}
-    if objective.by_class:
-        metrics["eval/accuracy"] = sum(row[2] for row in rows) / count
+    loss, count, correct, labels = map(sum, zip(*group.sum_(sums).tolist(), strict=True))
+    if not count and objective.reading is not Reading.TOTAL:
+        raise DataError(
+            "data.evaluate: nothing in it counts for the loss (every label is ignored, or its class weighs 0), so "
+            "there is nothing to evaluate; mend the labels, or set data.holdout=0 to train without evaluation"
+        )
+    metrics = {"eval/loss": loss / (count or 1.0)}
+    if labels:
+        metrics["eval/accuracy"] = correct / labels
     return metrics

@@ -1,13 +1,14 @@
-"""Steps that can't be committed because a loss or a gradient is not finite: who, where, which samples.
+"""Steps that can't be committed because a loss or a gradient is not finite: which rank, layer and samples are the cause.
 
-All of this runs on such steps only. Each rank computes its own slots once more, alone,
-and looks into them; what the ranks found is exchanged, so that all tell the same.
+All of this runs on such steps only. Each rank computes its own slots once more, alone, and looks
+for the cause; the ranks exchange their findings, so that all of them report the same.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,35 +20,44 @@ from descent.training.collectives import Group
 from descent.training.determinism import begin_stream
 from descent.training.input.sampling import Indices, stream_seed
 from descent.training.objective import Objective
-from descent.training.step import Fetch, StepInput, StepResult
+from descent.training.step import MicroBatch, StepInput, StepResult
 
 _LISTED = 8
 """Samples and slots that are named one by one; of the rest only the number."""
 _ALONE = 64
 """Samples of a micro-batch that are run one by one where nothing else tells them apart."""
 _BYTES = 4096
-"""What a rank has to say in the exchange."""
+"""The size of a rank's answer in the exchange."""
+
+Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
 
 Finding = dict[str, Any]
-"""One slot: slot, loss, layers, samples, bad, of, inputs; plain values, fit for JSON."""
+"""What was found in one slot: slot, loss, layers, samples, bad, of, inputs; plain values, fit for JSON."""
 
 
 @dataclass(frozen=True)
 class Inspector:
-    """Looks for what is not finite in a step's slots, without touching `.grad` or talking to anyone."""
+    """Looks for numbers that aren't finite in a step's slots, without touching `.grad` and without a collective."""
 
     model: nn.Module
     objective: Objective
     buffers: Buffers
-    autocast: Callable[[], AbstractContextManager[Any]]
+    autocast: Callable[[], AbstractContextManager[object]]
+    seed: int
+    scale: Tensor
+    """The gradient of a micro-batch's loss sum, as in the step: a 0-d tensor on the device."""
     uses_non_torch_rng: bool
 
-    def look(self, given: StepInput, fetch: Fetch, samples: Indices) -> list[Finding]:
-        """The slots of this rank that are not finite; `samples` are the global batch's numbers."""
+    def inspect(self, given: StepInput, fetch: Fetch, samples: Indices) -> list[Finding]:
+        """The slots of this rank that are not finite.
+
+        samples: [batch size], the number in the data set of each sample of the global batch.
+        """
         found = []
         try:
-            for slot, bounds in given.slots:
-                finding = self._slot(given, slot, bounds, fetch, samples)
+            for slot, pieces in groupby(given.micro_batches, key=lambda micro: micro.slot):
+                finding = self._inspect_slot(given.step, slot, list(pieces), fetch, samples)
                 if finding["layers"] or finding["bad"] or finding["loss"] in ("nan", "inf", "-inf"):
                     found.append(finding)
         except Exception as error:  # a diagnosis may fail; it must not end the run
@@ -56,18 +66,18 @@ class Inspector:
             self.buffers.restart()
         return found
 
-    def _slot(self, given: StepInput, slot: int, bounds: tuple[int, int], fetch: Fetch, samples: Indices) -> Finding:
-        begin_stream(stream_seed(given.seed, given.step, slot), given.scale.device, self.uses_non_torch_rng)
+    def _inspect_slot(self, step: int, slot: int, pieces: list[MicroBatch], fetch: Fetch, samples: Indices) -> Finding:
+        begin_stream(stream_seed(self.seed, step, slot), self.scale.device, self.uses_non_torch_rng)
         self.buffers.restart()
         loss, layers, rows, from_input = 0.0, dict[str, None](), list[int](), False
-        for start, stop in given.micro_batches(*bounds):
-            inputs, targets = fetch(start, stop)
+        for micro in pieces:
+            inputs, targets = fetch(micro.first, micro.stop)
             output, value = self._forward(inputs, targets)
-            spoilt = self._spoilt_layers(value, given.scale)
+            spoilt = self._spoilt_layers(value)
             layers.update(dict.fromkeys(spoilt))
             loss += float(value.detach())
-            bad, by_input = self._rows(inputs, output, targets, given.scale, bool(spoilt))
-            rows += [start + row for row in bad]
+            bad, by_input = self._bad_rows(inputs, output, targets, bool(spoilt))
+            rows += [micro.first + row for row in bad]
             from_input |= by_input
         return {
             "slot": slot,
@@ -75,20 +85,20 @@ class Inspector:
             "layers": self._in_order(layers),
             "samples": [int(samples[row]) for row in rows[:_LISTED]],
             "bad": len(rows),
-            "of": bounds[1] - bounds[0],
+            "of": pieces[-1].stop - pieces[0].first,
             "inputs": from_input,
         }
 
     def _forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with self.autocast():
             output = self.model(inputs)
-        return output, self.objective(output, targets)
+        return output, self.objective(output, targets).total
 
-    def _spoilt_layers(self, loss: Tensor, scale: Tensor) -> list[str]:
+    def _spoilt_layers(self, loss: Tensor) -> list[str]:
         """The layers (modules that own parameters) whose gradient's norm is not finite."""
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(
-            loss, [p for _, p in named], scale.to(loss.dtype), retain_graph=True, allow_unused=True
+            loss, [p for _, p in named], self.scale.to(loss.dtype), retain_graph=True, allow_unused=True
         )
         spoilt = {
             name.rpartition(".")[0] or name: None
@@ -101,10 +111,11 @@ class Inspector:
         names = (n.rpartition(".")[0] or n for n, _ in self.model.named_parameters())
         return [name for name in dict.fromkeys(names) if name in layers]
 
-    def _rows(
-        self, inputs: Tensor, output: Tensor, targets: Tensor, scale: Tensor, spoilt: bool
-    ) -> tuple[list[int], bool]:
-        """The micro-batch's samples that are to blame, and whether their very inputs are not finite."""
+    def _bad_rows(self, inputs: Tensor, output: Tensor, targets: Tensor, spoilt: bool) -> tuple[list[int], bool]:
+        """The rows of the micro-batch that are the cause, and whether already their inputs are not finite.
+
+        spoilt: whether the gradient of some layer is not finite.
+        """
         with torch.no_grad():
             by_input = _not_finite(inputs)
             if by_input:
@@ -112,13 +123,13 @@ class Inspector:
             rows = set(_not_finite(output))
             for row in range(len(targets)):
                 alone = slice(row, row + 1)
-                if not self.objective(output[alone], targets[alone]).isfinite():
+                if not self.objective(output[alone], targets[alone]).total.isfinite():
                     rows.add(row)
-        if not rows and spoilt and not self.buffers.size:
+        if not rows and spoilt and not self.buffers.row_length:
             # Only the backward is not finite. (Batch norm can't take one sample alone.)
             for row in range(min(len(targets), _ALONE)):
                 value = self._forward(inputs[row : row + 1], targets[row : row + 1])[1]
-                if self._spoilt_layers(value, scale):
+                if self._spoilt_layers(value):
                     rows.add(row)
         return sorted(rows), False
 
@@ -131,12 +142,16 @@ def _not_finite(tensor: Tensor) -> list[int]:
 
 
 def exchange(group: Group, suspects: Sequence[int], found: list[Finding]) -> list[dict[str, Any]]:
-    """What every rank has to say, by rank: {"suspects": ranks, "slots": findings, "more": not told}."""
-    told = {"suspects": list(suspects), "slots": [_short(f) for f in found[:_LISTED]], "more": 0}
-    while len(raw := json.dumps(told).encode()) > _BYTES:
-        told["slots"].pop()  # type: ignore[attr-defined]
-    told["more"] = len(found) - len(told["slots"])  # type: ignore[arg-type]
-    raw = json.dumps(told).encode()
+    """Every rank's answer, by rank: {"suspects": ranks, "slots": findings, "more": how many findings are left out}.
+
+    suspects: the ranks whose part of the gradient arrived here not finite. found: this rank's findings.
+    Raises PeerLost.
+    """
+    answer = {"suspects": list(suspects), "slots": [_short(f) for f in found[:_LISTED]], "more": 0}
+    while len(raw := json.dumps(answer).encode()) > _BYTES:
+        answer["slots"].pop()  # type: ignore[attr-defined]
+    answer["more"] = len(found) - len(answer["slots"])  # type: ignore[arg-type]
+    raw = json.dumps(answer).encode()
     table = torch.zeros(group.world_size, _BYTES + 16, dtype=torch.int32)
     table[group.rank, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     rows = group.sum_(table.to(group.device)).to("cpu", torch.uint8)
@@ -154,20 +169,24 @@ def notice(
     shares: Sequence[tuple[int, int]],
     first: StepResult,
     committed: bool,
-    told: list[dict[str, Any]],
+    answers: list[dict[str, Any]],
 ) -> Notice:
-    """What all ranks tell about a step whose first attempt was not finite."""
+    """The notice of a step whose first attempt was not finite, the same on all ranks.
+
+    shares: per rank its slots. first: the first attempt's result. committed: whether the second one was.
+    answers: what `exchange` gave.
+    """
     if committed:
         slots = [s for s, loss in enumerate(first.slot_losses) if loss - loss != 0.0]
         holders = {r for s in slots for r, (lo, hi) in enumerate(shares) if lo <= s < hi}
-        ranks = sorted(holders | {r for said in told for r in said["suspects"]})
+        ranks = sorted(holders | {r for answer in answers for r in answer["suspects"]})
         where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
         what = "loss" if slots else "gradient"
         detail = f"the {what} was not finite{where}, but is when computed again from the same state"
         extra = {"ranks": ranks, "slots": slots}
         return Notice("step repeated", step, generation, ranks[0] if len(ranks) == 1 else None, detail, extra)
-    findings = [{"rank": r, **slot} for r, said in enumerate(told) for slot in said["slots"]]
-    more = sum(said["more"] for said in told)
+    findings = [{"rank": r, **slot} for r, answer in enumerate(answers) for slot in answer["slots"]]
+    more = sum(answer["more"] for answer in answers)
     sentences = [_sentence(f) for f in findings[:_LISTED]]
     if len(findings) + more > _LISTED:
         sentences.append(f"and {len(findings) + more - len(sentences)} more slots")

@@ -21,12 +21,13 @@ from descent.errors import ConfigError, DataError
 from descent.optim.memory_layout import shares_places
 from descent.optim.optimizers import build_optimizer
 from descent.training.determinism import deterministic
-from descent.training.objective import Objective
+from descent.training.objective import Objective, Reading
 from descent.training.preflight import (
     check_outputs,
     check_schedule,
     materialize,
     read,
+    settle_loss,
     try_one,
 )
 
@@ -54,7 +55,11 @@ class Plan:
     changing_buffers: tuple[str, ...] = ()
     unused_parameters: bool = False
     uses_non_torch_rng: bool = False
-    """Whether the model draws from Python's or NumPy's generators, not only from torch's (dropout …)."""
+    """Whether the model or the loss draws from Python's or NumPy's generators, not only from torch's (dropout …)."""
+    loss_reading: str | None = None
+    """What the loss's number for a batch means (see `training.objective.Reading`)."""
+    classes_last: bool | None = None
+    """Whether the classes are the last dimension of the outputs (see `training.objective.Objective`)."""
 
     @property
     def backend(self) -> str:
@@ -261,10 +266,11 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         torch.autocast("cpu", torch.bfloat16, enabled=mixed),
         deterministic(config.reduction == "exact"),
     ):
-        seen = try_one(config, model, objective, train, micro, smallest)
+        seen = try_one(config, model, objective, train, micro, smallest, one_slot=slots == 1)
         for name, data in (("data.train", train), ("data.evaluate", evaluate)):
             if data is not None:
-                check_outputs(config, model, objective, data, name)
+                check_outputs(config, model, seen.objective, data, name)
+        loss = settle_loss(config, model, seen.objective, train, micro, whole=slots == 1 and micro >= batch)
     plan = Plan(
         total_steps=total,
         batch_size=batch,
@@ -275,15 +281,17 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         min_workers=low,
         max_workers=high,
         micro_size=micro,
-        nominal=seen.terms * batch,
+        nominal=1.0 if loss.objective.reading is Reading.TOTAL else loss.terms * batch,
         threads=max(1, int(config.resources.cpus)),
         device=device,
         gpus=_gpus_of_a_worker(config, device),
         num_parameters=sum(p.numel() for p in model.parameters()),
         changing_buffers=seen.changing_buffers,
         unused_parameters=seen.unused_parameters,
-        uses_non_torch_rng=seen.uses_non_torch_rng,
+        uses_non_torch_rng=seen.uses_non_torch_rng or loss.uses_non_torch_rng,
+        loss_reading=str(loss.objective.reading),
+        classes_last=loss.objective.classes_last,
     )
     source = evaluate if evaluate is not None else train
     sample = read(config, source, np.arange(min(4, len(source))), "data")[0]
-    return Prepared(plan, model, train, evaluate, objective, sample)
+    return Prepared(plan, model, train, evaluate, loss.objective, sample)

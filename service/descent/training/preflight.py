@@ -1,7 +1,7 @@
 """One forward and backward before any worker exists: what a user's model, loss and data can get wrong."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ from descent.data.generators import own_generators
 from descent.errors import ConfigError, DataError, DescentError
 from descent.optim.plateau import Plateau
 from descent.training.determinism import refuse_undeterministic
+from descent.training.loss_check import check_pair, settle
 from descent.training.model_snapshot import ModelSnapshot
-from descent.training.objective import Objective
+from descent.training.objective import Objective, Reading
 
+_SAMPLES = 8
+"""Samples on which the meaning of a loss is found out."""
 _ALL_LABELS = 1 << 22
 """Labels up to this many are all checked; of larger data sets an even sample is."""
 _ENTRY_BY_ENTRY = (
@@ -41,8 +44,19 @@ class Seen:
     uses_non_torch_rng: bool
     """Whether random numbers were drawn that are not torch's."""
     unused_parameters: bool
+    objective: Objective
+    """The loss, with the dimension of the outputs that holds the classes."""
+
+
+@dataclass(frozen=True)
+class SettledLoss:
+    """The loss, read as its numbers show that it is meant."""
+
+    objective: Objective
     terms: float
     """Loss terms a sample."""
+    uses_non_torch_rng: bool
+    """Whether model or loss drew random numbers that are not torch's."""
 
 
 def read(config: RunConfig, data: Data, indices: Any, where: str) -> tuple[Tensor, Tensor]:
@@ -73,10 +87,12 @@ def try_one(
     data: Data,
     micro_size: int,
     smallest: int,
+    *,
+    one_slot: bool,
 ) -> Seen:
     """One forward and backward on a sample or two; the model is left as it was.
 
-    smallest: the fewest samples that a forward of this run will see.
+    smallest: the fewest samples that a forward of this run will see. one_slot: whether the global batch is one slot.
     Raises ConfigError or DataError in the words of the config.
     """
     # Two samples where there are two: batch norm can't train on a single one.
@@ -86,8 +102,9 @@ def try_one(
     model.train()
     with own_generators(seed=0) as drew:
         output = _forward(config, model, inputs)
-        uses_non_torch_rng = bool(drew() - {"torch"})
-    loss = _loss(config, objective, output, targets, "data.train")
+        objective = _with_class_dimension(config, model, objective, inputs, output, targets)
+        loss = _loss(config, objective, output, targets, "data.train")
+        drawn = drew()
     if not loss.requires_grad:
         raise ConfigError(
             f"{_where(config)}: no gradient reaches its parameters from the loss; "
@@ -108,9 +125,61 @@ def try_one(
     _check_repeats(config, model, inputs, output.detach())
     before.put_back(model)
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    _refuse_sparse(config, model, one_slot)
     model.zero_grad(set_to_none=True)
-    terms = float(objective.count(targets)) / count or 1.0  # only a scale: these may all be ignored
-    return Seen(written, uses_non_torch_rng, unused, terms)
+    return Seen(written, bool(drawn - {"torch"}), unused, objective)
+
+
+def settle_loss(
+    config: RunConfig, model: nn.Module, objective: Objective, data: Data, micro_size: int, *, whole: bool
+) -> SettledLoss:
+    """Find out on a few samples what the loss's number for a batch means; the model is left as it was.
+
+    whole: whether each step's batch is computed in one forward. Raises ConfigError for a loss that would be
+    read wrongly.
+    """
+    before = ModelSnapshot.of(model)
+    # Samples from everywhere, so that their labels differ.
+    count = min(_SAMPLES, len(data), max(1, micro_size))
+    inputs, targets = read(config, data, np.linspace(0, len(data) - 1, count), "data.train")
+    with torch.no_grad(), own_generators(seed=0) as drew:
+        output = _forward(config, model, inputs)
+        _loss(config, objective, output, targets, "data.train")
+        drawn = drew()
+    before.put_back(model)
+    objective = settle(objective, output, targets, f"loss._target_={config.loss['_target_']}", whole=whole)
+    terms = float(objective(output, targets).terms) / count or 1.0  # only a scale: these may all be ignored
+    return SettledLoss(objective, terms, bool(drawn - {"torch"}))
+
+
+def _with_class_dimension(
+    config: RunConfig, model: nn.Module, objective: Objective, inputs: Tensor, output: Tensor, targets: Tensor
+) -> Objective:
+    """Decide once for the run which dimension of the outputs holds the classes: torch's, 1, or the last."""
+    if not objective.by_class or output.dim() <= 2 or targets.shape != output.shape[:-1]:
+        return objective
+    fits_torch = targets.shape == (output.shape[0], *output.shape[2:])
+    stated = getattr(model, "classes_last", None)
+    if fits_torch and stated is None and inputs.shape == targets.shape and not inputs.is_floating_point():
+        raise ConfigError(
+            f"{_where(config)}: outputs {list(output.shape)} with targets {list(targets.shape)} can be read in two "
+            "ways: a row of logits for each token, or, as torch has it, the classes in dimension 1; set the attribute "
+            "classes_last = True or classes_last = False in the model's __init__"
+        )
+    return replace(objective, classes_last=not fits_torch if stated is None else bool(stated))
+
+
+def _refuse_sparse(config: RunConfig, model: nn.Module, one_slot: bool) -> None:
+    """Where gradients are not added up in one dense buffer, a sparse one would meet kernels that don't take it."""
+    if config.reduction != "fast" and not one_slot:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise ConfigError(
+                f"{_where(config)}: the gradient of {name!r} is sparse, which reduction=fast can't add up over workers "
+                "and most optimizers can't take; build the layer with sparse=False, or use reduction=exact with "
+                "slots=2 or more"
+            )
 
 
 def _check_repeats(config: RunConfig, model: nn.Module, inputs: Tensor, first: Tensor) -> None:
@@ -153,15 +222,18 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
     model.train()
     if not objective.by_class or targets.is_floating_point():
         return
-    # Classes stand last, or second where each place of an image has a class of its own.
-    by_place = output.dim() > 2 and output.shape[:-1] != targets.shape
-    classes = output.shape[1] if by_place else output.shape[-1]
+    classes = output.shape[objective.class_dimension(output, targets)]
     root = root_of(data)
     stored = root.labels
     if stored is not None:
         if root is not data and stored.dim() == 1:
             stored = stored[torch.from_numpy(indices_in_root(data, np.arange(len(data))))]
-        _labels_in_range(stored, classes, where, config)
+        _labels_in_range(objective, stored, classes, where)
+        if objective.num_labels(stored) == 0:
+            raise DataError(
+                f"{where}: all {stored.numel()} labels are ignored (ignore_index={objective.ignored}), so there is "
+                "nothing to compute a loss from; mend the labels, or set loss.ignore_index to another value"
+            )
         return
     # where a sample must be read, decoded or fetched, few are looked at; of shards, the first ones
     most = min(_ALL_LABELS, 65536 if root.in_memory else 256)
@@ -169,7 +241,7 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
     indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
     if data.layout is not None:
         indices = np.arange(wanted, dtype=np.int64)
-    _labels_in_range(read(config, data, indices, where)[1], classes, where, config, indices)
+    _labels_in_range(objective, read(config, data, indices, where)[1], classes, where, indices)
 
 
 def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:
@@ -217,10 +289,11 @@ def _forward(config: RunConfig, model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _loss(config: RunConfig, objective: Objective, output: Tensor, targets: Tensor, data: str) -> Tensor:
+    """The loss of a batch as its author built it, one number with its graph. Raises ConfigError or DataError."""
     where = f"loss._target_={config.loss['_target_']}"
     given = f"outputs {list(output.shape)}, {output.dtype} with targets {list(targets.shape)}, {targets.dtype}"
-    if objective.by_class and not targets.is_floating_point():
-        _labels_in_range(targets, output.shape[-1], data, config)
+    if objective.by_class:
+        _check_classes(objective, output, targets, f"{where}: can't compare {given}", data)
     # torch would broadcast these, and train on nonsense
     if isinstance(objective.loss, _ENTRY_BY_ENTRY) and output.numel() != targets.numel():
         raise ConfigError(
@@ -228,17 +301,40 @@ def _loss(config: RunConfig, objective: Objective, output: Tensor, targets: Tens
             "classes go with loss=cross_entropy, one value a sample with model.num_outputs=1"
         )
     try:
-        loss = objective(output, targets)
+        loss = objective.as_built(*objective.fitted(output, targets))
     except Exception as error:
         raise ConfigError(f"{where}: can't compare {given}: {in_one_line(error)}") from error
+    if isinstance(loss, tuple | list) and objective.reading in (Reading.SAMPLES, Reading.PAIR):
+        check_pair(loss, where)
+        loss = loss[0]
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(f"{where}: gives {shape}, Descent needs one number a batch")
     return loss
 
 
-def _labels_in_range(targets: Tensor, classes: int, where: str, config: RunConfig, indices: Any = None) -> None:
-    ignored = config.loss.get("ignore_index", -100)
+def _check_classes(objective: Objective, output: Tensor, targets: Tensor, where: str, data: str) -> None:
+    """Whether targets are class numbers within the outputs, or probabilities of them. Raises ConfigError or DataError."""
+    if targets.is_floating_point() and (output.shape != targets.shape or output.dim() < 2 or output.shape[1] == 1):
+        raise ConfigError(
+            f"{where}: class labels must be whole numbers (int64), one for each output row, and floating-point targets "
+            "one probability for each class; store the labels as integers, or, where the targets are values to "
+            "predict, use loss=mse"
+        )
+    if output.dim() < 2:
+        raise ConfigError(f"{where}: it needs one output for each class")
+    classes = output.shape[objective.class_dimension(output, targets)]
+    if classes == 1:
+        raise ConfigError(
+            f"{where}: with one output there is one class, and the loss is always 0; use loss=bce_with_logits for "
+            "yes or no, loss=mse for values, or set model.num_outputs to the number of classes"
+        )
+    if not targets.is_floating_point():
+        _labels_in_range(objective, targets, classes, data)
+
+
+def _labels_in_range(objective: Objective, targets: Tensor, classes: int, where: str, indices: Any = None) -> None:
+    ignored = objective.ignored
     if targets.dtype is torch.uint8:
         targets = targets.short()  # in uint8 a bound of 256 or an ignored -100 would wrap around
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignored)

@@ -10,7 +10,7 @@ from descent.config import RunConfig, build
 from descent.data.base import Data, root_of
 from descent.optim.ema import Ema
 from descent.storage import to_location
-from descent.training.objective import Objective
+from descent.training.objective import Objective, Reading
 from descent.training.plan import Plan, build_model, build_optimizer_for, build_schedule
 from descent.training.state import TrainState
 
@@ -24,10 +24,11 @@ def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Modul
     return model.to(device)
 
 
-def objective_on(config: RunConfig, device: torch.device) -> Objective:
-    """The config's loss, on the device."""
+def objective_on(config: RunConfig, plan: Plan, device: torch.device) -> Objective:
+    """The config's loss, on the device, read as the preflight has found out."""
     loss: Any = build(config.loss, config.trusted_modules, "loss")
-    return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss)
+    reading = None if plan.loss_reading is None else Reading(plan.loss_reading)
+    return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss, reading, plan.classes_last)
 
 
 def in_training(objective: Objective, data: Data) -> Objective:

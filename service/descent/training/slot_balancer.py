@@ -1,4 +1,4 @@
-"""Who computes which slots: evenly at first, then by measured speed. Pure functions and their little memory."""
+"""Which rank computes which slots: evenly at first, then by measured speed. Pure functions and a short memory."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from descent.messages import Notice
 
 Shares = tuple[tuple[int, int], ...]
-"""Per rank the half-open range of slots that it computes."""
+"""Per rank the half-open range of slots that the rank computes."""
 
 _WINDOW, _WINDOW_S = 5, 0.25
-"""At least so many steps and seconds between two looks at the speeds: each is a median over them."""
+"""At least so many steps, and so many seconds, between two decisions; a speed is a median over these steps."""
 _GAIN = 0.85
-"""Dealt anew where the slowest rank is expected to need at most this share of its time."""
+"""The slots are assigned anew where the slowest rank is expected to need at most this share of its time."""
 
 
 def assign_slots(slots: int, world_size: int) -> Shares:
@@ -24,19 +24,19 @@ def assign_slots(slots: int, world_size: int) -> Shares:
     return tuple((slots * r // world_size, slots * (r + 1) // world_size) for r in range(world_size))
 
 
-def deal_by_speed(slots: int, seconds: Sequence[float]) -> Shares:
+def assign_by_speed(slots: int, seconds: Sequence[float]) -> Shares:
     """Contiguous ranges, at least one slot each, that minimize the slowest rank's time.
 
-    seconds: per rank, for one slot. Slot by slot to whoever would be done first with it,
-    which is optimal for equal parts.
+    seconds: each rank's time for one slot. The slots go one by one to the rank that would be
+    done first with one more, which is optimal for equal slots.
 
-    >>> deal_by_speed(6, [1.0, 1.0, 2.0])
+    >>> assign_by_speed(6, [1.0, 1.0, 2.0])
     ((0, 2), (2, 5), (5, 6))
     """
     counts = [1] * len(seconds)
     for _ in range(slots - len(seconds)):
-        # Of two that would be done at the same time the later one: so that an even
-        # dealing comes out as `assign_slots` has it, with the larger shares behind.
+        # Of two ranks that would be done at the same time the later one: so ranks of equal
+        # speed get what `assign_slots` gives them, the larger shares at the end.
         done = [((n + 1) * s, -rank) for rank, (n, s) in enumerate(zip(counts, seconds, strict=True))]
         counts[-min(done)[1]] += 1
     ends = [sum(counts[: rank + 1]) for rank in range(len(counts))]
@@ -44,53 +44,55 @@ def deal_by_speed(slots: int, seconds: Sequence[float]) -> Shares:
 
 
 def slowest_time(shares: Shares, seconds: Sequence[float]) -> float:
-    """How long the slowest rank takes; `seconds` per rank for one slot."""
+    """The time of the slowest rank; `seconds` is each rank's time for one slot."""
     return max((hi - lo) * s for (lo, hi), s in zip(shares, seconds, strict=True))
 
 
 @dataclass
 class SlotBalancer:
-    """What all ranks of a generation know of each other's speed; all are told the same, so all decide the same."""
+    """Each rank's view of all ranks' speeds in one generation. All see the same numbers, so all decide the same."""
 
     shares: Shares
+    """Per rank its slots, as they are now."""
     slots: int
-    deal: bool
-    """Whether the slots may be dealt anew."""
+    may_move: bool
+    """Whether slots may be assigned anew (`straggler.deal`)."""
     factor: float
-    """A straggler's seconds per sample over the median."""
+    """A rank is slow when its seconds per sample are this many times the median."""
     after_s: float
-    """For how long it must have been that slow."""
+    """A rank that has been slow for so many seconds is a straggler."""
     ratio: float = 0.0
-    """The slowest rank's seconds per sample over the median; 0: not known yet."""
+    """The slowest rank's seconds per sample over the median; 0 until it is known."""
     straggler: int | None = None
-    """A rank that has been slow for long, once: at the step after which it became known."""
-    _seen: list[Sequence[float]] = field(default_factory=list)
+    """The rank that became a straggler with the step that was observed last; each rank is named once."""
+    _observed: list[Sequence[float]] = field(default_factory=list)
     _slow_since: dict[int, float] = field(default_factory=dict)
     _named: set[int] = field(default_factory=set)
     _since: float = 0.0
     _warm: bool = False
 
-    def learn(self, seconds: Sequence[float], now: float) -> Shares | None:
-        """Take note of the ranks' seconds per sample; the new shares where dealing anew pays.
+    def observe(self, seconds: Sequence[float], now: float) -> Shares | None:
+        """Take in a step's times; returns the new shares where assigning the slots anew pays, else None.
 
-        now: one clock for all ranks, in seconds.
+        seconds: each rank's seconds per sample, 0 where a rank has not measured yet. now: one clock for
+        all ranks, in seconds.
         """
         self.straggler = None
         if min(seconds) <= 0.0:
             return None
-        self._seen.append(seconds)
-        if len(self._seen) == 1:
+        self._observed.append(seconds)
+        if len(self._observed) == 1:
             self._since = now
-        if len(self._seen) < _WINDOW or now - self._since < _WINDOW_S:
+        if len(self._observed) < _WINDOW or now - self._since < _WINDOW_S:
             return None
-        # The median, so that a hiccup (a page fault, a collected generation) moves nothing.
-        speeds = [statistics.median(column) for column in zip(*self._seen, strict=True)]
-        self._seen = []
+        # The median, so that one slow step (a page fault, a garbage collection) moves nothing.
+        speeds = [statistics.median(column) for column in zip(*self._observed, strict=True)]
+        self._observed = []
         if not self._warm:  # a generation's first steps allocate and compile
             self._warm = True
             return None
         self._look_for_stragglers(speeds, now)
-        return self._dealt(speeds) if self.deal and self.slots > len(self.shares) else None
+        return self._moved(speeds) if self.may_move and self.slots > len(self.shares) else None
 
     def _look_for_stragglers(self, speeds: Sequence[float], now: float) -> None:
         # Of two ranks the faster one is the measure.
@@ -104,22 +106,22 @@ class SlotBalancer:
                     self._named.add(rank)
                     self.straggler = rank
 
-    def _dealt(self, speeds: Sequence[float]) -> Shares | None:
-        wanted = deal_by_speed(self.slots, speeds)
+    def _moved(self, speeds: Sequence[float]) -> Shares | None:
+        wanted = assign_by_speed(self.slots, speeds)
         if slowest_time(wanted, speeds) > _GAIN * slowest_time(self.shares, speeds):
             return None
         self.shares = wanted
         return wanted
 
 
-def dealt(step: int, generation: int, shares: Shares) -> Notice:
-    """What all ranks tell when the slots were dealt anew after `step`."""
+def rebalanced(step: int, generation: int, shares: Shares) -> Notice:
+    """The notice that the slots were assigned anew after `step`; every rank sends it."""
     counts = ", ".join(str(hi - lo) for lo, hi in shares)
     detail = f"slots per rank, by speed: {counts}"
     return Notice("slots dealt", step, generation, None, detail, {"shares": shares})
 
 
 def straggling(step: int, generation: int, rank: int, ratio: float) -> Notice:
-    """What all ranks tell of one that has been slow for long."""
+    """The notice that `rank` has been slow for long; every rank sends it."""
     detail = f"rank {rank} needs {ratio:.1f} times the usual time per sample"
     return Notice("straggler", step, generation, rank, detail, {"ratio": ratio})

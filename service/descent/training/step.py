@@ -1,14 +1,15 @@
-"""One optimizer step: slots and their micro-batches, the reduction, clipping, the update.
+"""One optimizer step: forward, totals, backward and reduction of each micro-batch, then clipping and the update.
 
-The step commits on all replicas or on none: everything that can fail happens before
-the update, and what decides about it (losses, votes) travels to every rank in one
-small vector beside the gradients.
+A step commits on all ranks or on none. Everything that can fail happens before the update, and the
+numbers that decide about the update (losses, votes) reach every rank in one small vector that travels
+beside the gradients.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,180 +19,205 @@ from descent.training.buffers import Buffers
 from descent.training.collectives import Group, PeerLost
 from descent.training.determinism import begin_stream
 from descent.training.input.sampling import stream_seed
-from descent.training.objective import Objective
+from descent.training.objective import LossSum, Objective
 from descent.training.reduction import Reducer
+from descent.training.sentinel import Sentinel
 from descent.training.step_totals import ReducedTotals, StepTotals
 from descent.training.stopwatch import Stopwatch
+
+SlotRange = tuple[int, tuple[int, int]]
+"""(slot, the half-open range of the global batch that the slot covers)."""
 
 
 class HalfUpdated(TrainingError):
     """The optimizer's update failed in the middle: this replica must receive the state anew."""
 
 
-Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
+class BatchSource(Protocol):
+    """Where the step takes its samples from; the trainer's `Feed`."""
+
+    def fetch(self, step: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Samples first … stop-1 of the step's global batch: inputs [n, …] and targets [n, …] on the device."""
+        ...
+
+
+class MicroBatch(NamedTuple):
+    """Samples that go through the model in one forward and one backward; all of them belong to one slot."""
+
+    slot: int
+    first: int
+    """The first sample's place in the step's global batch."""
+    stop: int
+    """The place after the last sample's."""
+    begins_slot: bool
+    ends_slot: bool
+    last: bool
+    """Whether this is the rank's last micro-batch of the step."""
+
+
+def micro_batches(slots: Sequence[SlotRange], micro_size: int) -> tuple[MicroBatch, ...]:
+    """The micro-batches of a rank that computes `slots`, each of at most `micro_size` samples, in order.
+
+    >>> [(m.first, m.stop, m.ends_slot, m.last) for m in micro_batches([(0, (0, 3)), (1, (3, 5))], 2)]
+    [(0, 2, False, False), (2, 3, True, False), (3, 5, True, True)]
+    """
+    pieces = [
+        (slot, first, min(first + micro_size, hi), first == lo, first + micro_size >= hi)
+        for slot, (lo, hi) in slots
+        for first in range(lo, hi, micro_size)
+    ]
+    return tuple(MicroBatch(*piece, last=index == len(pieces) - 1) for index, piece in enumerate(pieces))
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What does not change while the trainer is a member of one generation."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    feed: BatchSource
+    reducer: Reducer
+    group: Group
+    buffers: Buffers
+    sentinel: Sentinel
+    stopwatch: Stopwatch
+    autocast: Callable[[], AbstractContextManager[object]]
+    """The context in which the model's forward runs: mixed precision, or nothing."""
+    enter_phase: Callable[[str], None]
+    """Called as each phase begins: "forward", "reduce" (before the last backward), "update"."""
+    seed: int
+    num_slots: int
+    """Slots of the global batch, over all ranks."""
+    nominal_count: float
+    """What the gradient is divided by: the loss terms of a global batch in which no label is ignored."""
+    scale: Tensor
+    """1 / nominal_count, a 0-d tensor on the device: the gradient of each micro-batch's loss sum."""
+    uses_non_torch_rng: bool
+    """Whether the model or the loss draws from Python's or NumPy's generators too."""
+    clip_norm: float | None
+    clip_value: float | None
 
 
 class StepInput(NamedTuple):
-    """What one rank computes in one step."""
+    """What one rank brings to one step."""
 
     step: int
-    seed: int
-    slots: Sequence[tuple[int, tuple[int, int]]]
-    """(slot, its range within the global batch) for the slots of this rank."""
-    num_slots: int
-    micro_size: int
-    nominal: float
-    """What the gradient is divided by: the expected number of loss terms in the global batch."""
-    scale: Tensor
-    """1 / nominal, a 0-d tensor on the device: where the backward starts."""
+    micro_batches: Sequence[MicroBatch]
     votes: Sequence[int] = ()
-    own: Sequence[float] = ()
-    """What this rank has to say of itself; the first is the step."""
-
-    def micro_batches(self, lo: int, hi: int) -> list[tuple[int, int]]:
-        """A slot's ranges, in order."""
-        return [(start, min(start + self.micro_size, hi)) for start in range(lo, hi, self.micro_size)]
+    """Whole numbers that are added up over the ranks, such as votes for a pause."""
+    report: Sequence[float] = ()
+    """Numbers of this rank that every rank receives; the first is the step."""
 
 
 class StepResult(NamedTuple):
-    """The same on every rank, but for `suspects`."""
+    """The outcome of a step, the same on every rank but for `suspects`."""
 
     loss: float
     """Mean loss over the global batch."""
     gradient_norm: float
-    """Before clipping; inf or nan where a gradient isn't finite."""
+    """2-norm before clipping; inf or nan where a gradient isn't finite."""
     committed: bool
     """Whether the update took place: not where loss or gradient are not finite."""
     votes: tuple[int, ...]
+    """The sums of the ranks' votes."""
     slot_losses: tuple[float, ...]
-    by_rank: tuple[Sequence[float], ...] = ()
-    """`own` of each rank."""
+    """Loss sum of each slot."""
+    reports: tuple[Sequence[float], ...] = ()
+    """Each rank's report."""
     suspects: tuple[int, ...] = ()
-    """Ranks whose part of the gradient was seen here to be not finite."""
+    """Ranks whose part of the gradient arrived here with entries that are not finite."""
 
 
-def train_step(
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    reducer: Reducer,
-    group: Group,
-    buffers: Buffers,
-    fetch: Fetch,
-    given: StepInput,
-    *,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    uses_non_torch_rng: bool,
-    clip_norm: float | None,
-    clip_value: float | None,
-    watch: Stopwatch,
-    compare: Callable[[], None],
-    enter: Callable[[str], None] = lambda _: None,
-) -> StepResult:
-    """Compute this rank's slots, reduce with the others, and update unless something isn't finite.
+def train_step(context: StepContext, given: StepInput) -> StepResult:
+    """Compute this rank's slots, reduce with the other ranks, and update unless something isn't finite.
 
-    `compare` is called once the gradient is there, before the update, and may refuse it by
-    raising. `enter` is told the phases: forward, reduce (the side vector is sent, the last
-    backward begins), update.
-
-    Raises PeerLost when a collective can't be finished; the model is then still at the
-    last committed step. Raises HalfUpdated where it is not. Raises TrainingError for a
-    buffer that has begun to change.
+    Raises PeerLost when a collective can't be finished: the model is then still at the last committed
+    step. Raises Diverged when the replicas' hashes differ, before the update. Raises HalfUpdated when
+    the update itself fails. Raises TrainingError for a buffer that has begun to change.
     """
-    side = StepTotals(given.num_slots, buffers, group, given.votes, given.own)
-    buffers.begin()
-    reducer.begin()
+    buffers, reducer = context.buffers, context.reducer
+    totals = StepTotals(context.num_slots, buffers, context.group, given.votes, given.report)
+    buffers.begin_step()
+    reducer.begin_step()
     try:
-        enter("forward")
-        for index, (slot, (lo, hi)) in enumerate(given.slots):
-            last_slot = index == len(given.slots) - 1
-            begin_stream(stream_seed(given.seed, given.step, slot), group.device, uses_non_torch_rng)
-            if index:
-                buffers.restart()
-            for start, stop in given.micro_batches(lo, hi):
-                last = last_slot and stop == hi
-                inputs, targets = fetch(start, stop)
-
-                def loss(inputs: Tensor = inputs, targets: Tensor = targets, slot: int = slot) -> Tensor:
-                    with autocast():
-                        output = reducer.forward(inputs)
-                    value = objective(output, targets)
-                    side.add(slot, value, objective.count(targets))
-                    if not reducer.backward_is_local:
-                        watch.stop(len(targets))
-                    return value
-
-                def send(slot: int = slot) -> None:
-                    side.end_slot(slot)
-                    side.send()
-                    enter("reduce")
-
-                reducer.backward(loss, given.scale, last, send)
-                if not reducer.backward_is_local and not last:
-                    watch.start()
-            if not last_slot:
-                side.end_slot(slot)
-            reducer.end_slot(slot, last_slot)
-        buffers.check(given.step)
-        if reducer.backward_is_local:
-            watch.stop(sum(hi - lo for _, (lo, hi) in given.slots))
-        sums = side.receive()
-        if any(said[0] != given.step for said in sums.by_rank):
-            # Memory that fails between the reduction and the update can make a rank decide alone.
-            raise PeerLost(f"the ranks are at different steps: {[int(s[0]) for s in sums.by_rank]}")
-        reducer.finish()
-        compare()
-        enter("update")
+        context.enter_phase("forward")
+        for micro in given.micro_batches:
+            if micro.begins_slot:
+                seed = stream_seed(context.seed, given.step, micro.slot)
+                begin_stream(seed, context.group.device, context.uses_non_torch_rng)
+                buffers.begin_slot()
+            loss = _forward(context, given.step, micro)
+            totals.add(micro.slot, loss.total, loss.terms)
+            if micro.ends_slot:
+                totals.add_buffers(micro.slot)
+            if micro.last:
+                totals.start_sum()  # travels while the last backward runs
+                context.enter_phase("reduce")
+            reducer.backward(loss.total, context.scale, last=micro.last)
+            if micro.ends_slot:
+                reducer.end_slot(micro.slot)
+        buffers.check_constants(given.step)
+        context.stopwatch.stop(sum(m.stop - m.first for m in given.micro_batches))
+        reduced = totals.wait()
+        _check_same_step(reduced, given.step)
+        reducer.finish_step()
+        context.sentinel.compare(context.group)
+        context.enter_phase("update")
     except BaseException:
-        # The step will run again, in another generation: what the forward moved goes back.
+        # The step will run again, in another generation: the buffers that the forward changed go back.
         buffers.restart()
         raise
-    return _commit(parameters, optimizer, reducer, group, buffers, sums, given, clip_norm, clip_value)
+    return _commit(context, reduced)
 
 
-def _commit(
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    reducer: Reducer,
-    group: Group,
-    buffers: Buffers,
-    sums: ReducedTotals,
-    given: StepInput,
-    clip_norm: float | None,
-    clip_value: float | None,
-) -> StepResult:
-    """The step's last act: everyone holds the same sums, so everyone decides the same. Raises PeerLost."""
-    count = sum(sums.counts) or 1.0  # nothing to learn from: all labels ignored
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if count != given.nominal:
-        torch._foreach_mul_(gradients, given.nominal / count)
+def _forward(context: StepContext, step: int, micro: MicroBatch) -> LossSum:
+    """The loss sum of a micro-batch, and how many loss terms are in the sum."""
+    # A function of its own, so that inputs and outputs are let go of before the next forward.
+    inputs, targets = context.feed.fetch(step, micro.first, micro.stop)
+    with context.autocast():
+        output = context.reducer.forward(inputs, last=micro.last)
+    return context.objective(output, targets)
+
+
+def _check_same_step(reduced: ReducedTotals, step: int) -> None:
+    """Raise PeerLost where a rank is at another step: memory that fails before an update can make a rank decide alone."""
+    steps = [int(report[0]) for report in reduced.reports]
+    if any(other != step for other in steps):
+        raise PeerLost(f"the ranks are at different steps: {steps}")
+
+
+def _commit(context: StepContext, reduced: ReducedTotals) -> StepResult:
+    """The step's last act: every rank holds the same sums, so every rank decides the same. Raises PeerLost, HalfUpdated."""
+    count = sum(reduced.counts) or 1.0  # nothing to learn from: all labels ignored
+    gradients = [p.grad for p in context.parameters if p.grad is not None]
+    if count != context.nominal_count:
+        torch._foreach_mul_(gradients, context.nominal_count / count)
     norm = gradient_norm(gradients)
     try:
-        group.synchronize()
+        context.group.synchronize()
     except PeerLost:
-        buffers.restart()
+        context.buffers.restart()
         raise
-    loss = sum(sums.losses) / count
-    committed = norm < float("inf") and loss - loss == 0.0
+    loss = sum(reduced.losses) / count
+    committed = math.isfinite(norm) and math.isfinite(loss)
     suspects: tuple[int, ...] = ()
     if committed:
-        if clip_norm is not None and norm > clip_norm:
-            torch._foreach_mul_(gradients, clip_norm / (norm + 1e-6))
-        if clip_value is not None:
-            torch._foreach_clamp_min_(gradients, -clip_value)
-            torch._foreach_clamp_max_(gradients, clip_value)
-        _update(optimizer)
-        if buffers.size:
-            buffers.unpack(sums.rows)
+        if context.clip_norm is not None and norm > context.clip_norm:
+            torch._foreach_mul_(gradients, context.clip_norm / (norm + 1e-6))
+        if context.clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -context.clip_value)
+            torch._foreach_clamp_max_(gradients, context.clip_value)
+        _update(context.optimizer)
+        context.buffers.combine(reduced.buffer_rows)
     else:
-        buffers.restart()
-        suspects = reducer.nonfinite_ranks()
-    return StepResult(loss, norm, committed, sums.votes, tuple(sums.losses), tuple(sums.by_rank), suspects)
+        context.buffers.restart()
+        suspects = context.reducer.nonfinite_ranks()
+    return StepResult(loss, norm, committed, reduced.votes, tuple(reduced.losses), tuple(reduced.reports), suspects)
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:
-    """The update itself. Unlike a step that fails before, it can't simply run again."""
+    """Let the optimizer update the parameters. Unlike a step that fails before, an update can't simply run again."""
     try:
         optimizer.step()
     except Exception as error:
@@ -207,17 +233,20 @@ def gradient_norm(gradients: list[Tensor]) -> float:
         return 0.0
     norms = torch._foreach_norm(gradients)
     if gradients[0].device.type == "cpu":  # reading a few numbers costs less than two more kernels
-        return math.sqrt(sum(n.item() ** 2 for n in norms))
+        return math.sqrt(sum(value * value for value in (n.item() for n in norms)))
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def layer_norms(layers: Sequence[tuple[str, nn.Parameter]]) -> dict[str, float]:
-    """Gradient 2-norm per layer, of parameters with their layers' names, in their order."""
-    there = [(name, p.grad) for name, p in layers if p.grad is not None]
-    if not there:
+    """Gradient 2-norm of each layer.
+
+    layers: (layer, parameter) for each parameter, in the order in which the layers are to be listed.
+    """
+    present = [(name, p.grad) for name, p in layers if p.grad is not None]
+    if not present:
         return {}
-    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in there])).tolist()
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in present])).tolist()
     squares: dict[str, float] = {}
-    for (name, _), norm in zip(there, norms, strict=True):
+    for (name, _), norm in zip(present, norms, strict=True):
         squares[name] = squares.get(name, 0.0) + norm * norm
     return {name: total**0.5 for name, total in squares.items()}

@@ -1,16 +1,15 @@
-"""The loop of one replica: receive or restore the state, step, evaluate, checkpoint, leave when told.
+"""One replica's training: join a generation, restore the state, step, evaluate, checkpoint, leave.
 
-The trainer runs on a worker's training thread. Its `Control` is the only thing that
-another thread touches: the worker's main thread sets wishes and reads progress there.
+The trainer runs on a worker's training thread. Its `Control` is the only object that another thread
+touches: the worker's main thread sets wishes and reads progress there.
 """
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,28 +28,31 @@ from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metrics import StepMetrics
 from descent.training.plan import Plan, build_data
-from descent.training.reduction import Reducer, reducer_for
+from descent.training.reduction import UnusedParameters, reducer_for
 from descent.training.replica import first_model, first_state, in_training, objective_on
 from descent.training.sentinel import Diverged, Sentinel
-from descent.training.slot_balancer import SlotBalancer
-from descent.training.step import StepInput, StepResult, train_step
+from descent.training.slot_balancer import Shares, SlotBalancer
+from descent.training.step import MicroBatch, SlotRange, StepContext, StepInput, StepResult, micro_batches, train_step
 from descent.training.stopwatch import Stopwatch
 
 __all__ = ["Control", "OutOfMemory", "TooManyBadSteps", "Trainer"]
 
 
 @dataclass
-class _Generation:
-    """What holds while the trainer is a member of one generation."""
+class Generation:
+    """What the trainer works with while it is a member of one generation."""
 
     membership: Membership
-    group: Group
-    reducer: Reducer
-    dealer: SlotBalancer
-    watch: Stopwatch
+    context: StepContext
+    balancer: SlotBalancer
+    slots: list[SlotRange]
+    """The slots of this rank; the balancer may change them between two steps."""
+    micro_batches: tuple[MicroBatch, ...]
+    """The slots cut into micro-batches."""
 
-    mine: list[tuple[int, tuple[int, int]]]
-    """(slot, its range within the global batch) for the slots of this rank."""
+    @property
+    def group(self) -> Group:
+        return self.context.group
 
 
 class Trainer:
@@ -64,9 +66,9 @@ class Trainer:
         self.config, self.plan, self.device, self.control = config, plan, device, control
         train, held_out = build_data(config)
         model = first_model(config, train, device)
-        self.objective = objective_on(config, device)
+        self.objective = objective_on(config, plan, device)
         self.state = first_state(config, plan, model, device)
-        self._forward: Any = compiled(model, exact) if config.compile else model
+        self._forward = compiled(model, exact) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
@@ -76,26 +78,39 @@ class Trainer:
         self.buffers = Buffers(model, plan.changing_buffers)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
         self.make_slot_balancer: Callable[..., SlotBalancer] = SlotBalancer
+        self._find_unused = plan.unused_parameters
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
-        self._in_training = in_training(self.objective, train)
+        self._objective_in_training = in_training(self.objective, train)
         self._scale = torch.tensor(1.0 / plan.nominal, device=device)
 
-    # -- one generation ---------------------------------------------------------------
+    # -- one generation: join, restore, loop, leave -------------------------------------
 
     def run(self, membership: Membership) -> str:
         """Take steps as a member of one generation until it ends.
 
-        Returns "finished" after the last step, "paused" when the members voted so or were
-        only to save, "diverged" when the sentinel found replicas that differ (the ranks
-        are then in `control.diverged`, and the step was not committed). Raises PeerLost when
-        a member is gone: the state is then that of the last committed step; and NotRestored
-        when the checkpoint that the generation was to begin with could not be read.
+        Returns "finished" after the last step, "paused" when the members voted so or were only to
+        save, "diverged" when the sentinel found replicas that differ (the ranks are then in
+        `control.diverged`, and the step was not committed). Raises PeerLost when a member is gone:
+        the state is then that of the last committed step; and NotRestored when the checkpoint
+        that the generation was to begin with could not be read.
         """
         self.control.diverged = ()
         self.checkpoints.wait_for_copy()
         share = self._read_share(membership)
+        with self._joined(membership) as group:
+            self._restore(group, membership, share)
+            if membership.save_only:
+                if membership.save_to is not None:
+                    self.checkpoints.move_to(to_location(membership.save_to))
+                self.checkpoints.write_share(group, membership.generation, wait=True)
+                return "paused"
+            return self._loop(group, membership)
+
+    @contextlib.contextmanager
+    def _joined(self, membership: Membership) -> Iterator[Group]:
+        """The group of this generation; left at the end of the block, and given up for all members by an exception."""
         self.control.enter("join")
         collectives.leave()
         group = collectives.join(
@@ -111,33 +126,61 @@ class Trainer:
         self.control.target.group = group
         self.control.target.generation = membership.generation
         try:
-            if share is not None:
-                self.control.enter("receive")
-                restoring.exchange(group, share, self.state, self.device)
-                self._tell_progress()
-            elif membership.behind:
-                self.control.enter("receive")
-                self.state.receive(group, self.device)
-                self._tell_progress()
-            if membership.save_only:
-                if membership.save_to is not None:
-                    self.checkpoints.move_to(to_location(membership.save_to))
-                self.checkpoints.write_share(group, membership.generation, wait=True)
-                return "paused"
-            return self._loop(group, membership)
-        except BaseException:
+            yield group
+        except BaseException as error:
+            self._find_unused |= isinstance(error, UnusedParameters)
             group.abandon()  # others may be waiting for this rank's numbers
             raise
         finally:
             self.feed.forget()
             group.close()
 
+    def _read_share(self, membership: Membership) -> restoring.Share | None:
+        """This rank's part of the checkpoint that the generation begins with, if it begins with one."""
+        if membership.restore_from is None:
+            return None
+        self.control.enter("restore")
+        share = restoring.read_share(membership.restore_from, membership.rank, membership.world_size)
+        if share.error:
+            self._notify(Notice("restore failed", self.state.step, membership.generation, membership.rank, share.error))
+        return share
+
+    def _restore(self, group: Group, membership: Membership, share: restoring.Share | None) -> None:
+        """The state that the generation begins with: a checkpoint's, or rank 0's where a member is behind."""
+        if share is None and not membership.behind:
+            return
+        self.control.enter("receive")
+        if share is not None:
+            restoring.exchange(group, share, self.state, self.device)
+        else:
+            self.state.receive(group, self.device)
+        self.control.step, self.control.evaluated = self.state.step, self.state.evaluated
+
     def _loop(self, group: Group, membership: Membership) -> str:
+        with self._generation(group, membership) as generation:
+            self._evaluate_if_due(group)
+            while self.state.step < self.plan.total_steps:
+                try:
+                    votes = self._step(generation).votes
+                except Diverged as diverged:
+                    self.control.diverged = diverged.ranks
+                    self._notify(sentinel.notice(self.state.step + 1, membership, diverged.ranks))
+                    return "diverged"
+                self._evaluate_if_due(group)
+                if self.state.step == self.plan.total_steps:
+                    break
+                if votes[PAUSE] or votes[SAVE] or self.checkpoints.is_due():
+                    self.checkpoints.write_share(group, membership.generation, wait=bool(votes[PAUSE]))
+                if votes[PAUSE]:
+                    return "paused"
+            self.checkpoints.write_share(group, membership.generation, wait=True)
+        return "finished"
+
+    @contextlib.contextmanager
+    def _generation(self, group: Group, membership: Membership) -> Iterator[Generation]:
+        """What the steps of this generation need; the reducer's hooks are gone at the end of the block."""
         self.state.model.train()
-        straggler = self.config.straggler
-        dealer = self.make_slot_balancer(
-            membership.slots, self.plan.slots, straggler.deal, straggler.factor, straggler.after_s
-        )
+        stopwatch = Stopwatch(self.device, group.world_size > 1)
         with reducer_for(
             self._forward,
             group,
@@ -145,98 +188,86 @@ class Trainer:
             compress=self.config.compress,
             shares=membership.slots,
             slots=self.plan.slots,
-            find_unused=self.plan.unused_parameters,
+            find_unused=self._find_unused,
+            stopwatch=stopwatch,
         ) as reducer:
-            watch = Stopwatch(self.device, group.world_size > 1)
-            mine = self._slots(membership.slots[group.rank])
-            now = _Generation(membership, group, reducer, dealer, watch, mine)
-            self._evaluate_if_due(group)
-            while self.state.step < self.plan.total_steps:
-                try:
-                    votes = self._step(now).votes
-                except Diverged as diverged:
-                    self.control.diverged = diverged.ranks
-                    self._notice(sentinel.notice(self.state.step + 1, membership, diverged.ranks))
-                    return "diverged"
-                self._evaluate_if_due(group)
-                if self.state.step == self.plan.total_steps:
-                    break
-                due = votes[SAVE] or self.checkpoints.is_due()
-                if votes[PAUSE] or due:
-                    self.checkpoints.write_share(group, membership.generation, wait=bool(votes[PAUSE]))
-                if votes[PAUSE]:
-                    return "paused"
-            self.checkpoints.write_share(group, membership.generation, wait=True)
-        return "finished"
+            context = StepContext(
+                parameters=self._parameters,
+                optimizer=self.state.optimizer,
+                objective=self._objective_in_training,
+                feed=self.feed,
+                reducer=reducer,
+                group=group,
+                buffers=self.buffers,
+                sentinel=self.sentinel,
+                stopwatch=stopwatch,
+                autocast=self._autocast,
+                enter_phase=self.control.enter,
+                seed=self.config.seed,
+                num_slots=self.plan.slots,
+                nominal_count=self.plan.nominal,
+                scale=self._scale,
+                uses_non_torch_rng=self.plan.uses_non_torch_rng,
+                clip_norm=self.config.clip.norm,
+                clip_value=self.config.clip.value,
+            )
+            straggler = self.config.straggler
+            balancer = self.make_slot_balancer(
+                membership.slots, self.plan.slots, straggler.deal, straggler.factor, straggler.after_s
+            )
+            generation = Generation(membership, context, balancer, [], ())
+            self._take_slots(generation, membership.slots)
+            yield generation
 
-    def _slots(self, share: tuple[int, int]) -> list[tuple[int, tuple[int, int]]]:
-        return [(slot, self.bounds[slot]) for slot in range(*share)]
+    def _take_slots(self, generation: Generation, shares: Shares) -> None:
+        """From the next step on this rank computes its share of `shares`."""
+        own = shares[generation.group.rank]
+        generation.slots = [(slot, self.bounds[slot]) for slot in range(*own)]
+        generation.micro_batches = micro_batches(generation.slots, generation.membership.micro_size)
 
-    def _step(self, now: _Generation) -> StepResult:
+    # -- one step -----------------------------------------------------------------------
+
+    def _step(self, generation: Generation) -> StepResult:
+        """Take one step, twice where the first try isn't finite, and record the outcome."""
         step, begun = self.state.step + 1, time.perf_counter()
-        seconds_per_sample = now.watch.begin()
+        seconds_per_sample = generation.context.stopwatch.begin_step()
         self.control.enter("step")
         learning_rate = self._set_learning_rate(step - 1)
         votes = (int(self.control.pause), int(self.control.save), self.feed.replaced())
         self.control.save = False
-        given = StepInput(
-            step,
-            self.config.seed,
-            now.mine,
-            self.plan.slots,
-            now.membership.micro_size,
-            self.plan.nominal,
-            self._scale,
-            votes,
-            (step, seconds_per_sample, time.monotonic()),
-        )
-        self.sentinel.begin(step, now.group.world_size)
+        report = (step, seconds_per_sample, time.monotonic())
+        given = StepInput(step, generation.micro_batches, votes, report)
+        self.sentinel.begin(step, generation.group.world_size)
         notice = None
         try:
-            result = self._attempt(now, given)
+            result = self._attempt(generation, given)
             if not result.committed:
-                result, notice = self._again(now, given, result)
+                result, notice = self._repeat(generation, given, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise OutOfMemory(str(error)) from error
             refuse_undeterministic(error)
             raise
         if notice is not None:
-            self._notice(notice)
+            self._notify(notice)
         if result.committed:
             self.control.useful_s += time.perf_counter() - begun
         metrics = self.metrics.of(step, result, learning_rate)
-        if now.group.world_size > 1:
-            self._share_load(now, step, result, metrics)
+        if generation.group.world_size > 1:
+            self._balance(generation, step, result, metrics)
         self._record(step, metrics, result, notice)
         return result
 
-    def _attempt(self, now: _Generation, given: StepInput) -> StepResult:
-        self.feed.prepare(given.step, given.slots, given.micro_size)
-        return train_step(
-            self._parameters,
-            self.state.optimizer,
-            self._in_training,
-            now.reducer,
-            now.group,
-            self.buffers,
-            lambda first, stop: self.feed.fetch(given.step, first, stop),
-            given,
-            autocast=self._autocast,
-            uses_non_torch_rng=self.plan.uses_non_torch_rng,
-            clip_norm=self.config.clip.norm,
-            clip_value=self.config.clip.value,
-            watch=now.watch,
-            compare=lambda: self.sentinel.compare(now.group),
-            enter=self.control.enter,
-        )
+    def _attempt(self, generation: Generation, given: StepInput) -> StepResult:
+        self.feed.prepare(given.step, generation.slots, generation.membership.micro_size)
+        return train_step(generation.context, given)
 
-    def _again(self, now: _Generation, given: StepInput, first: StepResult) -> tuple[StepResult, Notice]:
-        """The same step once more: the same numbers come out unless hardware failed the first time."""
+    def _repeat(self, generation: Generation, given: StepInput, first: StepResult) -> tuple[StepResult, Notice]:
+        """Take the same step once more: the same numbers come out unless hardware failed the first time."""
         # Before the second try: once that is committed nothing may fail until it is counted.
-        told = nonfinite.exchange(now.group, first.suspects, [])
-        now.watch.begin()
-        second = self._attempt(now, given)
+        answers = nonfinite.exchange(generation.group, first.suspects, [])
+        generation.context.stopwatch.begin_step()
+        second = self._attempt(generation, given)
         if not second.committed:
             self.control.enter("inspect")
             inspector = nonfinite.Inspector(
@@ -244,39 +275,38 @@ class Trainer:
                 self.objective,
                 self.buffers,
                 self._autocast,
+                self.config.seed,
+                self._scale,
                 self.plan.uses_non_torch_rng,
             )
             samples = self.order.samples_of(given.step)
             fetch = lambda first, stop: self.feed.take(samples[first:stop])  # noqa: E731
-            found = inspector.look(given, fetch, self.feed.numbers(samples))
-            told = nonfinite.exchange(now.group, (), found)
+            findings = inspector.inspect(given, fetch, self.feed.numbers(samples))
+            answers = nonfinite.exchange(generation.group, (), findings)
         votes = tuple(a | b for a, b in zip(first.votes, second.votes, strict=True))
         notice = nonfinite.notice(
-            given.step, now.membership.generation, now.dealer.shares, first, second.committed, told
+            given.step, generation.membership.generation, generation.balancer.shares, first, second.committed, answers
         )
         return second._replace(votes=votes), notice
 
-    def _share_load(self, now: _Generation, step: int, result: StepResult, metrics: dict[str, float]) -> None:
-        """Deal the slots anew where the ranks' speeds ask for it; all ranks know and do the same."""
-        dealer, generation = now.dealer, now.membership.generation
-        seconds = [said[1] for said in result.by_rank]
-        shares = dealer.learn(seconds, now=result.by_rank[0][2])
+    def _balance(self, generation: Generation, step: int, result: StepResult, metrics: dict[str, float]) -> None:
+        """Assign the slots anew where the ranks' speeds ask for it; all ranks know and do the same."""
+        balancer, number = generation.balancer, generation.membership.generation
+        seconds = [report[1] for report in result.reports]
+        shares = balancer.observe(seconds, now=result.reports[0][2])
         if shares is not None:
-            now.reducer.deal(shares)
-            now.mine = self._slots(shares[now.group.rank])
+            generation.context.reducer.assign_slots(shares)
+            self._take_slots(generation, shares)
             self.feed.forget()
-            self._notice(slot_balancer.dealt(step, generation, shares))
-        if dealer.straggler is not None:
-            self._notice(slot_balancer.straggling(step, generation, dealer.straggler, dealer.ratio))
-        if dealer.ratio and step % self.config.diagnostics.every == 0:
-            metrics["cluster/slowest_rank_ratio"] = dealer.ratio
+            self._notify(slot_balancer.rebalanced(step, number, shares))
+        if balancer.straggler is not None:
+            self._notify(slot_balancer.straggling(step, number, balancer.straggler, balancer.ratio))
+        if balancer.ratio and step % self.config.diagnostics.every == 0:
+            metrics["cluster/slowest_rank_ratio"] = balancer.ratio
 
-    def _notice(self, notice: Notice) -> None:
-        self.control.notices.append(notice)
-        self.control.notify()
-
-    def _set_learning_rate(self, step: int) -> float:
-        multiplier = self.state.schedule(step)
+    def _set_learning_rate(self, updates: int) -> float:
+        """Set every group's learning rate for the update after `updates` others; returns the first group's."""
+        multiplier = self.state.schedule(updates)
         if multiplier != self._multiplier:
             for group in self.state.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
@@ -284,6 +314,7 @@ class Trainer:
         return float(self.state.optimizer.param_groups[0]["lr"])
 
     def _record(self, step: int, metrics: dict[str, float], result: StepResult, notice: Notice | None) -> None:
+        """Count the step, committed or skipped. Raises TooManyBadSteps after too many skipped ones in a row."""
         if result.committed:
             self.state.bad_steps = 0
             if self.state.ema is not None:
@@ -300,12 +331,16 @@ class Trainer:
         if step % self.config.tracking.every == 0 or step == self.plan.total_steps or len(metrics) > 3:
             self.control.records.append(StepRecord(step, metrics, int(time.time() * 1000)))
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[object]:
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    # -- evaluation -------------------------------------------------------------------
+    def _notify(self, notice: Notice) -> None:
+        self.control.notices.append(notice)
+        self.control.notify()
+
+    # -- evaluation and checkpoints -----------------------------------------------------
 
     def _evaluate_if_due(self, group: Group) -> None:
         if not self.evaluator.is_due():
@@ -316,21 +351,6 @@ class Trainer:
         self.control.evaluated = self.state.evaluated
         self.control.records.append(EvaluationRecord(self.state.step, metrics, int(time.time() * 1000)))
         self.control.notify()
-
-    # -- checkpoints ------------------------------------------------------------------
-
-    def _read_share(self, membership: Membership) -> restoring.Share | None:
-        """This rank's part of the checkpoint that the generation begins with, if it does with one."""
-        if membership.restore_from is None:
-            return None
-        self.control.enter("restore")
-        share = restoring.read_share(membership.restore_from, membership.rank, membership.world_size)
-        if share.error:
-            self._notice(Notice("restore failed", self.state.step, membership.generation, membership.rank, share.error))
-        return share
-
-    def _tell_progress(self) -> None:
-        self.control.step, self.control.evaluated = self.state.step, self.state.evaluated
 
     def finish_saving(self) -> None:
         """Wait until the background write is on disk."""

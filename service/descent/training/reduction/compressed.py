@@ -5,16 +5,16 @@ a group is abandoned. Instead the buckets of `FlatBuckets` are sent compressed a
 backward fills them, and unpacked when all have arrived.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from descent.optim.memory_layout import is_dense
-from descent.training.collectives import Group
-from descent.training.reduction.buckets import FlatBuckets
+from descent.training.collectives import Group, Work
+from descent.training.reduction.buckets import FlatBuckets, Place
 
 RANK = 4
 """Of the matrices that PowerSGD sends; its paper takes 2 for a ResNet and 4 for a language model."""
@@ -25,47 +25,66 @@ _WORTH = 2.0
 class _Codec(Protocol):
     """How the buckets of one generation travel."""
 
-    def send(self, bucket: int) -> None: ...
-    def finish(self) -> None: ...
-    def nonfinite_ranks(self) -> tuple[int, ...]: ...
+    def send(self, bucket: int) -> None:
+        """Start the first collective of a bucket, which holds this rank's gradients."""
+        ...
+
+    def finish_step(self) -> None:
+        """Put the sums over the ranks into the buckets."""
+        ...
+
+    def forget_sent(self, unused: Sequence[Place]) -> None:
+        """These parameters were used by no rank: what was sent for them is not applied."""
+        ...
+
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        """As in `Reducer`; memory of earlier steps is put right for a step that was not committed."""
+        ...
 
 
 class Compressed:
-    """Gradients add up over a rank's slots; during the step's last backward each whole bucket is sent off."""
+    """DDP's mathematics with fewer bytes on the wire. See `Reducer` for the methods.
 
-    backward_is_local = True
+    Gradients add up over a rank's slots; during the step's last backward each whole bucket is sent off.
+    """
 
     def __init__(self, model: nn.Module, group: Group, kind: str) -> None:
-        self.forward = model
+        """kind: "bf16" or "powersgd"."""
+        self._model, self._group = model, group
         self._buckets = FlatBuckets(model, group.world_size, lambda bucket: codec.send(bucket))
         codec: _Codec = (_Bf16 if kind == "bf16" else _PowerSGD)(group, self._buckets)
         self._codec = codec
 
-    def begin(self) -> None:
-        self._buckets.begin()
+    def begin_step(self) -> None:
+        self._buckets.begin_step()
 
-    def backward(self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]) -> None:
-        value = loss()
+    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:  # noqa: ARG002
+        output: Tensor = self._model(inputs)
+        return output
+
+    def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:
         if last:
-            before()
             self._buckets.start()
-        value.backward(scale.to(value.dtype))
+        loss.backward(scale.to(loss.dtype))
 
-    def end_slot(self, slot: int, last: bool) -> None:
+    def end_slot(self, slot: int) -> None:
         pass
 
-    def finish(self) -> None:
+    def finish_step(self) -> None:
         self._buckets.flush()
-        self._codec.finish()
+        self._codec.finish_step()
+        unused = self._buckets.take_from_unused(self._group.world_size)
+        if unused:
+            self._codec.forget_sent(unused)
 
     def nonfinite_ranks(self) -> tuple[int, ...]:
         return self._codec.nonfinite_ranks()
 
-    def deal(self, shares: Sequence[tuple[int, int]]) -> None:
+    def assign_slots(self, shares: Sequence[tuple[int, int]]) -> None:
         pass
 
     def close(self) -> None:
-        """Leave the parameters as they were."""
+        """Take the hooks off the parameters."""
         self._buckets.close()
 
 
@@ -77,7 +96,7 @@ class _Bf16:
 
     def __init__(self, group: Group, buckets: FlatBuckets) -> None:
         self._group, self._buckets = group, buckets
-        self._arriving: list[tuple[Any, Tensor, Tensor]] = []
+        self._arriving: list[tuple[Work, Tensor, Tensor]] = []
 
     def send(self, bucket: int) -> None:
         lo, hi = self._buckets.bounds[bucket]
@@ -90,7 +109,7 @@ class _Bf16:
         work = self._group.exchange_async(_bytes(received), _bytes(send), sizes, sizes)
         self._arriving.append((work, received, send))
 
-    def finish(self) -> None:
+    def finish_step(self) -> None:
         gathers = []
         for (lo, hi), (work, received, _) in zip(self._buckets.bounds, self._arriving, strict=True):
             self._group.wait(work)
@@ -101,6 +120,9 @@ class _Bf16:
         for (lo, hi), (work, whole, _) in zip(self._buckets.bounds, gathers, strict=True):
             self._group.wait(work)
             self._buckets.flat[lo:hi].copy_(whole)
+
+    def forget_sent(self, unused: Sequence[Place]) -> None:
+        pass  # no memory of what was sent
 
     def nonfinite_ranks(self) -> tuple[int, ...]:
         world = self._group.world_size
@@ -115,7 +137,6 @@ class _Bf16:
 class _Matrix:
     """A parameter's gradient as a matrix, and what is sent in its place."""
 
-    bucket: int
     gradient: Tensor
     """[n, m], a view on the flat buffer; later the sum over the ranks."""
     error: Tensor
@@ -145,21 +166,22 @@ class _PowerSGD:
         self._matrices: list[list[_Matrix]] = [[] for _ in buckets.bounds]
         self._whole: list[list[Tensor]] = [[] for _ in buckets.bounds]
         generator = torch.Generator().manual_seed(0)
-        for parameter, offset, bucket in buckets.places:
-            block = buckets.flat[offset : offset + parameter.numel()]
-            gradient = as_matrix(parameter, block)
+        self._by_name: dict[str, _Matrix] = {}
+        for (lo, hi), whole in zip(buckets.marks, self._whole, strict=True):
+            whole.append(buckets.flat[lo:hi])
+        for place in buckets.places:
+            block, bucket = place.block, place.bucket
+            gradient = as_matrix(place.parameter, block)
             rows, columns = gradient.shape
             rank = min(RANK, rows, columns)
-            if rows == 1 or rank * (rows + columns) * _WORTH > parameter.numel():
+            if rows == 1 or rank * (rows + columns) * _WORTH > block.numel():
                 self._whole[bucket].append(block)
                 continue
             q = torch.randn(columns, rank, generator=generator).to(block)
-            self._matrices[bucket].append(
-                _Matrix(
-                    bucket, gradient, torch.zeros_like(gradient), q, block.new_empty(rows, rank), torch.empty_like(q)
-                )
-            )
-        self._arriving: list[tuple[Any, Tensor]] = []
+            matrix = _Matrix(gradient, torch.zeros_like(gradient), q, block.new_empty(rows, rank), torch.empty_like(q))
+            self._matrices[bucket].append(matrix)
+            self._by_name[place.name] = matrix
+        self._arriving: list[tuple[Work | None, Tensor]] = []
 
     def send(self, bucket: int) -> None:
         """First round: what travels whole, and M_r Q."""
@@ -171,7 +193,7 @@ class _PowerSGD:
         message = _packed([*self._whole[bucket], *(m.p for m in self._matrices[bucket])])
         self._arriving.append((self._group.sum_async(message), message))
 
-    def finish(self) -> None:
+    def finish_step(self) -> None:
         """Second round: M_rᵀ P; then everything is unpacked."""
         second = []
         for bucket, (work, message) in enumerate(self._arriving):
@@ -189,6 +211,12 @@ class _PowerSGD:
             for m in matrices:
                 torch.addmm(m.gradient, m.p, m.own.T, alpha=-1.0, out=m.error)
                 torch.mm(m.p, m.q.T, out=m.gradient)
+
+    def forget_sent(self, unused: Sequence[Place]) -> None:
+        for place in unused:
+            if place.name in self._by_name:
+                m = self._by_name[place.name]
+                m.error.addmm_(m.p, m.own.T)  # this rank's part of what was sent is still to be sent
 
     def nonfinite_ranks(self) -> tuple[int, ...]:
         generator = torch.Generator().manual_seed(0)

@@ -1,64 +1,66 @@
-"""Reduction along one fixed tree: equal bits for any number of ranks, however the slots are dealt."""
+"""Reduction along one fixed tree: equal bits for any number of ranks, whichever rank computes which slots."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from descent.training.collectives import Group
+from descent.training.collectives import Group, Work
 from descent.training.reduction.buckets import FlatBuckets
 from descent.training.reduction.tree import Node, combine, tree_nodes
 
 
 class Exact:
-    """The fixed tree over slot numbers, bucket by bucket while the backward still runs.
+    """The fixed tree over slot numbers, bucket by bucket while the backward still runs. See `Reducer` for the methods.
 
-    During a step's last backward each bucket is sent off as soon as it is whole: rank r
-    receives everyone's partial sums of the bucket's r-th piece, finishes the tree there,
-    and the pieces are gathered.
+    A rank adds its own slots' gradients up as far as the tree lets it: to the sums of the fewest nodes
+    that cover its slots. During the step's last backward each bucket is sent off as soon as it is whole:
+    rank r receives all ranks' sums of the bucket's r-th piece, finishes the tree there, and the
+    pieces are gathered.
     """
 
-    backward_is_local = True
-
     def __init__(self, model: nn.Module, group: Group, shares: Sequence[tuple[int, int]], slots: int) -> None:
-        self.forward = model
+        self._model = model
         self._group = group
         self._slots = slots
         self._buckets = FlatBuckets(model, group.world_size, self._send)
         self._flat = self._buckets.flat
         self._stack: dict[Node, Tensor] = {}
+        """Sums of nodes that are done, or that wait for their sibling."""
         self._spare: list[Tensor] = []
-        self._works: list[tuple[Any, Tensor] | None] = []
-        self.deal(shares)
+        """Buffers of earlier sums, to be used again."""
+        self._works: list[tuple[Work | None, Tensor] | None] = []
+        """Per bucket the collective under way and what it brings."""
+        self.assign_slots(shares)
 
-    def deal(self, shares: Sequence[tuple[int, int]]) -> None:
-        """From the next step on the ranks hold these slots."""
+    def assign_slots(self, shares: Sequence[tuple[int, int]]) -> None:
         self._nodes = [tree_nodes(lo, hi, self._slots) for lo, hi in shares]
         self._mine = self._nodes[self._group.rank]
         self._last_node = self._mine[-1]
+        self._last_slot = shares[self._group.rank][1] - 1
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         self._release()
         self._works = [None] * len(self._buckets.bounds)
-        self._buckets.begin()
+        self._buckets.begin_step()
 
-    def backward(self, loss: Callable[[], Tensor], scale: Tensor, last: bool, before: Callable[[], None]) -> None:
-        value = loss()
-        if last:
-            before()
-            if self._group.world_size > 1:
-                self._buckets.start()
-        value.backward(scale.to(value.dtype))
+    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:  # noqa: ARG002
+        output: Tensor = self._model(inputs)
+        return output
 
-    def end_slot(self, slot: int, last: bool) -> None:
-        """Put a finished slot's gradient into the tree and make room for the next."""
-        if last:
-            return
+    def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:
+        if last and self._group.world_size > 1:
+            self._buckets.start()
+        loss.backward(scale.to(loss.dtype))
+
+    def end_slot(self, slot: int) -> None:
+        if slot == self._last_slot:
+            return  # the last slot's gradient stays in the flat buffer; `_close` adds the others to it
         self._push((slot, 1), self._flat)
         self._flat.zero_()
 
     def _push(self, leaf: Node, gradient: Tensor) -> None:
+        """Put a slot's gradient into the tree, and merge every pair of siblings that is complete."""
         node, merged = leaf, None
         while node not in self._mine:
             first, size = node
@@ -79,7 +81,7 @@ class Exact:
 
     def _close(self, lo: int, hi: int) -> None:
         """Merge the last slot's gradient, in lo … hi-1, with the siblings that wait for it."""
-        first, size = self._last_slot_leaf()
+        first, size = self._last_slot, 1
         while (first, size) != self._last_node:
             if first % (2 * size) != 0:
                 sibling = self._stack[(first - size, size)][lo:hi]
@@ -88,14 +90,12 @@ class Exact:
                 first -= size
             size *= 2
 
-    def _last_slot_leaf(self) -> Node:
-        first, size = self._last_node
-        return (min(first + size, self._slots) - 1, 1)
-
     def _partial(self, node: Node, lo: int, hi: int) -> Tensor:
+        """This rank's sum of a node, entries lo … hi-1."""
         return self._flat[lo:hi] if node == self._last_node else self._stack[node][lo:hi]
 
     def _send(self, bucket: int) -> None:
+        """Start the exchange of a bucket's partial sums."""
         lo, hi = self._buckets.bounds[bucket]
         self._close(lo, hi)
         world = self._group.world_size
@@ -118,8 +118,7 @@ class Exact:
         )
         self._works[bucket] = (work, received)
 
-    def finish(self) -> None:
-        """Finish the tree piece by piece and gather; afterwards `.grad` holds the sum."""
+    def finish_step(self) -> None:
         if self._group.world_size == 1:
             lo, hi = 0, self._flat.numel()
             self._close(lo, hi)
@@ -127,6 +126,7 @@ class Exact:
             total = combine(partials, self._slots)
             if total.data_ptr() != self._flat.data_ptr():
                 self._flat.copy_(total)
+            self._buckets.take_from_unused(1)
             self._release()
             return
         self._buckets.flush()
@@ -143,13 +143,15 @@ class Exact:
             gathers.append((self._group.gather_async(self._flat[lo:hi], total), total))
         for work, _ in gathers:
             self._group.wait(work)
+        self._buckets.take_from_unused(self._group.world_size)
         self._release()
 
     def _in_place(self, bucket: int, received: Tensor) -> bool:
+        """Whether a bucket was summed where it lies, by an all-reduce of two operands."""
         return received.data_ptr() == self._flat[self._buckets.bounds[bucket][0] :].data_ptr()
 
     def nonfinite_ranks(self) -> tuple[int, ...]:
-        """The step is not committed; the ranks whose partial sums, as received here, weren't finite.
+        """The ranks whose partial sums, as received here, weren't finite.
 
         The tree adds from right to left into what was received, so only a piece with
         nothing but finite ones to its right is surely not finite by itself.
@@ -171,5 +173,5 @@ class Exact:
         self._stack.clear()
 
     def close(self) -> None:
-        """Leave the parameters as they were."""
+        """Take the hooks off the parameters."""
         self._buckets.close()

@@ -1,4 +1,4 @@
-"""Slots go to whoever is fast, between two steps; the bits don't know."""
+"""Slots move to fast ranks between two steps, and the bits stay the same."""
 
 import random
 import time
@@ -15,10 +15,10 @@ RUN = ["batch.size=37", "model.norm=batch", "model.dropout=0.2", "evaluate.every
 
 
 class Restless(SlotBalancer):
-    """Deals anew after every step, at random; alike on all ranks."""
+    """Assigns the slots anew after every step, at random; alike on all ranks."""
 
-    def learn(self, seconds: Any, now: float) -> Shares | None:
-        super().learn(seconds, now)
+    def observe(self, seconds: Any, now: float) -> Shares | None:
+        super().observe(seconds, now)
         if not hasattr(self, "_random"):
             self._random = random.Random(self.slots)
         world = len(self.shares)
@@ -28,7 +28,7 @@ class Restless(SlotBalancer):
 
 
 @dataclass(frozen=True)
-class DealAtRandom:
+class MoveAtRandom:
     def __call__(self, trainer: Any) -> None:
         trainer.make_slot_balancer = Restless
 
@@ -64,13 +64,13 @@ class SlowForward:
     ],
 )
 @pytest.mark.parametrize(("slots", "world"), [(5, 2), (7, 3), (9, 4), (4, 4)])
-def test_however_the_slots_are_dealt_the_bits_are_the_same(
+def test_whichever_rank_computes_which_slots_the_bits_are_the_same(
     pool: Crew, tmp_path: Path, slots: int, world: int, data: list[str]
 ) -> None:
     overrides = [*data, *(o for o in RUN if not data or not o.startswith("model.norm"))]
     case = Case.of([*overrides, "steps=15"], tmp_path, slots)
     alone = pool.train(case, 1)[0]
-    told = pool.train(case, world, tamper={r: DealAtRandom() for r in range(world)})
+    told = pool.train(case, world, tamper={r: MoveAtRandom() for r in range(world)})
     for one in told:
         assert one.metrics == alone.metrics
         assert one.sha256 == alone.sha256
@@ -78,10 +78,10 @@ def test_however_the_slots_are_dealt_the_bits_are_the_same(
 
 
 @pytest.mark.parametrize("compress", ["null", "bf16", "powersgd"])
-def test_the_fast_reduction_can_be_dealt_anew_too(pool: Crew, tmp_path: Path, compress: str) -> None:
+def test_with_the_fast_reduction_slots_move_too(pool: Crew, tmp_path: Path, compress: str) -> None:
     case = Case.of([*RUN, "reduction=fast", "steps=15", "optimizer.lr=1e-3", f"compress={compress}"], tmp_path, 7)
     alone = pool.train(case, 1)[0]
-    told = pool.train(case, 3, tamper={r: DealAtRandom() for r in range(3)})
+    told = pool.train(case, 3, tamper={r: MoveAtRandom() for r in range(3)})
     assert len({t.sha256 for t in told}) == 1
     assert told[0].losses == pytest.approx(alone.losses, rel=1e-4 if compress == "null" else 0.1)
 
@@ -109,7 +109,7 @@ def test_a_slow_rank_gets_fewer_slots_and_is_named(pool: Crew, tmp_path: Path, r
         assert max(ratios) > 1.5
 
 
-def test_dealing_can_be_turned_off(pool: Crew, tmp_path: Path) -> None:
+def test_it_can_be_turned_off(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "steps=20", "straggler.deal=false"], tmp_path, 9)
     for one in pool.train(case, 3, tamper={1: SlowForward(0.01)}):
         assert not [n for n in one.notices if n.kind == "slots dealt"]
