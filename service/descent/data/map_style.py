@@ -251,8 +251,18 @@ class MapStyle(UserData):
                     f"{part} of {where} of {self.source} is of type "
                     f"{type(values[0]).__name__}: give a tensor, a NumPy array or a number"
                 )
-            parts.append(batch.float() if batch.dtype == torch.float64 else batch)
+            parts.append(self._as_float32(batch, part, indices) if batch.dtype == torch.float64 else batch)
         return parts[0], parts[1]
+
+    def _as_float32(self, batch: Tensor, part: str, indices: list[int]) -> Tensor:
+        single = batch.float()
+        beyond = single.isinf() & batch.isfinite()
+        if bool(beyond.any()):
+            rows = beyond.reshape(len(batch), -1).any(1).nonzero()[:, 0].tolist()
+            raise BadRecords(
+                f"{part} of sample {indices[rows[0]]} of {self.source}: holds a number beyond float32", rows
+            )
+        return single
 
 
 def _num_outputs(dataset: Any) -> int | None:
