@@ -40,6 +40,22 @@ def own_generators(seed: int | None = None) -> Iterator[Callable[[], set[str]]]:
         torch.set_rng_state(torch.frombuffer(bytearray(before["torch"]), dtype=torch.uint8))
 
 
+@contextmanager
+def python_and_numpy_seeded(seed: int) -> Iterator[None]:
+    """Within the block, Python's and NumPy's generators begin with `seed`; torch's goes on as it is.
+
+    Their states are put back at the end, because libraries make names by Python's generator.
+    """
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
 def _states() -> dict[str, Any]:
     numpys: Any = np.random.get_state()
     return {

@@ -135,7 +135,7 @@ class MapStyle(UserData):
                 except BadRecords:
                     if on_error == "fail" and index == 0:
                         raise
-            random = bool(drew())
+            random = bool(drew()) or getattr(self.dataset, "draws_random_numbers", False) is True
             (inputs, _), _ = read_good(self._gather_one_by_one, np.zeros(1, dtype=np.int64), self._length, on_error)
         return tuple(inputs.shape[1:]), random
 

@@ -1,6 +1,5 @@
 """From a config to what a run will do: data, model and every derived number, checked before any actor starts."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from descent.config import RunConfig, WorkerRange, build, resolve_target
-from descent.data.base import BatchDataset, Data
-from descent.data.cache import use_cache
-from descent.data.data_thread import in_data_thread
-from descent.data.map_style import adapt
-from descent.data.splits import split
-from descent.errors import ConfigError, DataError
+from descent.data.base import Data
+from descent.data.generators import own_generators, python_and_numpy_seeded
+from descent.errors import ConfigError
 from descent.optim.memory_layout import shares_places
 from descent.optim.optimizers import build_optimizer
 from descent.training.determinism import deterministic
+from descent.training.input.building import build_data as build_data
+from descent.training.input.building import refuse_unrepeatable
 from descent.training.objective import Objective, Reading
 from descent.training.preflight import (
+    check_keep_best,
     check_outputs,
     check_schedule,
     materialize,
@@ -95,35 +94,6 @@ class Prepared:
     """A few evaluation (else training) inputs, [n, *input_shape]."""
 
 
-def _data_set(config: RunConfig, spec: Mapping[str, Any], where: str) -> Data:
-    """The data set of a spec, built in the thread in which it will be read."""
-    trusted = config.trusted_modules
-    target = resolve_target(spec["_target_"], trusted, f"{where}._target_")
-    policy = {"on_error": config.data.on_error} if _takes(target, "on_error") and "on_error" not in spec else {}
-    data = in_data_thread(build, spec, trusted, where, **policy)
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise ConfigError(
-            f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset"
-        )
-    adapted = adapt(data, config.data.on_error)
-    if len(adapted) == 0:
-        raise DataError(f"{where}: {config.data.name} has no samples")
-    return adapted
-
-
-def _takes(target: Any, name: str) -> bool:
-    return inspect.isclass(target) and issubclass(target, BatchDataset) and name in inspect.signature(target).parameters
-
-
-def build_data(config: RunConfig) -> tuple[Data, Data | None]:
-    """The training and the held-out set. Raises ConfigError or DataError."""
-    use_cache(config.data.cache.dir, config.data.cache.gb)
-    train = _data_set(config, config.data.train, "data.train")
-    if config.data.evaluate is not None:
-        return train, _data_set(config, config.data.evaluate, "data.evaluate")
-    return split(train, config.data.holdout, config.data.test, config.seed)[:2]
-
-
 def filled_spec(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
     """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
     filled = dict(spec)
@@ -139,7 +109,8 @@ def filled_spec(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, An
 def build_model(config: RunConfig, data: Data) -> nn.Module:
     """The network with its initial weights, which `seed` alone decides."""
     torch.manual_seed(config.seed)
-    model = build(filled_spec(config.model, data, "model"), config.trusted_modules, "model")
+    with python_and_numpy_seeded(config.seed):
+        model = build(filled_spec(config.model, data, "model"), config.trusted_modules, "model")
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module"
@@ -251,7 +222,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
     train, evaluate = build_data(config)
     batch, slots = _batch_and_slots(config, len(train), high)
-    objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
+    with own_generators(seed=config.seed):
+        objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
     model = build_model(config, train)
     total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
     largest = -(-batch // slots)
@@ -259,6 +231,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     micro = largest if asked == "auto" else min(int(asked), largest)
     _one_dtype(config, model)
     build_optimizer_for(config, model, torch.device("cpu"))
+    refuse_unrepeatable(config, train, evaluate)
+    check_keep_best(config, objective, evaluate)
     check_schedule(config, build_schedule(config, total), evaluate is not None)
     smallest = min((size % micro) or micro for size in {batch // slots, largest})
     mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's

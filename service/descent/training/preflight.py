@@ -244,6 +244,19 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
     _labels_in_range(objective, read(config, data, indices, where)[1], classes, where, indices)
 
 
+def check_keep_best(config: RunConfig, objective: Objective, evaluate: Data | None) -> None:
+    """Raise ConfigError where the metric of `checkpoint.keep_best` is none that this run's evaluations have."""
+    keep = config.checkpoint.keep_best
+    if keep is None or keep.metric == "eval/loss":
+        return  # every evaluation has a loss, and this is the default, also of runs without an evaluation
+    key = f"checkpoint.keep_best={keep.metric}"
+    if evaluate is None:
+        raise ConfigError(f"{key}: there is nothing to evaluate on; set data.holdout, or checkpoint.keep_best=null")
+    if not objective.by_class:
+        name = config.loss["_target_"]
+        raise ConfigError(f"{key}: the evaluations of this run have no accuracy (loss {name}), only eval/loss")
+
+
 def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:
     """Whether it is a function from step to multiplier, and has what it goes by."""
     name = config.schedule["_target_"]

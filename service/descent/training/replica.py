@@ -8,6 +8,7 @@ from torch import nn
 from descent.checkpoint.weights import put_into, read_weights
 from descent.config import RunConfig, build
 from descent.data.base import Data, root_of
+from descent.data.generators import own_generators
 from descent.optim.ema import Ema
 from descent.storage import to_location
 from descent.training.objective import Objective, Reading
@@ -26,7 +27,8 @@ def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Modul
 
 def objective_on(config: RunConfig, plan: Plan, device: torch.device) -> Objective:
     """The config's loss, on the device, read as the preflight has found out."""
-    loss: Any = build(config.loss, config.trusted_modules, "loss")
+    with own_generators(seed=config.seed):
+        loss: Any = build(config.loss, config.trusted_modules, "loss")
     reading = None if plan.loss_reading is None else Reading(plan.loss_reading)
     return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss, reading, plan.classes_last)
 

@@ -46,12 +46,14 @@ class WorkerGroup:
 
     def __init__(self, template: WorkerSpec, *, cpus: float, gpus: float) -> None:
         self._template = template
-        self._options = {
+        self._options: dict[str, Any] = {
             "num_cpus": cpus,
             "num_gpus": gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
+        if not template.loopback:  # the workers of a private cluster inherit this from the driver
+            self._options["runtime_env"] = {"env_vars": {"PYTHONHASHSEED": "0"}}
         self.handles: dict[str, Handle] = {}
         self._count = 0
 

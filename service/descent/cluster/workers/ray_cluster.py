@@ -66,6 +66,8 @@ def connect(address: str | None) -> Cluster:
     if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = _token()
+        # Inherited by the workers, so that sets of texts have one order in all of them and in every run.
+        os.environ.setdefault("PYTHONHASHSEED", "0")
     import ray
 
     # A SIGTERM often goes to the whole process group (timeout, systemd, a batch system), and so does
