@@ -137,3 +137,11 @@ def test_other_shells_complete_too(tmp_path):
         env={**os.environ, "_DESCENT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "descent train model=res"},
     )
     assert "model=resnet" in done.stdout and done.stderr == ""
+
+
+def test_a_setting_with_dashes_is_answered_with_how_it_is_typed(tmp_path):
+    for words, typed in ((["--lr", "0.1"], "lr=0.1"), (["--optimizer.lr=0.1"], "optimizer.lr=0.1")):
+        done = subprocess.run([DESCENT, "train", *words], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {words[0].partition('=')[0]}: there is no such option")
+        assert f" {typed} " in done.stderr and done.stderr.count("\n") == 1

@@ -29,7 +29,7 @@ def test_the_example_of_the_readme_trains_and_its_model_predicts(tmp_path: Path)
     assert summary["state"] == "FINISHED"
     assert summary["eval/accuracy"] > 0.9
     predicted = subprocess.run(
-        [sys.executable, "-c", _PREDICT, summary["tracking_uri"], summary["run_id"]],
+        [sys.executable, "-c", _PREDICT, summary["tracking_uri"], summary["model_uri"]],
         cwd="/",
         capture_output=True,
         text=True,
@@ -42,7 +42,7 @@ def test_the_example_of_the_readme_trains_and_its_model_predicts(tmp_path: Path)
 _PREDICT = """
 import sys, mlflow, numpy as np, json
 mlflow.set_tracking_uri(sys.argv[1])
-model = mlflow.pyfunc.load_model(f"runs:/{sys.argv[2]}/model")
+model = mlflow.pyfunc.load_model(sys.argv[2])
 assert "my_model" not in sys.modules and "descent" not in sys.modules
 print(json.dumps(list(np.asarray(model.predict(np.zeros((2, 13), np.float32))).shape)))
 """

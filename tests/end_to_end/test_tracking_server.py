@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -235,6 +236,20 @@ def test_records_of_a_run_whose_server_was_never_reached_arrive_later_once(serve
     assert (run.info.status, run.info.run_name) == ("FINISHED", "test")
     same = f"tags.`descent.mark` = '{identity.mark}'"
     assert len(MlflowClient(server.uri).search_runs([run.info.experiment_id], same)) == 1
+
+
+def test_a_model_has_the_runs_own_metrics_and_the_run_has_them_once(server, tmp_path):
+    tracker = connected_tracker(server.uri, tmp_path, run_name="with.model")
+    for step in range(3):
+        tracker.log_metrics(step, {"eval/loss": 0.5 + step / 7}, 1000 + step)
+    model = tmp_path / "model"
+    mlflow.pyfunc.save_model(model, loader_module="os", pip_requirements=["numpy"])
+    tracker.log_model(model, "with_model", 2, {"eval/loss": (0.5 + 2 / 7, 1002, 2)})
+    assert tracker.finish("FINISHED", deadline_s=60) == 0
+    assert history(server.uri, tracker.run_id, "eval/loss") == [(step, 0.5 + step / 7) for step in range(3)]
+    (found,) = MlflowClient(server.uri).search_logged_models([tracker.experiment_id], "name = 'with_model'")
+    assert (found.source_run_id, found.status) == (tracker.run_id, "READY")
+    assert [(m.key, m.value, m.step) for m in found.metrics] == [("eval/loss", 0.5 + 2 / 7, 2)]
 
 
 def test_a_proxys_400_is_tried_again_and_mlflows_own_is_not(tmp_path):

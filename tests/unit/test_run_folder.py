@@ -9,7 +9,7 @@ import pytest
 from descent.checkpoint.manifest import checkpoint_root, commit_checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.run.lock import RunLock, is_locked
-from descent.cluster.run.resume import config_sha256, resume, with_implied_length
+from descent.cluster.run.resume import config_sha256, resume, schedule_change, with_implied_length
 from descent.config import Composed, compose
 from descent.errors import CheckpointError, ConfigError
 from descent.messages import ShareWritten
@@ -109,3 +109,29 @@ def test_a_run_that_was_made_from_a_whole_config_goes_on_with_single_keys_change
         resumed(tmp_path, "seed=5")
     with pytest.raises(ConfigError, match="made from a RunConfig"):
         resumed(tmp_path, "optimizer=sgd")
+
+
+def test_a_longer_resume_says_what_it_does_to_the_learning_rate(tmp_path: Path) -> None:
+    before = ["steps=40", "epochs=null", "optimizer.lr=0.05", "schedule=cosine"]
+    saved_run(tmp_path, compose(before), before)
+    composed, old = resumed(tmp_path, "steps=80")
+    line = schedule_change(composed.config, old, 80)
+    # cosine: at the old end 0, in the middle of the new length half of the base rate
+    assert line is not None and "at step 41 the learning rate is 0.02500 where it would have been 0;" in line
+    assert "schedule.total_steps=40 keeps" in line
+    composed, old = resumed(tmp_path, "steps=80", "schedule.total_steps=40")
+    assert schedule_change(composed.config, old, 80) is None
+    with pytest.raises(CheckpointError, match=r"schedule.total_steps=50 \(the run has None\)"):
+        resumed(tmp_path, "steps=80", "schedule.total_steps=50")
+
+
+def test_another_runs_damaged_file_does_not_stop_a_search(tmp_path: Path) -> None:
+    saved_run(tmp_path, compose(["steps=40", "epochs=null"]), ["steps=40", "epochs=null"])
+    broken = tmp_path / "runs" / "a-broken"
+    broken.mkdir()
+    (broken / "run.json").write_bytes(b"\xff\x00")
+    assert run_log.find_run("abc", tmp_path) == tmp_path / "runs" / "first"  # by its MLflow id
+    with pytest.raises(CheckpointError, match=r"there are: first; passed over, because their run.json .*: a-broken"):
+        run_log.find_run("nothing", tmp_path)
+    with pytest.raises(CheckpointError, match="a-broken: not the folder of a run"):
+        run_log.read_run_file(run_log.find_run("a-broken", tmp_path))

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from descent.cli import data as data_commands
 from descent.cli.arguments import OutputDir, run_names
 from descent.cli.output import print_groups, print_result, print_trial
 from descent.cluster.run.console import print_error
-from descent.errors import DescentError
+from descent.errors import ConfigError, DescentError
 
 if TYPE_CHECKING:
     from descent.cluster.run.console import Starting
@@ -182,7 +182,7 @@ def chaos(
 
     Examples:
 
-      descent chaos digits-mlp-20261123-101500-ab12
+      descent chaos 1125-0930-ab12-digits-mlp
 
       descent chaos RUN chaos.faults=50 chaos.seed=1 spares=1
 
@@ -368,12 +368,11 @@ def scale(
 
     Examples:
 
-      descent scale digits-mlp-20261123-101500-ab12 workers=3
+      descent scale 1125-0930-ab12-digits-mlp workers=3
     """
     from descent.cluster.control import control_file
     from descent.cluster.record import run_log
     from descent.config import compose
-    from descent.errors import ConfigError
 
     try:
         size = compose([workers]).config.workers
@@ -385,6 +384,29 @@ def scale(
         _fail(error)
 
 
+def _check_options(words: list[str]) -> None:
+    """Settings are typed without dashes here, unlike in many programs: say so where somebody types `--lr 0.1`."""
+    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    command = commands.get(words[0]) if words else None
+    if command is None or words[0] not in ("train", "chaos", "config", "submit"):
+        return
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for index, word in enumerate(words[1:], 1):
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name == "--" or name in {*known, "--help"}:
+            continue
+        if not equals:
+            value = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("-") else "…"
+        key = name.lstrip("-").replace("-", "_")
+        print_error(
+            ConfigError(
+                f"{name}: there is no such option; a setting has no dashes and an equals sign: {key}={value} "
+                "(descent config shows all of them, such as optimizer.lr=0.1)"
+            )
+        )
+        raise SystemExit(2)
+
+
 def main() -> None:
     """The entry point `descent`."""
     if os.environ.get("_DESCENT_COMPLETE") == "complete_bash":
@@ -392,4 +414,6 @@ def main() -> None:
 
         in_bash(app)
     else:
+        if not any(key.endswith("_COMPLETE") and key.startswith("_") for key in os.environ):
+            _check_options(sys.argv[1:])
         app()

@@ -86,7 +86,9 @@ def _print_figures(console: Console, result: "RunResult") -> None:
         if result.recovery_s:
             median, worst = result.recovery_s[len(result.recovery_s) // 2], result.recovery_s[-1]
             rows.append(("recovery", f"{median:.2f} s", f"median; worst {worst:.2f} s"))
-        rows.append(("goodput", f"{result.goodput:.1%}", "of the workers' time in committed steps"))
+        if result.training_s > 0:
+            useful = min(1.0, result.goodput * result.wall_s / result.training_s)
+            rows.append(("useful", f"{useful:.1%}", "of the training's time went into committed steps"))
     if result.records_replaced:
         rows.append(("bad records", f"{result.records_replaced:,}", "skipped, a good one in the place of each"))
     if result.state_sha256:

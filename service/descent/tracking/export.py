@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from descent.errors import TrainingError
-from descent.tracking import Tracker
+from descent.tracking import Point, Tracker
 
 ARCHIVE = "model.pt2"
 
@@ -132,16 +132,16 @@ def log_model(
     predictions: Tensor,
     name: str,
     step: int,
-    metrics: Mapping[str, float],
+    points: Mapping[str, Point],
 ) -> None:
     """Keep the trained model with the run: `mlflow.pyfunc.load_model("runs:/<run_id>/<name>")`.
 
-    `step`, `metrics`: what the model was measured at and with. The export happens here and now and
-    takes seconds; the tracker uploads in the background.
+    `step`, `points`: see `Tracker.log_model`. The export happens here and now and takes seconds; the
+    tracker uploads in the background.
     """
     with tempfile.TemporaryDirectory() as temporary:
         directory = save_model(model, sample, predictions, Path(temporary) / name)
-        tracker.log_model(directory, name, step, metrics)
+        tracker.log_model(directory, name, step, points)
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

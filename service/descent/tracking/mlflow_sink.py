@@ -197,11 +197,11 @@ class MlflowSink:
         description.save(str(directory / "MLmodel"))
         client.log_model_artifacts(model.model_id, str(directory))
         client.finalize_logged_model(model.model_id, "READY")
-        step = int(record.get("step", 0))
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, int(record.get("step", 0)))])
+        # Each is the run's own point of the same time, so that the run doesn't get it twice.
         metrics = [
-            Metric(key, value, record["time"], step, model_id=model.model_id, run_id=run_id)
-            for key, value in record.get("metrics", {}).items()
+            Metric(key, value, time_ms, step, model_id=model.model_id, run_id=run_id)
+            for key, (value, time_ms, step) in record.get("points", {}).items()
         ]
         if metrics:
             client.log_batch(run_id, metrics=metrics)

@@ -167,15 +167,17 @@ def _accuracy(curves: dict[str, Curve]) -> Figure | None:
     axes.plot(steps, values, color=ORANGE, linewidth=2.2, marker=marker, label="evaluation")
     best = int(np.argmax(values))
     axes.axhline(values[best], color=ORANGE, linewidth=1, linestyle=":")
-    axes.text(
-        1.0,
-        values[best],
+    axes.annotate(
         f"best {values[best]:.2%} at step {int(steps[best]):,}",
-        transform=axes.get_yaxis_transform(),
+        (1.0, values[best]),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, -14),
+        textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="top",
         fontsize=12,
         color=ORANGE,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(top=min(1.02, float(np.max(values)) * 1.08 + 1e-9))
@@ -311,7 +313,7 @@ def _gradient_depth(curves: dict[str, Curve]) -> Figure | None:
     if len(layers) > 6:  # a slanted label ends below its own tick, not a layer beside it
         for label in axes.get_xticklabels():
             label.set(rotation=40, ha="right", va="top", rotation_mode="anchor")
-    axes.legend(frameon=False, fontsize=13)
+    axes.legend(frameon=False, fontsize=13, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

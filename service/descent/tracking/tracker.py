@@ -37,6 +37,8 @@ MAX_TAG_LENGTH = 8000
 SYSTEM_METRICS_EVERY_S = 10.0
 _UNFIT = re.compile(r"[^\w\-. :/]")
 
+Point = tuple[float, int, int]
+"""One logged value of a metric: value, Unix time in ms, step."""
 TerminalStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -175,15 +177,15 @@ class Tracker:
         assert {"name", "digest", "source"} <= set(description), description
         self._append({"op": "dataset", "dataset": dict(description), "context": context})
 
-    def log_model(self, model_dir: Path, name: str, step: int, metrics: Mapping[str, float]) -> None:
+    def log_model(self, model_dir: Path, name: str, step: int, points: Mapping[str, Point]) -> None:
         """Hand over a local MLflow model (see `export.save_model`); the directory is moved.
 
-        `name`: without any of / : . % " '. `step`, `metrics`: what the model was measured at and with.
+        `name`: without any of / : . % " '. `step`: of the model's state. `points`: metric -> the logged
+        point that tells how good the model is; it must be logged exactly so, or the run has it twice.
         """
         file = self._spool.keep_file(model_dir, move=True)
-        finite = {_fit_name(key): float(value) for key, value in metrics.items() if math.isfinite(value)}
-        record = {"name": name, "step": step, "metrics": finite, "time": int(time.time() * 1000)}
-        self._append({"op": "model", "file": file, "id": uuid.uuid4().hex, **record})
+        kept = {_fit_name(key): list(point) for key, point in points.items() if math.isfinite(point[0])}
+        self._append({"op": "model", "file": file, "id": uuid.uuid4().hex, "name": name, "step": step, "points": kept})
 
     def status(self) -> TrackerStatus:
         """How delivery stands."""

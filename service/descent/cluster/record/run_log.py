@@ -190,12 +190,20 @@ def find_run(resume: str, output_dir: Path, key: str = "resume") -> Path:
         if (candidate / RUN_FILE).is_file():
             return candidate.resolve()
     runs = output_dir / "runs"
-    known = []
+    known, unreadable = [], []
     for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
-        if (folder / RUN_FILE).is_file():
+        if not (folder / RUN_FILE).is_file():
+            continue
+        if folder.name == resume:
+            return folder.resolve()
+        try:
             content = read_run_file(folder)
-            known.append(folder.name)
-            if resume in (content.get("run_id"), folder.name):
-                return folder.resolve()
+        except CheckpointError:  # another run's damage is no reason to stop this search
+            unreadable.append(folder.name)
+            continue
+        known.append(folder.name)
+        if content.get("run_id") == resume:
+            return folder.resolve()
     there = f"; there are: {', '.join(known[-5:])}" if known else f"; there are none in {runs}"
+    there += f"; passed over, because their {RUN_FILE} can't be read: {', '.join(unreadable)}" if unreadable else ""
     raise CheckpointError(f"{key}={resume}: no run of that id, name or path{there}")

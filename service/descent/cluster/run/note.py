@@ -31,14 +31,13 @@ def note_of(
     optimizer = config.optimizer["_target_"].rpartition(".")[2]
     rate = f", lr {config.optimizer['lr']}" if "lr" in config.optimizer else ""
     evaluation = f", {plan.num_evaluation:,} held out" if plan.num_evaluation else ""
-    lines = [
+    lines = _result_lines(outcome, figures) if outcome is not None and figures is not None else []
+    lines += [
         f"- **model** {model}, {plan.num_parameters:,} parameters",
         f"- **data** {data}: {plan.num_samples:,} samples{evaluation}",
         f"- **training** {plan.total_steps:,} steps of {plan.batch_size:,} samples, {optimizer}{rate}, "
         f"seed {config.seed}, {plan.max_workers} worker{'s' if plan.max_workers > 1 else ''} on {plan.device}",
     ]
-    if outcome is not None and figures is not None:
-        lines += _result_lines(outcome, figures)
     note = "\n".join([*lines, "", "```", command, "```"])
     if outcome is not None and outcome.incidents:
         note += "\n\n" + _as_markdown(outcome.incidents)
@@ -75,7 +74,7 @@ def _as_markdown(incidents: Sequence[Incident]) -> str:
 def as_csv(incidents: Sequence[Incident]) -> str:
     """The incidents as a table, which MLflow's pages show as one."""
     out = io.StringIO()
-    columns = ("step", "kind", "worker", "host", "detected_in_s", "recovered_in_s", "steps_lost", "samples_replayed")
+    columns = ("step", "kind", "worker", "detected_in_s", "recovered_in_s", "steps_lost", "samples_replayed", "host")
     table = csv.writer(out, lineterminator="\n")
     table.writerow([*columns, "detail"])
     for incident in incidents:

@@ -11,12 +11,12 @@ from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run.left_over import settle_left_over
 from descent.cluster.run.note import as_csv, note_of
-from descent.cluster.run.result import RunResult
+from descent.cluster.run.result import RunResult, last_points
 from descent.config import Composed, flatten
 from descent.config.secrets import is_secret, redact
 from descent.messages import TerminalState
 from descent.storage import Location
-from descent.tracking import Tracker
+from descent.tracking import Point, Tracker
 
 if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome
@@ -27,9 +27,11 @@ _FAILING_S = 5.0
 """Tracking that has failed for this long is worth a line."""
 _DEADLINE_S, _DEADLINE_UNREACHED_S = 60.0, 15.0
 """How long the end of a run waits for the last records to be delivered, and where no server ever answered."""
-_PARAMS = ("seed", "steps", "epochs", "precision", "compile", "workers", "slots", "reduction", "compress", "device")
-_PARAM_GROUPS = ("model.", "optimizer.", "schedule.", "loss.", "batch.", "clip.", "ema.", "data.name", "data.holdout")
-_PLAN = ("total_steps", "batch_size", "num_samples", "num_evaluation", "num_parameters", "slots", "device")
+_PARAMS = ("seed", "precision", "reduction", "workers")
+_PARAM_GROUPS = ("model.", "optimizer.", "schedule.", "loss.", "batch.", "clip.", "ema.")
+_DEFAULTS: tuple[object, ...] = (None, False, "auto", [], {}, 0.0)
+"""Values that say nothing, unless somebody has typed them."""
+_PLAN = ("total_steps", "num_samples", "num_parameters", "slots", "device")
 
 
 class RunRecorder:
@@ -165,13 +167,15 @@ class RunRecorder:
     def _params(self) -> dict[str, object]:
         """What was chosen and what decides the result; the whole configuration is the artifact config.yaml."""
         chosen = {o.lstrip("+~").partition("=")[0] for o in self._composed.overrides} - {"resume"}
-        params: dict[str, object] = {f"choice.{group}": option for group, option in self._composed.choices.items()}
+        params: dict[str, object] = {**self._composed.choices}
         for key, value in flatten(self._config.to_dict()).items():
-            matters = key in _PARAMS or key.startswith(_PARAM_GROUPS)
-            if (matters and value is not None) or any(key == c or key.startswith(f"{c}.") for c in chosen):
+            typed = any(key == name or key.startswith(f"{name}.") for name in chosen if name not in params)
+            named = key.endswith("_target_") and params.get(key.partition(".")[0]) != "custom"
+            set_in_group = key.startswith(_PARAM_GROUPS) and value not in _DEFAULTS and not named
+            if typed or set_in_group or key in _PARAMS:
                 params[key] = value
         plan = self._prepared.plan.to_dict()
-        return {**params, **{f"plan.{key}": plan[key] for key in _PLAN if key in plan}}
+        return {**params, **{key: plan[key] for key in _PLAN if key in plan}}
 
     # -- the end ------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class RunRecorder:
             if outcome.state_sha256:
                 tags["descent.state_sha256"] = outcome.state_sha256
             tracker.set_tags(tags)
-            self.model_name = self._log_model_of(outcome, figures)
+            self.model_name = self._log_model_of(outcome, log)
             self._background.shutdown(wait=True)  # the start of delivery, if it is still under way
             reached = tracker.wait_until_connected(_DEADLINE_UNREACHED_S)
             deadline_s = _DEADLINE_S if reached else 1.0
@@ -214,7 +218,7 @@ class RunRecorder:
         for path in plots(log.history(), self._run_dir / "plots", incidents):
             self.tracker.log_file(path, "plots")
 
-    def _log_model_of(self, outcome: "Outcome", figures: dict[str, dict[str, float]]) -> str | None:
+    def _log_model_of(self, outcome: "Outcome", log: RunLog) -> str | None:
         """Keep the trained model, exported, with the run; returns its name in MLflow."""
         if outcome.state is not TerminalState.FINISHED or outcome.checkpoint is None:
             return None
@@ -226,7 +230,7 @@ class RunRecorder:
             return None
         name = "".join("_" if c in "/:.%\"'" else c for c in self._run_dir.name)
         try:
-            self._export(outcome.checkpoint, name, outcome.step, figures["metrics"])
+            self._export(outcome.checkpoint, name, outcome.step, last_points(log))
         except Exception as error:
             # The training is done and its checkpoint is safe: an export that fails must not undo that.
             line = " ".join(str(error).split())[:200]
@@ -235,7 +239,7 @@ class RunRecorder:
             return None
         return name
 
-    def _export(self, target: Location, name: str, step: int, metrics: dict[str, float]) -> None:
+    def _export(self, target: Location, name: str, step: int, points: dict[str, Point]) -> None:
         import torch
 
         from descent.checkpoint.weights import put_into, read_weights
@@ -246,7 +250,7 @@ class RunRecorder:
         model.eval()
         with torch.no_grad():
             predictions = model(sample)
-        log_model(self.tracker, model, sample, predictions, name, step, metrics)
+        log_model(self.tracker, model, sample, predictions, name, step, points)
 
     def abandon(self) -> None:
         """The run has broken off: say so in tracking, if delivery has begun; otherwise leave no trace there."""

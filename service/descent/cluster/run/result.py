@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from descent.cluster.control.ending import Outcome
     from descent.config.schema import KeepBest
     from descent.storage import Location
+    from descent.tracking import Point
 
 EXIT_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
 """Terminal state of a run -> the exit code of the command line."""
@@ -156,6 +157,16 @@ def metric_figures(log: RunLog) -> dict[str, Any]:
         last["train/loss"] = history["train/loss"][-1][1]
     replaced = sum(value for _, value in history.get("data/replaced", []))
     return {"metrics": last, "best": best, "records_replaced": int(replaced)}
+
+
+def last_points(log: RunLog) -> "dict[str, Point]":
+    """The last logged point of each metric that says how good a model is."""
+    points: dict[str, Point] = {}
+    for record in log.records():
+        for name in ("eval/loss", "eval/accuracy", "train/loss"):
+            if name in record.metrics:
+                points[name] = (record.metrics[name], record.time_ms, record.step)
+    return points
 
 
 def best_kept(root: "Location", rule: "KeepBest | None") -> tuple[str, int] | None:

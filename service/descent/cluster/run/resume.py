@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from descent.checkpoint.manifest import MANIFEST, checkpoint_root, read_manifest, rescue_root
 from descent.checkpoint.reader import newest_checkpoint, verify_checkpoint
 from descent.cluster.record import run_log
+from descent.cluster.run.console import significant
 from descent.cluster.run.result import RunResult
 from descent.config import Composed, RunConfig, compose, flatten, groups, recompose
 from descent.config.overrides import parse
@@ -109,6 +111,9 @@ def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
     saved = run_log.read_run_file(run_dir)
     merged = _with_saved(composed, saved)
     before, now = flatten(recompose(saved["config"]).to_dict()), flatten(merged.config.to_dict())
+    length = "schedule.total_steps"
+    if before.get(length) is None and now.get(length) == (saved.get("plan") or {}).get("total_steps"):
+        before[length] = now.get(length)  # the length that the schedule has had all along, written out
     differ = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not _may_change(k))
     if differ:
         shown = ", ".join(f"{k}={now.get(k)} (the run has {before.get(k)})" for k in differ[:5])
@@ -162,6 +167,27 @@ def _with_saved(composed: Composed, saved: Mapping[str, Any]) -> Composed:
             branch = branch.setdefault(part, {})
         branch[last] = override.value
     return replace(composed, config=recompose(tree), overrides=(), sources=None)
+
+
+def schedule_change(config: RunConfig, resumed: Resumed, total_steps: int) -> str | None:
+    """What another length does to the learning rate, where the schedule follows the run's length; None if nothing."""
+    from descent.training.plan import build_schedule
+
+    old = resumed.total_steps
+    if old in (None, total_steps) or config.schedule.get("total_steps", 0) is not None:
+        return None
+    assert old is not None
+    step = resumed.step
+    before, now = (float(build_schedule(config, total)(step)) for total in (old, total_steps))
+    if math.isclose(before, now, rel_tol=0.01, abs_tol=1e-9):
+        return None
+    rate = float(config.optimizer.get("lr", 1.0))
+    unit = "learning rate" if "lr" in config.optimizer else "learning rate's multiplier"
+    return (
+        f"the run ends at step {total_steps:,} instead of {old:,}, and its schedule with it: at step {step + 1:,} the "
+        f"{unit} is {significant(rate * now)} where it would have been {significant(rate * before)}; "
+        f"schedule.total_steps={old} keeps the schedule that the run began with"
+    )
 
 
 def find_weights(config: RunConfig) -> Location | None:

@@ -25,7 +25,7 @@ from descent.cluster.run.listeners import ListenerGroup
 from descent.cluster.run.lock import RunLock
 from descent.cluster.run.recorder import RunRecorder
 from descent.cluster.run.result import RunResult, best_kept, incident_figures, metric_figures, seconds_of_steps
-from descent.cluster.run.resume import config_sha256, find_weights, resume, run_to_resume
+from descent.cluster.run.resume import config_sha256, find_weights, resume, run_to_resume, schedule_change
 from descent.cluster.run.signals import stopping
 from descent.config import Composed
 from descent.config.secrets import redact
@@ -329,6 +329,9 @@ class Run:
         if self.resumed is not None:
             for reason in self.resumed.skipped:
                 display.note(f"skipped checkpoint: {reason}")
+            changed = schedule_change(self.config, self.resumed, plan.total_steps)
+            if changed is not None:
+                display.note(changed)
             print_line(self.console, f"going on from step {self.resumed.step:,} ({self.resumed.checkpoint.name})")
 
 

@@ -11,15 +11,13 @@ from rich.console import Console
 
 from descent.cluster.run.console import print_line
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 @contextmanager
 def stopping(stop: Callable[[], None], console: Console) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) ask for an end at the step's end; a second Ctrl-C doesn't wait.
 
-    A signal that the process was started to ignore (`nohup` ignores SIGHUP) stays ignored. Outside of
-    the main thread Python can't handle signals, so nothing is changed there.
+    A SIGHUP that the process was started to ignore (by `nohup`) stays ignored. Outside of the main thread
+    Python can't handle signals, so nothing is changed there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,7 +35,9 @@ def stopping(stop: Callable[[], None], console: Console) -> Iterator[None]:
             f"{signal.Signals(number).name}: stopping at the end of this step, with a checkpoint (Ctrl-C again: at once)",
         )
 
-    handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        handled.append(signal.SIGHUP)
     before: Mapping[int, Any] = {number: signal.signal(number, request_stop) for number in handled}
     try:
         yield
