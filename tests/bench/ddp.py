@@ -1,7 +1,8 @@
-"""Data parallelism by hand, for `torchrun`: DDP as its tutorial has it, on gloo, one thread per process.
+"""Data parallelism by hand, for `torchrun`, in its fastest form: DDP on gloo, one thread per process.
 
-Both processes shuffle alike and take their halves of the global batch from memory. AdamW as torch
-gives it, `.item()` in every step. Prints one JSON object with the milliseconds a step.
+Both processes shuffle alike and take their halves of the global batch from memory. The fused
+kernel of AdamW, gradients as views of DDP's buckets, no `.item()`. Prints one JSON object with the
+milliseconds a step.
 """
 
 import argparse
@@ -29,8 +30,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     subject = SUBJECTS[arguments.subject]
-    model = DistributedDataParallel(subject.build())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    model = DistributedDataParallel(subject.build(), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     objective = nn.CrossEntropyLoss()
     inputs, targets = digits()
     torch.manual_seed(0)
@@ -41,11 +42,10 @@ def main() -> None:
         begin = time.perf_counter()
         for _ in range(count):
             x, y = next(feed)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
             loss = objective(model(x), y)
             loss.backward()
             optimizer.step()
-            loss.item()
         return (time.perf_counter() - begin) / count
 
     steps(_WARM_UP)

@@ -5,7 +5,9 @@ Both train the same network on the same data as Descent, keep a checkpoint every
 
 `python -m tests.bench.elastic SUBJECT FOLDER` is the script for `torchrun --max-restarts`,
 `python -m tests.bench.elastic SUBJECT FOLDER WORKERS` the driver of Ray Train's TorchTrainer
-with a `FailureConfig`.
+with a `FailureConfig`, and with `torchft` behind it the same with Ray Train's `TorchftConfig`: there
+the training code itself takes torchft's manager, DDP, optimizer and sampling, each worker is
+a replica group of its own, and the survivors go on while Ray replaces the lost one.
 """
 
 import os
@@ -139,8 +141,90 @@ def with_ray_train(subject: str, folder: Path, workers: int) -> None:
     ).fit()
 
 
+def _torchft_worker(config: dict[str, Any]) -> None:
+    """What a user of torchft writes; time-outs as short as they may be, in the peer's favour."""
+    from datetime import timedelta
+
+    import ray.train
+    import torch
+    from torch import nn
+    from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+    from torchft.checkpointing.pg_transport import PGTransport
+
+    from tests.bench.bare_loop import batches
+    from tests.bench.subjects import LEARNING_RATE, SUBJECTS, digits
+
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    subject, folder = SUBJECTS[config["subject"]], Path(config["folder"])
+    inner = subject.build()
+    raw = torch.optim.AdamW(inner.parameters(), lr=LEARNING_RATE)
+    patience = timedelta(seconds=10)
+    group = ProcessGroupGloo(timeout=patience)
+
+    def load(state: dict[str, Any]) -> None:
+        inner.load_state_dict(state["model"])
+        raw.load_state_dict(state["optimizer"])
+
+    manager = Manager(
+        pg=group,
+        min_replica_size=1,
+        load_state_dict=load,
+        state_dict=lambda: {"model": inner.state_dict(), "optimizer": raw.state_dict()},
+        world_size=1,
+        rank=0,
+        replica_id=f"replica_{rank}",
+        timeout=patience,
+        checkpoint_transport=PGTransport(group, timeout=patience, device=torch.device("cpu")),
+    )
+    model, optimizer = DistributedDataParallel(manager, inner), Optimizer(manager, raw)
+    torch.manual_seed(0)
+    feed = batches(*digits(), subject.batch, rank, world)
+    objective = nn.CrossEntropyLoss()
+    (folder / f"pid-{rank}.txt").write_text(str(os.getpid()))
+    with (folder / STEPS_FILE).open("a", buffering=1) as steps:
+        while True:
+            inputs, targets = next(feed)
+            before = manager.current_step()
+            optimizer.zero_grad()
+            objective(model(inputs), targets).backward()
+            optimizer.step()
+            if rank == 0 and manager.current_step() > before:  # committed
+                steps.write(f"{manager.current_step()} {time.time():.6f}\n")
+
+
+def with_torchft(subject: str, folder: Path, workers: int) -> None:
+    """The driver of Ray Train with torchft; two cores whatever the number of workers."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.torch.torchft_config import TorchftConfig
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    TorchTrainer(
+        _torchft_worker,
+        train_loop_config={"subject": subject, "folder": str(folder)},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=False, resources_per_worker={"CPU": 1.9 / workers}),
+        torch_config=TorchftConfig(
+            lighthouse_kwargs={
+                "min_replicas": 1,
+                "join_timeout_ms": 100,
+                "quorum_tick_ms": 20,
+                "heartbeat_timeout_ms": 500,  # five heartbeats
+            },
+            backend="gloo",
+        ),
+        run_config=RunConfig(
+            storage_path=str(folder / "ray_results"), failure_config=FailureConfig(max_failures=_MAX_RESTARTS)
+        ),
+    ).fit()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
+    if len(sys.argv) > 4:
+        with_torchft(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    elif len(sys.argv) > 3:
         with_ray_train(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
     else:
         with_torchrun(sys.argv[1], Path(sys.argv[2]))

@@ -3,8 +3,9 @@
 Descent is the real `descent train`, with reduction=exact, as it is by default, and with fast;
 a worker's process is killed from outside again and again, as soon as its replacement has
 joined and the run is steady. The peers are Ray Train's TorchTrainer with a FailureConfig and
-DDP under `torchrun --max-restarts`, both with a checkpoint every 50 steps (`elastic.py`).
-They take turns with Descent. With 4 workers two processes share each of two cores, everywhere.
+DDP under `torchrun --max-restarts`, both with a checkpoint every 50 steps, and Ray Train with
+its own TorchftConfig, whose survivors go on by themselves once the training code has been
+rewritten for torchft (`elastic.py`). They take turns with Descent. With 4 workers two processes share each of two cores, everywhere.
 
 The clock is the machine's: from just before the signal to the time stamp of the first step
 after the interruption. A step that was already reduced when the signal came may still be
@@ -46,7 +47,9 @@ _PEER_KILLS = 2
 _PEER_TRIES = 3
 _STEADY_STEPS = 30
 _GIVE_UP_S = 60.0
-_TARGET_S, _TO_RAY, _TO_TORCHRUN = 0.5, 20.0, 5.0
+_TARGET_S = 0.5
+_PEERS = {"ray_train": 20.0, "torchrun": 5.0, "torchft": 2.0}
+"""Peer -> how many times its seconds Descent's are to be."""
 
 
 @dataclass
@@ -76,12 +79,11 @@ def run() -> list[Result]:
     results: list[Result] = []
     for world in _WORLDS:
         exact = _descent(world, "exact")
-        ray_train = _peer(world, "ray_train")
+        peers = {"ray_train": _peer(world, "ray_train")}
         fast = _descent(world, "fast")
-        torchrun = _peer(world, "torchrun")
-        detail = {"ray_train": ray_train.detail(), "torchrun": torchrun.detail()}
+        peers |= {kind: _peer(world, kind) for kind in ("torchrun", "torchft")}
         for name, ours in ((f"recovery_{world}", exact), (f"recovery_{world}_fast", fast)):
-            results += _results(name, ours, ray_train, torchrun, detail)
+            results += _results(name, ours, peers)
     own = [r for r in results if r.detail.get("unit") == "s"]
     lost = max(r.detail["steps_lost_most"] for r in own)
     slowest = max(own, key=lambda r: r.ratio)
@@ -100,7 +102,7 @@ def run() -> list[Result]:
     ]
 
 
-def _results(name: str, ours: Trials, ray_train: Trials, torchrun: Trials, detail: dict[str, object]) -> list[Result]:
+def _results(name: str, ours: Trials, peers: dict[str, Trials]) -> list[Result]:
     if ours.median is None:
         raise BenchError(f"{name}: {ours.failed}")
     results = [
@@ -115,20 +117,17 @@ def _results(name: str, ours: Trials, ray_train: Trials, torchrun: Trials, detai
                 "ratios": [rounded(s) for s in ours.seconds],
                 "kills": len(ours.seconds),
                 "steps_lost_most": max(ours.lost),
-                **detail,
+                **{kind: trials.detail() for kind, trials in peers.items()},
             },
         )
     ]
-    for peer, trials, target in (
-        ("ray_train", ray_train, _TO_RAY),
-        ("torchrun", torchrun, _TO_TORCHRUN),
-    ):
+    for peer, trials in peers.items():
         if trials.median is not None:
             results.append(
                 Result(
                     f"{name}_to_{peer}",
                     trials.median / ours.median,
-                    target,
+                    _PEERS[peer],
                     "higher",
                     {
                         "descent": rounded(ours.median),
@@ -231,11 +230,18 @@ def _peer(world: int, kind: str) -> Trials:
 
 def _kill_some(world: int, kind: str, folder: Path, trials: Trials) -> None:
     own = ["-m", "tests.bench.elastic", _SUBJECT, str(folder)]
-    arguments = (
-        [*own, str(world)]
-        if kind == "ray_train"
-        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--max-restarts=8", *own]
-    )
+    arguments = {
+        "ray_train": [*own, str(world)],
+        "torchft": [*own, str(world), "torchft"],
+        "torchrun": [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            "--max-restarts=8",
+            *own,
+        ],
+    }[kind]
     # Left to itself, torchrun's new workers meet in the store of the old ones, find their
     # addresses there and wait for them: with 4 workers it never came back (pytorch issue 135712,
     # whose remedy this is).

@@ -3,7 +3,7 @@
 A fully connected network of about 10 ms a step and a small residual network; the same
 global batch, data in memory, AdamW and one thread per process on both sides, gloo on the
 loopback interface. `descent train` is the real command with tracking and diagnostics on,
-`ddp.py` the loop by hand. They take turns (Descent's processes are stopped while the other
+`ddp.py` the loop by hand in its fastest form. They take turns (Descent's processes are stopped while the other
 runs); the ratio is the median over pairs.
 """
 
@@ -35,7 +35,7 @@ def _measure(name: str) -> Result:
                 theirs = _torchrun(name)
             pairs.append((1e3 * subject.batch / ours["ms"], 1e3 * subject.batch / theirs["ms"]))
             progress(f"{name}: {pairs[-1][0]:.0f} against {pairs[-1][1]:.0f} samples/s")
-    return result_of(f"two_workers_{name}", pairs, 1.0, "higher", unit="samples/s")
+    return result_of(f"two_workers_{name}", pairs, 1.02, "higher", unit="samples/s")
 
 
 def _torchrun(name: str) -> dict[str, float]:
