@@ -287,6 +287,12 @@ class Case:
         prepared = prepare(composed.config, cores=1.0, gpus=float(slots if device == "cuda" else 0))
         return cls(composed.config, prepared.plan, run_dir)
 
+    @classmethod
+    def as_typed(cls, overrides: list[str], run_dir: Path) -> "Case":
+        """What `descent train OVERRIDES` would train, with nothing added."""
+        config = compose(overrides).config
+        return cls(config, prepare(config, cores=2.0, gpus=0.0).plan, run_dir)
+
 
 class Crew:
     """A pool of replicas and the store in which their generations meet."""

@@ -2,10 +2,13 @@
 
 import math
 import random
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from descent.config import compose, groups
 from tests import hard_to_repeat as hard
 from tests.distributed.replicas import Case, Crew
 from tests.hard_to_repeat import overrides
@@ -140,3 +143,47 @@ def test_the_micro_size_changes_rounding_only(pool: Crew, tmp_path: Path) -> Non
     case = Case.of(["batch.size=64", "steps=5", "epochs=null", "reduction=exact"], tmp_path)
     whole, halved = (pool.train(case, 2, micro_size=m)[0] for m in (16, 8))
     assert halved.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def _images(folder: Path) -> Path:
+    """A folder in the format of Fashion-MNIST: [n, 28, 28] pixels and n labels, training and test."""
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 600), ("t10k", 100)):
+        pixels = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        head = struct.pack(">IIII", 0x803, count, 28, 28), struct.pack(">II", 0x801, count)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(head[0] + pixels.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(head[1] + labels.tobytes())
+    return folder
+
+
+EXPERIMENTS = {
+    "digits": [],
+    "digits_resnet": [],
+    "breast_cancer": [],
+    "mnist5k": [],
+    "vanishing": [],
+    "fashion_mnist": ["data.path=IMAGES"],
+    "stdlib_gpt": ["data.max_bytes=20000", "schedule.warmup_steps=1"],
+}
+"""Experiment -> what makes a few of its steps short."""
+
+
+def test_every_experiment_is_looked_at() -> None:
+    fast = {"gpt_124m"}  # reduction=fast: follows the number of workers, and says so
+    assert set(EXPERIMENTS) | fast == set(groups()["experiment"])
+    assert all(compose([f"experiment={name}"]).config.slots == "workers" for name in fast)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_number_of_workers_alone_changes_no_bit_of_an_experiment(
+    pool: Crew, tmp_path: Path, experiment: str
+) -> None:
+    shorter = [text.replace("IMAGES", str(_images(tmp_path))) for text in EXPERIMENTS[experiment]]
+    typed = [f"experiment={experiment}", *shorter, "epochs=null", "steps=3", "evaluate.every=end"]
+    hashes = {
+        told.sha256
+        for world in (1, 2, 4)
+        for told in pool.train(Case.as_typed([*typed, f"workers={world}"], tmp_path), world)
+    }
+    assert len(hashes) == 1

@@ -90,8 +90,15 @@ NET = ("model=custom", "data.holdout=0.2")
 LOSS = ("~loss.label_smoothing",)
 DATA = ("data=custom", "data.train._target_=plan_nets.Digits")
 REFUSALS = {
-    ("batch.size=2", "workers=4"): "batch.size=2: smaller than slots=4 (one for each of 4 workers); use workers=2",
-    ("slots=1", "workers=2"): "slots=1: fewer than workers=2",
+    ("batch.size=2",): "batch.size=2: smaller than slots=4; use slots=2 or a larger batch",
+    (
+        "batch.size=2",
+        "slots=workers",
+        "workers=4",
+    ): "batch.size=2: smaller than slots=4 (one for each of 4 workers); use workers=2",
+    ("slots=1", "workers=2"): "workers=2: more than slots=1, so a worker would have nothing to do; use slots=2",
+    ("workers=8",): "workers=8: more than slots=4, so a worker would have nothing to do; use slots=8",
+    ("workers={min:1,max:6}",): "workers=6: more than slots=4",
     ("batch.size=2000",): "batch.size=2000: the training set has 1617 samples; use batch=full",
     ("model=resnet", "data=breast_cancer"): "model.input_shape=[30]: a ResNet takes images",
     ("model=gpt", "data=digits"): "model.input_shape=[1,8,8]: a GPT takes sequences",
@@ -217,22 +224,26 @@ def test_workers_that_share_a_gpu_talk_over_gloo(asked: str, workers: int, backe
     assert planned("device=cpu", gpus=2).plan.backend == "gloo"
 
 
-def test_workers_are_one_per_gpu_or_per_core_up_to_four():
+def test_workers_are_one_per_gpu_or_core_up_to_the_slots():
     auto = compose(["resources.cpus=2"]).config
     assert worker_range(auto, cores=7, gpus=0, device="cpu") == (1, 3)
     assert worker_range(auto, cores=64, gpus=0, device="cpu") == (1, 4)
     assert worker_range(auto, cores=1, gpus=0, device="cpu") == (1, 1)
-    assert worker_range(auto, cores=64, gpus=8, device="cuda") == (1, 8)
+    assert worker_range(auto, cores=64, gpus=8, device="cuda") == (1, 4)
+    assert worker_range(compose(["slots=8"]).config, cores=64, gpus=8, device="cuda") == (1, 8)
+    followed = compose(["slots=workers"]).config
+    assert worker_range(followed, cores=64, gpus=8, device="cuda") == (1, 8)
+    assert worker_range(followed, cores=64, gpus=0, device="cpu") == (1, 4)
     given = compose(["workers={min:2,max:5}"]).config
     assert worker_range(given, cores=1, gpus=0, device="cpu") == (2, 5)
 
 
 def test_the_numbers_of_a_run_follow_from_config_and_data():
-    plan = planned("batch.size=100", "epochs=2.5", "workers=3", "batch.micro_size=20").plan
+    plan = planned("batch.size=100", "epochs=2.5", "workers=3", "slots=3", "batch.micro_size=20").plan
     assert (plan.num_samples, plan.num_evaluation) == (1617, 180)
     assert plan.total_steps == 41  # 2.5 passes of 1,617 samples are 40.4 steps of 100
     assert plan.steps_per_epoch == 17 and plan.slots == 3 and plan.micro_size == 20
-    assert planned("batch=full", "epochs=3", "workers=2").plan.micro_size == 809
+    assert planned("batch=full", "epochs=3", "slots=2").plan.micro_size == 809
     assert plan == type(plan).from_dict(plan.to_dict())
 
 
@@ -245,3 +256,9 @@ def test_looking_at_the_model_leaves_it_as_the_seed_made_it():
         assert torch.equal(tensor, again[name])
         assert "running_mean" not in name or not tensor.any()
     assert all(p.grad is None for p in prepared.model.parameters())
+
+
+def test_the_slots_and_so_the_mathematics_do_not_follow_the_number_of_workers():
+    assert {planned(f"workers={n}").plan.slots for n in (1, 2, 4)} == {4}
+    assert {planned(f"workers={n}", "slots=workers").plan.slots for n in (1, 2, 4)} == {1, 2, 4}
+    assert planned("batch=stochastic").plan.slots == 1

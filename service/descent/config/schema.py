@@ -236,7 +236,7 @@ class RunConfig(Section):
     ema: EmaConfig
     workers: Literal["auto"] | Positive | WorkerRange
     spares: Annotated[int, Field(ge=0)]
-    slots: Literal["auto"] | Positive
+    slots: Literal["workers"] | Positive
     reduction: Literal["exact", "fast"]
     compress: Literal["bf16", "powersgd"] | None
     sentinel_every: Positive | None

@@ -172,28 +172,31 @@ def has_bf16(device: str) -> bool:
 
 
 def worker_range(config: RunConfig, *, cores: float, gpus: float, device: str) -> tuple[int, int]:
-    """(min, max) workers; `auto` is as many as the GPUs have room for, or on CPU one per core up to 4."""
+    """(min, max) workers; `auto` is as many as GPUs or cores have room for, up to the slots (or to 4 with slots=workers)."""
     if isinstance(config.workers, WorkerRange):
         return config.workers.min, config.workers.max
     if config.workers != "auto":
         return 1, int(config.workers)
     if device == "cuda":
-        return 1, max(1, int(gpus / _gpus_of_a_worker(config, device) + 1e-9))
-    return 1, max(1, min(4, int(cores / config.resources.cpus)))
+        room, limit = int(gpus / _gpus_of_a_worker(config, device) + 1e-9), math.inf
+    else:
+        room, limit = int(cores / config.resources.cpus), 4
+    return 1, max(1, int(min(room, limit if config.slots == "workers" else config.slots)))
 
 
 def _batch_and_slots(config: RunConfig, num_samples: int, most: int) -> tuple[int, int]:
     """(global batch, slots) for at most `most` workers. Raises ConfigError for what can't be shared out."""
     batch = num_samples if config.batch.size == "full" else int(config.batch.size)
-    slots = most if config.slots == "auto" else int(config.slots)
+    slots = most if config.slots == "workers" else int(config.slots)
     if slots < most:
         raise ConfigError(
-            f"slots={slots}: fewer than workers={most}, so a worker would have nothing to do; use slots=auto or workers={slots}"
+            f"workers={most}: more than slots={slots}, so a worker would have nothing to do; use slots={most} "
+            f"(which changes the result's bits) or workers={slots}"
         )
     if batch < slots:
-        raise ConfigError(
-            f"batch.size={batch}: smaller than slots={slots} (one for each of {most} workers); use workers={batch} or a larger batch"
-        )
+        each = f" (one for each of {most} workers)" if config.slots == "workers" else ""
+        cure = f"workers={batch}" if config.slots == "workers" else f"slots={batch}"
+        raise ConfigError(f"batch.size={batch}: smaller than slots={slots}{each}; use {cure} or a larger batch")
     if batch > num_samples:
         raise ConfigError(
             f"batch.size={batch}: the training set has {num_samples} samples; use batch=full or a smaller size"

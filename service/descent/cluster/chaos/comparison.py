@@ -98,7 +98,7 @@ def of_overrides(composed: Composed) -> tuple[Reference, Composed]:
     """Train once without faults, with one worker; and how to do it under chaos. Raises ConfigError or Ended."""
     config, dirs = composed.config, composed.config_dirs
     overrides = [o for o in _exact(composed) if not o.lstrip("+").startswith("name=")]
-    if config.slots == "auto":
+    if config.slots == "workers":
         overrides.append(f"slots={_slots(config)}")
     name = config.name or f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
     disturbed = _with_faults(overrides, dirs, name)  # refused now rather than after the reference
