@@ -164,7 +164,7 @@ EXPERIMENTS = {
     "mnist5k": [],
     "vanishing": [],
     "fashion_mnist": ["data.path=IMAGES"],
-    "stdlib_gpt": ["data.max_bytes=20000", "schedule.warmup_steps=1"],
+    "stdlib_gpt": ["data.max_bytes=20000", "data.block=24", "schedule.warmup_steps=1"],
 }
 """Experiment -> what makes a few of its steps short."""
 
