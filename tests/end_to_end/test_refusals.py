@@ -133,7 +133,7 @@ def test_a_process_that_stays_would_be_seen():
 
 IN_FULL = {
     "a key": (["optimizer.lrr=0.1"], "did you mean 'optimizer.lr'?"),
-    "room": (["workers=40"], "workers=40: the cluster can place"),
+    "room": (["workers=40", "slots=40"], "workers=40: the cluster can place"),
     "a file": (
         ["experiment=mine", "--config-dir", "conf"],
         "conf/experiment/mine.yaml: model.widht: MLP has no such argument; did you mean model.width?",

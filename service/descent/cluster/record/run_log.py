@@ -178,9 +178,20 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
     try:
         content = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
         assert isinstance(content, dict)
-        return content
+        return _in_words_of_today(content)
     except (OSError, ValueError, AssertionError) as error:
         raise CheckpointError(f"{run_dir}: not the folder of a run: {error}") from error
+
+
+def _in_words_of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """A run file of before: the default `slots=auto`, one slot for each worker, is `slots=workers` now."""
+    config = content.get("config")
+    if isinstance(config, dict) and config.get("slots") == "auto":
+        overrides = content.get("overrides")
+        if overrides is not None:
+            overrides = [*(o for o in overrides if not o.lstrip("+").startswith("slots=")), "slots=workers"]
+        return {**content, "config": {**config, "slots": "workers"}, "overrides": overrides}
+    return content
 
 
 def find_run(resume: str, output_dir: Path, key: str = "resume") -> Path:

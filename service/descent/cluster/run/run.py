@@ -61,6 +61,8 @@ class Run:
         self.console, self.started_at, self._starting = console, started_at or time.time(), starting
         self._connecting: Future[Cluster] | None = None
         self._background = ThreadPoolExecutor(2, "start")
+        self._room = 0
+        """How many workers the cluster's GPUs have room for; 0 without GPUs."""
         self._lock: RunLock | None = None
         try:
             self._check(composed)
@@ -128,10 +130,11 @@ class Run:
         from descent.training.plan import prepare
 
         config = self.config
-        if self.resumed is not None and config.slots == "auto":
+        if self.resumed is not None and config.slots == "workers":
             # The slots are part of the run's mathematics: the number of workers may change, they may not.
             config = config.model_copy(update={"slots": self.resumed.slots})
         prepared = prepare(config, cores=cores, gpus=gpus)
+        self._room = int(gpus / prepared.plan.gpus + 1e-9) if prepared.plan.gpus else 0
         if self.resumed is not None and self.resumed.step > prepared.plan.total_steps:
             raise CheckpointError(
                 f"resume={self.config.resume}: the run is at step {self.resumed.step} already, "
@@ -322,6 +325,14 @@ class Run:
             f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, "
             f"reduction {self.config.reduction}",
         )
+        follows = [f"{k}={v}" for k, v in (("slots", "workers"), ("reduction", "fast")) if getattr(self.config, k) == v]
+        if follows and plan.max_workers > 1:
+            print_line(self.console, f"{' and '.join(follows)}: the result's bits hold for {workers} only")
+        if self.config.workers == "auto" and plan.gpus and self._room > plan.max_workers:
+            display.note(
+                f"workers=auto: {plan.max_workers} workers, one for each of slots={plan.slots}, though the GPUs have "
+                f"room for {self._room}; slots={self._room} uses all of them (and gives other bits)"
+            )
         if self.config.chaos.faults:
             display.note(
                 f"chaos.faults={self.config.chaos.faults} are to come; they don't count towards regroup.max_failures"
