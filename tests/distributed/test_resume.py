@@ -1,13 +1,21 @@
 """A checkpoint's run goes on with other replicas, in another number; each reads its share of it."""
 
+import hashlib
+import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from xxhash import xxh128_hexdigest
 
 from descent.checkpoint.manifest import MANIFEST, commit_checkpoint, read_manifest
-from descent.checkpoint.reader import files_of_rank
+from descent.checkpoint.reader import files_of_rank, verify_checkpoint
 from tests.distributed.conductor import RUN, Conductor, parts_of
 from tests.distributed.replicas import Case, Crew, Told, fail
 from tests.distributed.test_equal_for_any_world import MODELS
@@ -112,3 +120,56 @@ def test_a_member_that_dies_in_the_exchange_is_survived(pool: Crew, tmp_path: Pa
     conductor = resumed(pool, case, target, 3, fail(worker=0).at(step=1, phase="receive"))
     last = conductor.finish()
     assert conductor.lost == 1 and last.sha256 == whole[0].sha256
+
+
+def reseal(target: Path, change: Callable[[dict[str, Tensor]], None], group: str) -> None:
+    """Change the tensors in the files of a group, and make the manifest fit: the checkpoint verifies as before."""
+    content = json.loads((target / MANIFEST).read_text())
+    del content["sha256"]
+    for name, entry in content["files"].items():
+        if name.startswith(group):
+            tensors = {n: t.clone() for n, t in load_file(target / name).items()}
+            change(tensors)
+            save_file(tensors, target / name)
+            raw = (target / name).read_bytes()
+            entry |= {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "xxh3_128": xxh128_hexdigest(raw)}
+    seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (target / MANIFEST).write_text(json.dumps({**content, "sha256": seal}))
+    verify_checkpoint(target, thorough=True)
+
+
+def _first(tensors: dict[str, Tensor], new: Callable[[Tensor], Tensor]) -> None:
+    name = max(sorted(tensors), key=lambda n: tensors[n].dim())
+    tensors[name] = new(tensors[name])
+
+
+def _take_one(tensors: dict[str, Tensor]) -> None:
+    del tensors[max(tensors)]
+
+
+FOREIGN: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
+    "dtype": ("model", lambda t: _first(t, lambda x: x.double()), r"is float64 .*, this run's is float32"),
+    "shape": ("model", lambda t: _first(t, lambda x: x[:-1].clone()), r"is float32 \[.*, this run's is float32"),
+    "unknown name": ("model", lambda t: t.update(other=torch.zeros(1)), r"no model/other"),
+    "missing": ("model", _take_one, r"is missing"),
+    "moments of another shape": ("optimizer", lambda t: _first(t, lambda x: x[:-1].clone()), r"its parameter float32"),
+    "moments of nobody": ("optimizer", lambda t: t.update({"other/exp_avg": torch.zeros(1)}), r"no parameter of this"),
+    "averages missing": ("ema", _take_one, r"is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_sealed_checkpoint_that_is_not_of_this_run_is_named_by_its_readers(
+    pool: Crew, tmp_path: Path, kind: str
+) -> None:
+    case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
+    _, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 1, 10)
+    group, change, words = FOREIGN[kind]
+    reseal(target, change, group)
+    replicas = pool.build(case, 2)
+    pool.form(case, replicas, (1,), restore_from=target)
+    told = [replica.hear() for replica in replicas]
+    assert [t.state for t in told] == ["broken"] * 2
+    notices = [n for t in told for n in t.notices if n.kind == "checkpoint unusable"]
+    assert notices and all(str(target) in n.detail and re.search(words, n.detail) for n in notices)
+    pool.give(replicas)

@@ -1,13 +1,14 @@
-"""Weights of others to begin with: a safetensors or torch file, a checkpoint, on disk or on S3."""
+"""A model's weights: read from a safetensors or torch file or a checkpoint, put into a model, written to a file."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from descent.checkpoint.reader import read_checkpoint
+from descent.checkpoint.manifest import read_manifest
+from descent.checkpoint.reader import read_files
 from descent.errors import CheckpointError, StoreError
 from descent.storage import Location, open_store
 
@@ -20,17 +21,19 @@ _SHOWN = 5
 def read_weights(source: Location) -> dict[str, Tensor]:
     """Name -> tensor, from a .safetensors or torch file or from a checkpoint's folder.
 
-    Torch files are read with weights_only=True: nothing in them runs. Of a checkpoint the
-    averaged weights are taken, where it has them.
+    Torch files are read with weights_only=True: nothing in them runs. Of a checkpoint only the files
+    with weights are read, and averaged weights (ema.decay) take the place of the plain ones.
 
-    Raises CheckpointError for what is none of these, StoreError where it can't be read.
+    Raises CheckpointError for anything else, StoreError where disk or server don't let it be read.
     """
     if source.name.endswith(".safetensors"):
         return _parse_safetensors(_content(source), source)
     if source.name.endswith(_TORCH):
         return _parse_torch(_content(source), source)
     try:
-        tensors, _ = read_checkpoint(source)
+        manifest = read_manifest(source)
+        names = [name for name in manifest.files if not name.startswith("optimizer-")]
+        tensors = read_files(source, manifest, names)
     except CheckpointError as error:
         raise CheckpointError(
             f"{source}: no weights: neither a .safetensors file, nor one of torch's ({', '.join(_TORCH)}), nor a checkpoint ({error})"
@@ -39,7 +42,7 @@ def read_weights(source: Location) -> dict[str, Tensor]:
 
 
 def model_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors -> the module's own names; averages in the place of what they average."""
+    """The weights among a checkpoint's tensors, under the module's own names; averages replace what they average."""
     plain = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
     averaged = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
     return plain | averaged
@@ -65,28 +68,28 @@ def _parse_safetensors(content: bytearray, source: Location) -> dict[str, Tensor
 
 def _parse_torch(content: bytearray, source: Location) -> dict[str, Tensor]:
     try:
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever it likes
         line = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(
             f"{source}: torch can't read it with weights_only=True, which alone is safe: {line}"
         ) from error
     for name in _WRAPPED:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
             break
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{source}: holds no mapping of names to tensors (a state_dict)")
-    return {str(name): tensor for name, tensor in found.items()}
+    return {str(name): tensor for name, tensor in loaded.items()}
 
 
 def put_into(model: nn.Module, weights: Mapping[str, Tensor], source: Location, *, strict: bool) -> str | None:
-    """Copy weights into a model; with strict=False a line on what had no counterpart, or None.
+    """Copy weights into a model. Returns a line on the names without a counterpart, or None; see strict.
 
     A prefix that wrappers (DDP, torch.compile) put before every name is taken off.
 
-    Raises CheckpointError with the lists of missing, unexpected and misshapen names: any of
-    them with strict=True, and with strict=False when nothing fits.
+    Raises CheckpointError with the lists of missing, unexpected and misshapen names: with
+    strict=True if there is any, with strict=False only if no name fits.
     """
     weights = _unwrapped(weights, set(model.state_dict()))
     own = model.state_dict(keep_vars=True)
@@ -127,8 +130,43 @@ def _some(names: list[str]) -> str:
 
 
 def write_weights(weights: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file under the module's own names."""
+    """Write one safetensors file under the module's own names.
+
+    Raises CheckpointError if there is a file already, StoreError if the disk refuses.
+    """
     from safetensors.torch import save
 
+    refuse_to_overwrite(target)
     content = save({n: t.contiguous() for n, t in weights.items()}, dict(metadata))
-    open_store(target.parent).upload(content, target.name)
+    if not open_store(target.parent).put_if_absent(target.name, content):
+        refuse_to_overwrite(target)
+
+
+def refuse_to_overwrite(target: Path) -> None:
+    """Raise CheckpointError if there is something at `target`."""
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: exists already; give another name, or delete it first")
+
+
+def free_parameters(model: nn.Module) -> Callable[[], None]:
+    """Give the memory of a model's parameters back; returns a function that allocates it again.
+
+    For a process that has looked at a model and needs its weights only after the training. The
+    parameters stay the same objects, with their shapes and ties; their values are lost, so only
+    parameters are freed that `put_into` sets, and `put_into` must follow the allocation.
+    """
+    of_buffers = {b.untyped_storage()._cdata for b in model.buffers()}
+    freed: dict[int, tuple[torch.UntypedStorage, int]] = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in of_buffers and storage.resizable():
+                freed[storage._cdata] = (storage, storage.nbytes())
+    for storage, _ in freed.values():
+        storage.resize_(0)
+
+    def allocate() -> None:
+        for storage, size in freed.values():
+            storage.resize_(size)
+
+    return allocate

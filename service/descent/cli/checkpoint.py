@@ -1,6 +1,7 @@
 """`descent checkpoint …`: look at, verify, export and delete what a run has saved."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from descent.cli.arguments import Json, OutputDir, run_names
 from descent.cli.output import refusals
 from descent.cluster.run.console import print_line
-from descent.errors import CheckpointError
+from descent.errors import CheckpointError, DescentError
 
 if TYPE_CHECKING:
     from descent.storage import Location
@@ -55,14 +56,17 @@ def _root(run: str, output_dir: Path) -> "Location":
 def _chosen(run: str, step: int | None, output_dir: Path) -> "Location":
     """A run's checkpoint of one step, or its newest. Raises CheckpointError."""
     from descent.checkpoint.manifest import step_of
-    from descent.checkpoint.reader import list_checkpoints
+    from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 
     root = _root(run, output_dir)
+    if step is None:
+        newest, skipped = newest_checkpoint(root)
+        for line in skipped:
+            print(f"passed over: {line}", file=sys.stderr)
+        return newest
     found = list_checkpoints(root)
     if not found:
         raise CheckpointError(f"{root}: no complete checkpoint")
-    if step is None:
-        return found[0]
     for target in found:
         if step_of(target.name) == step:
             return target
@@ -92,7 +96,7 @@ def list_(run: Run, output_dir: OutputDir = _RUNS, as_json: Json = False) -> Non
                 found = read_manifest(target)
                 scores = {k: v for k, v in found.scalars.items() if k.startswith("eval/")}
                 row |= {"bytes": found.size, "time_ms": found.time_ms, **scores}
-            except CheckpointError as error:
+            except DescentError as error:  # named in its row; the others are listed all the same
                 row["error"] = str(error)
             rows.append(row)
     if as_json:
@@ -138,7 +142,7 @@ def verify(run: Run, step: Step = None, output_dir: OutputDir = _RUNS) -> None:
             try:
                 found = verify_checkpoint(target, thorough=True)
                 print(f"{target.name}  good  {len(found.files)} files, {_size(found.size)}")
-            except CheckpointError as error:
+            except DescentError as error:
                 bad += 1
                 print(f"{target.name}  BAD   {error}")
     raise typer.Exit(1 if bad else 0)
@@ -189,7 +193,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there already.")] = False,
     output_dir: OutputDir = _RUNS,
 ) -> None:
-    """Write a checkpoint's weights as one safetensors file under the module's own names.
+    """Write a checkpoint's weights as one new safetensors file under the module's own names.
 
     Examples:
 
@@ -198,19 +202,20 @@ def export(
       descent checkpoint export RUN best.safetensors --step 500 --no-averaged --force
     """
     from descent.checkpoint.reader import read_checkpoint
-    from descent.checkpoint.weights import model_weights, write_weights
+    from descent.checkpoint.weights import model_weights, refuse_to_overwrite, write_weights
 
     with refusals():
         if target.suffix != ".safetensors":
             raise CheckpointError(f"{target}: the file's name must end in .safetensors")
         if target.expanduser().exists() and not force:
             raise CheckpointError(f"{target}: is there already; --force replaces it")
+        refuse_to_overwrite(target.expanduser().absolute())
         source = _chosen(run, step, output_dir)
         tensors, manifest = read_checkpoint(source)
         kept = {n: t for n, t in tensors.items() if averaged or not n.startswith("ema/")}
         about = {"format": "pt", "step": str(manifest.step), "run": manifest.run}
         weights = model_weights(kept)
-        write_weights(weights, target.expanduser().resolve(), about)
+        write_weights(weights, target.expanduser().absolute(), about)
     print(f"{target}: {len(weights)} tensors of {source.name}")
 
 

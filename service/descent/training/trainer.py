@@ -140,8 +140,8 @@ class Trainer:
         if membership.restore_from is None:
             return None
         self.control.enter("restore")
-        share = restoring.read_share(membership.restore_from, membership.rank, membership.world_size)
-        if share.error:
+        share = restoring.read_share(membership.restore_from, membership.rank, membership.world_size, self.state)
+        if share.error and share.fits:
             self._notify(Notice("restore failed", self.state.step, membership.generation, membership.rank, share.error))
         return share
 
@@ -151,10 +151,18 @@ class Trainer:
             return
         self.control.enter("receive")
         if share is not None:
-            restoring.exchange(group, share, self.state, self.device)
+            self._exchange(group, membership, share)
         else:
             self.state.receive(group, self.device)
         self.control.step, self.control.evaluated = self.state.step, self.state.evaluated
+
+    def _exchange(self, group: Group, membership: Membership, share: restoring.Share) -> None:
+        try:
+            restoring.exchange(group, share, self.state, self.device)
+        except restoring.DoesNotFit as error:
+            at = (self.state.step, membership.generation, membership.rank)
+            self._notify(Notice("checkpoint unusable", *at, str(error)))
+            raise
 
     def _loop(self, group: Group, membership: Membership) -> str:
         with self._generation(group, membership) as generation:

@@ -53,6 +53,8 @@ class CheckpointCommitter:
         self.cadence = Cadence(settings.every_s, settings.share)
         self.newest = newest
         """The last committed checkpoint."""
+        self._rejected: dict[str, str] = {}
+        """Address -> why, of checkpoints that verify and are not of this run's state."""
         self.step = read_manifest(newest).step if newest is not None else -1
 
     @property
@@ -96,6 +98,7 @@ class CheckpointCommitter:
             error = future.exception()
             if error is None:
                 self.newest, self.step = future.result(), step
+                self._rejected.pop(str(self.newest), None)
                 self.cadence.committed(time.monotonic(), stalled_s, max(p.took_s for p in parts))
                 self._thread.submit(self._prune, step)
                 size = sum(f.size for p in parts for f in p.files)
@@ -129,6 +132,11 @@ class CheckpointCommitter:
         """A new generation: what the old one has not finished writing will never be whole."""
         self._parts.clear()
 
+    def reject_newest(self, reason: str) -> None:
+        """Pass over the newest checkpoint from now on: the workers read it, and it is not of this run's state."""
+        if self.newest is not None:
+            self._rejected[str(self.newest)] = reason
+
     def go_back(self) -> list[str]:
         """Find the newest checkpoint that verifies; the reasons why newer ones were skipped.
 
@@ -137,7 +145,7 @@ class CheckpointCommitter:
         """
         self.cadence.restored()
         try:
-            self.newest, skipped = newest_checkpoint(self.root, self._config_sha256, self._rescued)
+            self.newest, skipped = newest_checkpoint(self.root, self._config_sha256, self._rescued, self._rejected)
         except NoCheckpoint:
             self.newest, self.step = None, -1
             return []

@@ -117,6 +117,8 @@ class Reports:
         if notice.kind == "slots dealt":  # a measure, not a fault
             self._listener.note(f"step {notice.step}: {notice.detail}")
             return
+        if notice.kind == "checkpoint unusable":
+            self._commits.reject_newest(notice.detail)
         members, handles = self._generation.members, self._group.handles
         self._ledger.notice(notice, {r: (w, handles[w].host) for r, w in enumerate(members)})
         if notice.kind == "straggler" and self._config.straggler.replace:

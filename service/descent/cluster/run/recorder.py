@@ -67,6 +67,9 @@ class RunRecorder:
             artifact_root=None if self._config.tracking.uri else output_dir / "mlartifacts",
             run_id=run_id,
         )
+        from descent.checkpoint.weights import free_parameters
+
+        self._allocate_model = free_parameters(prepared.model)  # this process needs its weights only at the end
 
     def write_run_file(self, result: RunResult | None = None) -> None:
         """Write to the run's folder what a resume needs; with the result, how the run ended."""
@@ -246,6 +249,7 @@ class RunRecorder:
         from descent.tracking.export import log_model
 
         model, sample = self._prepared.model, self._prepared.sample
+        self._allocate_model()
         put_into(model, read_weights(target), target, strict=True)
         model.eval()
         with torch.no_grad():

@@ -15,14 +15,18 @@ from torch import Tensor
 
 from descent.checkpoint.manifest import Manifest, read_manifest
 from descent.checkpoint.reader import files_of_rank, read_files
-from descent.errors import DescentError
+from descent.errors import CheckpointError, DescentError
 from descent.storage import to_location
 from descent.training.collectives import Group
-from descent.training.state import TrainState, broadcast_state
+from descent.training.state import MODEL, OPTIMIZER, TrainState, broadcast_state
 
 
 class NotRestored(Exception):
-    """A member has no share of the checkpoint to give: no member's state has changed."""
+    """The members do not have the state of the checkpoint: one had no share to give, or the state doesn't fit."""
+
+
+class DoesNotFit(NotRestored):
+    """The checkpoint is whole and not of this run's state: reading it again won't help."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,60 @@ class Share:
     manifest: Manifest | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     error: str = ""
+    fits: bool = True
+    """Whether the tensors have the names, shapes and dtypes of this run's state, as far as they are known."""
 
 
-def read_share(source: str, rank: int, world_size: int) -> Share:
-    """This rank's files of a checkpoint, on the CPU. An error is returned, not raised: the other ranks must see it."""
+def read_share(source: str, rank: int, world_size: int, state: TrainState) -> Share:
+    """This rank's files of a checkpoint, on the CPU. An error is returned, not raised: the other ranks must see it.
+
+    state: what the checkpoint is to be loaded into; nothing in it changes.
+    """
     try:
         target = to_location(source)
         manifest = read_manifest(target)
         names = files_of_rank(manifest, rank, world_size)
-        return Share(source, manifest, read_files(target, manifest, names))
+        tensors = read_files(target, manifest, names)
     except DescentError as error:
         return Share(source, error=str(error))
+    problem = _misfit(tensors, state)
+    if problem:
+        return Share(source, error=f"{source}: is not of this run: {problem}", fits=False)
+    return Share(source, manifest, tensors)
+
+
+def _misfit(tensors: Mapping[str, Tensor], state: TrainState) -> str:
+    """What is wrong with the first tensor that this run's state can't have; "" if there is none."""
+    own = state.tensors()
+    elementwise = type(state.optimizer).__module__.startswith(("torch.optim.", "descent.optim."))
+    for name, tensor in tensors.items():
+        if not name.startswith(OPTIMIZER):
+            if name not in own:
+                return f"this run's state has no {name}"
+            if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
+                return f"{name} is {_described(tensor)}, this run's is {_described(own[name])}"
+            continue
+        parameter = own.get(MODEL + name.removeprefix(OPTIMIZER).rpartition("/")[0])
+        if parameter is None:
+            return f"{name} belongs to no parameter of this model"
+        # torch's optimizers keep numbers, tensors like the parameter, and (Adafactor) sums over its dimensions
+        like = tensor.dim() == parameter.dim() and all(
+            a in (1, b) for a, b in zip(tensor.shape, parameter.shape, strict=True)
+        )
+        if elementwise and tensor.dim() and not like:
+            return f"{name} is {_described(tensor)}, its parameter {_described(parameter)}"
+    return ""
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def exchange(group: Group, share: Share, state: TrainState, device: torch.device) -> None:
     """Put the shares of all members together, on each of them, and load them into its state.
 
-    Raises NotRestored, on all ranks alike, when one has no share to give; PeerLost when one
-    is gone; CheckpointError when the checkpoint doesn't fit the model.
+    Raises, on all ranks alike, NotRestored when one has no share to give, DoesNotFit when the
+    shares together are not a state of this run; PeerLost when a member is gone.
     """
     _agree(group, share, device)
     assert share.manifest is not None
@@ -58,7 +98,11 @@ def exchange(group: Group, share: Share, state: TrainState, device: torch.device
     for owner in range(group.world_size):
         received, _ = broadcast_state(group, owner, share.tensors if owner == group.rank else None, device)
         tensors.update(received)
-    state.load(tensors, share.manifest.step, share.manifest.scalars)
+    try:
+        state.load(tensors, share.manifest.step, share.manifest.scalars)
+    except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DoesNotFit(f"{share.source}: is not of this run: {what}") from error
 
 
 def _agree(group: Group, share: Share, device: torch.device) -> None:
@@ -68,7 +112,7 @@ def _agree(group: Group, share: Share, device: torch.device) -> None:
     votes[1, group.rank] = int(hashlib.sha256(repr(share.manifest).encode()).hexdigest()[:15], 16)
     failed, manifests = group.sum_(votes).tolist()
     if share.error:
-        raise NotRestored(share.error)
+        raise (NotRestored if share.fits else DoesNotFit)(share.error)
     if any(failed):
         raise NotRestored(f"{share.source}: rank {failed.index(1)} could not read its share")
     if len(set(manifests)) > 1:
