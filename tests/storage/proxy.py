@@ -113,6 +113,9 @@ class Proxy:
                     return self._answer(400, "ExpiredToken")
                 if fault == "denied":
                     return self._answer(403, "AccessDenied")
+                named = fault and fault.startswith("no checksums: ") and any(map(_is_checksum, self.headers.items()))
+                if fault and named:
+                    return self._answer(*_refusal(fault))
                 try:
                     status, headers, content = self._forward(body)
                 except OSError:  # the server has been stopped
@@ -166,6 +169,18 @@ class Proxy:
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
 
         return Handler
+
+
+def _is_checksum(header: tuple[str, str]) -> bool:
+    """Whether a header is of those that older and smaller servers don't know."""
+    name, value = header[0].lower(), header[1].lower()
+    return name.startswith(("x-amz-checksum-", "x-amz-sdk-checksum-", "x-amz-trailer")) or "aws-chunked" in value
+
+
+def _refusal(fault: str) -> tuple[int, str]:
+    """Status and code of a fault such as "no checksums: 501 NotImplemented"."""
+    status, code = fault.removeprefix("no checksums: ").split()
+    return int(status), code
 
 
 @contextlib.contextmanager

@@ -159,6 +159,43 @@ def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
             ask()
 
 
+@pytest.mark.one_server
+@pytest.mark.parametrize(
+    "refusal",
+    ["501 NotImplemented", "400 InvalidArgument", "400 XAmzContentSHA256Mismatch", "403 SignatureDoesNotMatch"],
+)
+@pytest.mark.parametrize("begin_with", ["put", "upload", "put_if_absent", "get"])
+def test_a_server_that_refuses_checksum_headers_is_served_without(
+    proxy: Proxy, store: Store, server: S3Server, bucket: str, tmp_path: Path, refusal: str, begin_with: str
+) -> None:
+    server.client().put_object(Bucket=bucket, Key="p/there", Body=b"content")
+    proxy.plan = always(f"no checksums: {refusal}")
+    if begin_with == "put":
+        store.put("x", b"small")
+    elif begin_with == "upload":
+        store.upload(BIG, "x")
+    elif begin_with == "put_if_absent":
+        assert store.put_if_absent("x", b"mine") and not store.put_if_absent("x", b"another's")
+    store.upload(memoryview(BIG), "big")
+    assert store.get("there") == b"content" and store.get_range("big", 10, 20) == BIG[10:20]
+    assert store.read("big", len(BIG)) == BIG
+    store.download("big", tmp_path / "big", size=len(BIG), sha256=DIGEST)
+    assert store.put_if_absent("once", b"mine") and not store.put_if_absent("once", b"another's")
+    assert server.unfinished(bucket) == []
+    assert not store._server.sends_checksums  # type: ignore[attr-defined]
+
+
+@pytest.mark.one_server
+def test_a_refusal_for_another_reason_keeps_the_checksums(proxy: Proxy, store: Store) -> None:
+    proxy.plan = first("put", "expired")
+    with pytest.raises(StoreError, match="credentials have expired"):
+        store.put("x", b"content")
+    seen: list[str] = []
+    proxy.plan = lambda request: seen.append(request.kind) or None  # type: ignore[func-returns-value]
+    store.put("x", b"content")
+    assert store._server.sends_checksums and seen == ["put"]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("address", ["s3://", "s3://B", "s3:///x", "s3://b/../x", "s3://me:pw@bucket/x"])
 def test_a_wrong_address_is_refused_without_its_password(address: str) -> None:
     with pytest.raises(StoreError) as caught:

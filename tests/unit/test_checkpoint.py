@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
 from descent.checkpoint.manifest import commit_checkpoint, partition, read_manifest
 from descent.checkpoint.reader import newest_checkpoint, read_checkpoint, verify_checkpoint
 from descent.checkpoint.retention import Retention, prune
 from descent.checkpoint.writer import ShareWriter
+from descent.cli.main import app
+from descent.cluster.control.checkpoints import CheckpointCommitter
+from descent.config.schema import Checkpoint
 from descent.errors import CheckpointError
 from descent.messages import ShareWritten
 
@@ -204,6 +209,13 @@ FOREIGN = [
     {"files": {FILES[1]: {"size": 1, "sha256": 5, "xxh3_128": "0" * 32}}},
     {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64, "xxh3_128": "0" * 64}}},
     {"files": {FILES[1]: {"size": 1, "sha256": "0" * 64}}},
+    {"files": {FILES[1]: {"size": 1 << 80, "sha256": "0" * 64, "xxh3_128": "0" * 32}}},
+    {"time_ms": "yesterday"},
+    {"time_ms": 1 << 80},
+    {"run": 3},
+    {"config_sha256": None},
+    {"versions": {"torch": 2}},
+    {"versions": []},
 ]
 
 
@@ -287,3 +299,103 @@ def test_a_disk_that_refuses_is_reported_in_the_part(tmp_path: Path) -> None:
     (tmp_path / "step-00000001").write_text("a file where the folder should be")
     shares = write_shares(tmp_path, 1, world=1)
     assert shares[0].error is not None and "File exists" in shares[0].error
+
+
+# --- one bad entry never blocks the rest ---
+
+
+def spoil(root: Path) -> None:
+    """Beside good checkpoints, everything that a folder may hold and that is none."""
+    make_checkpoint(root, 30)
+    edit(root / "step-00000030", time_ms="yesterday")
+    make_checkpoint(root, 40)
+    edit(root / "step-00000040", config_sha256="of another run")
+    make_checkpoint(root, 50)
+    (root / "step-00000050" / FILES[1]).write_bytes(b"short")
+    (root / "step-00000060").mkdir()
+    (root / "step-00000060" / "manifest.json").mkdir()
+    (root / "step-00000061").mkdir()
+    os.mkfifo(root / "step-00000061" / "manifest.json")
+    (root / "step-00000062").mkdir()
+    (root / "step-00000062" / "manifest.json").symlink_to("manifest.json")
+    (root / "step-00000063").write_text("no folder")
+    (root / f"step-{'9' * 200}").mkdir()
+    (root / f"step-{'9' * 200}" / "manifest.json").write_text("{}")
+    (root / "step-00000064").mkdir()
+    (root / "step-00000064" / "manifest.json").write_text("[" * 100_000)
+
+
+def test_whatever_else_lies_in_the_folder_is_named_and_passed_over(tmp_path: Path) -> None:
+    good = make_checkpoint(tmp_path, 20)
+    spoil(tmp_path)
+    target, skipped = newest_checkpoint(tmp_path, "c")
+    assert target == good
+    assert [next(s for s in (64, 50, 40, 30) if f"step-000000{s}" in line) for line in skipped] == [64, 50, 40, 30]
+
+
+def test_what_can_not_be_used_takes_no_good_checkpoints_place(tmp_path: Path) -> None:
+    """A newer one that is foreign or damaged must not be what is kept, and the only good one deleted."""
+    make_checkpoint(tmp_path, 10)
+    good = make_checkpoint(tmp_path, 20)
+    spoil(tmp_path)
+    pruned = prune(tmp_path, Retention(1), config_sha256="c")
+    assert pruned.deleted == ["step-00000010"] and newest_checkpoint(tmp_path, "c")[0] == good
+    for step in (30, 40, 50, 64):
+        assert any(f"step-000000{step}" in line for line in pruned.skipped)
+        assert (tmp_path / f"step-000000{step}").is_dir(), "left to whoever looks into it"
+
+
+def test_after_going_back_the_steps_behind_count_no_more(tmp_path: Path) -> None:
+    """The run passed over step 30 and has just committed step 20: that one is what it has."""
+    for step in (10, 20, 30):
+        make_checkpoint(tmp_path, step)
+    assert prune(tmp_path, Retention(1), newest_step=20).deleted == ["step-00000010"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+
+
+def test_the_controller_passes_over_what_the_workers_could_not_use(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        make_checkpoint(tmp_path, step)
+    newest = tmp_path / "step-00000030"
+    committer = CheckpointCommitter(tmp_path, "r", "c", Checkpoint(), newest)
+    committer.reject_newest("not of this run")
+    assert committer.go_back() == ["not of this run"] and committer.step == 20
+    committer.reject_newest("nor this one")
+    assert committer.go_back() == ["not of this run", "nor this one"] and committer.step == 10
+    committer.reject_newest("nor this")
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*nor this"):
+        committer.go_back()
+    committer.close()
+
+
+def test_a_tensor_that_is_in_two_files_is_refused(tmp_path: Path) -> None:
+    target = make_checkpoint(tmp_path, 1)
+    one, two = sorted(target.glob("model-*"))
+    shutil.copy(one, two)
+    files = json.loads((target / "manifest.json").read_text())["files"]
+    edit(target, files={**files, two.name: files[one.name]})
+    with pytest.raises(CheckpointError, match="is in another file, too"):
+        read_checkpoint(target)
+
+
+def test_ls_verify_prune_and_export_pass_over_what_is_bad(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "root", 10)
+    make_checkpoint(tmp_path / "root", 20)
+    spoil(tmp_path / "root")
+
+    def descent(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["checkpoint", *arguments])
+
+    listed = json.loads(descent("ls", str(tmp_path / "root"), "--json").stdout)
+    assert [row["step"] for row in listed] == [64, 50, 40, 30, 20, 10]
+    assert [row["step"] for row in listed if "error" in row] == [64, 30]
+    assert descent("ls", str(tmp_path / "root")).exit_code == 0
+    verified = descent("verify", str(tmp_path / "root"))
+    assert verified.exit_code == 1 and verified.stdout.count("good") == 3 and verified.stdout.count("BAD") == 3
+    shutil.rmtree(tmp_path / "root" / "step-00000040")
+    exported = descent("export", str(tmp_path / "root"), str(tmp_path / "out.safetensors"))
+    assert exported.exit_code == 0 and "passed over" in exported.stderr and "of step-00000020" in exported.stdout
+    again = descent("export", str(tmp_path / "root"), str(tmp_path / "out.safetensors"))
+    assert again.exit_code == 2 and "is there already" in again.stderr
+    pruned = descent("prune", str(tmp_path / "root"), "--keep-last", "1")
+    assert "deleted: step-00000010" in pruned.stdout and pruned.stdout.count("passed over") == 3

@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from descent.checkpoint.manifest import commit_checkpoint
-from descent.checkpoint.weights import put_into, read_weights, write_weights
+from descent.checkpoint.weights import free_parameters, put_into, read_weights, write_weights
 from descent.checkpoint.writer import ShareWriter
 from descent.errors import CheckpointError, StoreError
 from descent.messages import ShareWritten
@@ -124,3 +125,51 @@ def test_exported_weights_are_one_plain_file(tmp_path: Path) -> None:
     plain = {n: t for n, t in model.state_dict().items() if n != "head.weight"}
     write_weights(plain, tmp_path / "out.safetensors", {"format": "pt"})
     assert load_file(tmp_path / "out.safetensors").keys() == plain.keys()
+
+
+def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
+    taken = tmp_path / "thesis.safetensors"
+    taken.write_text("mine")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone")
+    for target in (taken, tmp_path / "link.safetensors"):
+        with pytest.raises(CheckpointError, match="is there already; give another name"):
+            write_weights({"x": torch.zeros(1)}, target, {})
+    write_weights({"x": torch.ones(1)}, tmp_path / "w.safetensors", {})
+    write_weights({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {}, overwrite=True)
+    assert load_file(tmp_path / "w.safetensors")["x"] == 0
+    assert taken.read_text() == "mine" and not (tmp_path / "gone").exists()
+
+
+def test_of_a_checkpoint_only_the_files_with_weights_are_read(tmp_path: Path) -> None:
+    """The optimizer's state is twice as large, and nothing of it is needed."""
+    shares: list[ShareWritten] = []
+    writer = ShareWriter(tmp_path, shares.append)
+    tensors = {
+        "model/w": torch.ones(3),
+        "model/v": torch.ones(2),
+        "ema/w": torch.zeros(3),
+        "optimizer/w/m": torch.ones(3),
+    }
+    writer.write(tensors, step=3, rank=0, world_size=1, generation=1, scalars={})
+    writer.wait_until_written()
+    target = commit_checkpoint(tmp_path, shares, run="r", config_sha256="c")
+    (target / "optimizer-00000-of-00001.safetensors").unlink()
+    weights = read_weights(target)
+    assert {n: t.tolist() for n, t in weights.items()} == {"w": [0.0] * 3, "v": [1.0] * 2}
+
+
+def test_freed_parameters_take_no_memory_and_come_back_the_same_objects() -> None:
+    model = nn.Sequential(Tied(), nn.Linear(3000, 3000).to(torch.float64))
+    model[1].weight = nn.Parameter(model[1].weight.detach().t())  # not row by row in memory
+    model.elsewhere = [model[0].embed.weight]  # type: ignore[assignment]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    objects = [id(p) for p in model.parameters()]
+    used = psutil.Process().memory_full_info().uss
+    allocate = free_parameters(model)
+    assert used - psutil.Process().memory_full_info().uss > 60e6, "72 MB of parameters"
+    assert all(p.untyped_storage().nbytes() == 0 for p in model.parameters())
+    assert torch.equal(model[0].norm.running_var, before["0.norm.running_var"]), "buffers stay"
+    allocate()
+    put_into(model, before, Path("before"), strict=True)
+    assert [id(p) for p in model.parameters()] == objects and model.elsewhere[0] is model[0].head.weight
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

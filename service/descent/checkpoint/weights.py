@@ -129,23 +129,21 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def write_weights(weights: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
+def write_weights(
+    weights: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str], *, overwrite: bool = False
+) -> None:
     """Write one safetensors file under the module's own names.
 
-    Raises CheckpointError if there is a file already, StoreError if the disk refuses.
+    Raises CheckpointError if there is a file already and `overwrite` is not set, StoreError if the disk refuses.
     """
     from safetensors.torch import save
 
-    refuse_to_overwrite(target)
     content = save({n: t.contiguous() for n, t in weights.items()}, dict(metadata))
-    if not open_store(target.parent).put_if_absent(target.name, content):
-        refuse_to_overwrite(target)
-
-
-def refuse_to_overwrite(target: Path) -> None:
-    """Raise CheckpointError if there is something at `target`."""
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: exists already; give another name, or delete it first")
+    store = open_store(target.parent)
+    if overwrite:
+        store.upload(content, target.name)
+    elif not store.put_if_absent(target.name, content):
+        raise CheckpointError(f"{target}: is there already; give another name, or delete it first")
 
 
 def free_parameters(model: nn.Module) -> Callable[[], None]:

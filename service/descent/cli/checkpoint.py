@@ -193,7 +193,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there already.")] = False,
     output_dir: OutputDir = _RUNS,
 ) -> None:
-    """Write a checkpoint's weights as one new safetensors file under the module's own names.
+    """Write a checkpoint's weights as one safetensors file under the module's own names.
 
     Examples:
 
@@ -202,20 +202,19 @@ def export(
       descent checkpoint export RUN best.safetensors --step 500 --no-averaged --force
     """
     from descent.checkpoint.reader import read_checkpoint
-    from descent.checkpoint.weights import model_weights, refuse_to_overwrite, write_weights
+    from descent.checkpoint.weights import model_weights, write_weights
 
     with refusals():
         if target.suffix != ".safetensors":
             raise CheckpointError(f"{target}: the file's name must end in .safetensors")
         if target.expanduser().exists() and not force:
             raise CheckpointError(f"{target}: is there already; --force replaces it")
-        refuse_to_overwrite(target.expanduser().absolute())
         source = _chosen(run, step, output_dir)
         tensors, manifest = read_checkpoint(source)
         kept = {n: t for n, t in tensors.items() if averaged or not n.startswith("ema/")}
         about = {"format": "pt", "step": str(manifest.step), "run": manifest.run}
         weights = model_weights(kept)
-        write_weights(weights, target.expanduser().absolute(), about)
+        write_weights(weights, target.expanduser().absolute(), about, overwrite=force)
     print(f"{target}: {len(weights)} tensors of {source.name}")
 
 

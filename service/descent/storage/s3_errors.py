@@ -1,4 +1,4 @@
-"""What boto3 raises, as one line: the bucket, the key, what was asked and what to do. Never a secret.
+"""An error of boto3 as one line: the bucket, the key, the request and what to do. Never a secret.
 
 The server's own message is left out: it may repeat parts of a signed request.
 """
@@ -18,7 +18,7 @@ try:
 except ImportError:  # the native client is not installed
 
     class AwsCrtError(Exception):  # type: ignore[no-redef]
-        """What never happens then."""
+        """Never raised: it stands in for the native client's error."""
 
         name = ""
 
@@ -36,6 +36,10 @@ FAILURES = (
 
 _HOW = "check AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _RENEW = "the credentials have expired; log in again (aws sso login) or renew AWS_SESSION_TOKEN"
+_UNKNOWN_HEADER = (
+    "the server doesn't know a header of the request; if it is an older or smaller one than AWS's, "
+    "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+)
 _BY_CODE = {
     "NoSuchBucket": ("address", "there is no such bucket; create it, or mend the address"),
     "NoSuchKey": ("missing", "there is no such object"),
@@ -60,6 +64,8 @@ _BY_CODE = {
     "XMinioStorageFull": ("full", "the server's disks are full"),
     "InsufficientStorage": ("full", "the server's disks are full"),
     "EntityTooLarge": ("full", "the object is larger than the server takes"),
+    "NotImplemented": ("unavailable", _UNKNOWN_HEADER),
+    "XAmzContentSHA256Mismatch": ("unavailable", _UNKNOWN_HEADER),
     "InvalidRange": ("damaged", "the object is shorter than expected"),
     "PreconditionFailed": ("unavailable", "the object was replaced meanwhile"),
     "400": ("credentials", "the request isn't accepted, as with expired credentials; " + _HOW),
