@@ -105,11 +105,15 @@ ask descent train optimizer = momentum optimizer.mom
 ask descent train tracking.uri = http : //h precision = b
 ask descent train zzz
 ask descent train zzz = 3 --config-dir /none optim
+ask descent train resume = my
+ask descent checkpoint ls my
 """
 
 
 def test_bash_completes_groups_keys_and_values(tmp_path):
     """Through the script that `--install-completion` installs; bash cuts words at '=' and ':'."""
+    (tmp_path / ".descent/runs/my-run").mkdir(parents=True)
+    (tmp_path / ".descent/runs/my-run/run.json").write_text("{}")
     done = subprocess.run(
         ["bash", "--norc", "-c", SHELL],
         capture_output=True,
@@ -126,6 +130,7 @@ def test_bash_completes_groups_keys_and_values(tmp_path):
     assert lines[4] == ["optimizer.momentum=", "optimizer.momentum=0.9"]
     assert lines[5] == ["bf16"]
     assert lines[6] == [""] and lines[7] == [""]
+    assert lines[8] == ["my-run"] and lines[9] == ["my-run"]
 
 
 def test_other_shells_complete_too(tmp_path):

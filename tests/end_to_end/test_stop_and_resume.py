@@ -145,7 +145,7 @@ def mlflow_run(folder: Path, run_id: str) -> tuple[str, dict[str, list[int]], di
     return run.info.status, steps, losses
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_stopped_twice_and_resumed_with_other_workers_it_ends_as_if_nothing_had_happened(
     tmp_path: Path,
 ) -> None:

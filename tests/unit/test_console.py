@@ -69,3 +69,10 @@ def test_a_stream_that_fails_once_is_not_asked_again():
     assert stream.write("nobody\n") == 7 and stream.broken
     stream.write("listens\n")
     stream.flush()
+
+
+def test_a_long_value_has_a_line_of_its_own_on_a_narrow_terminal():
+    out = io.StringIO()
+    path = "/".join(["folder"] * 11)
+    print_value(Console(file=out, width=80, force_terminal=True, color_system=None), "checkpoint", path)
+    assert [line.rstrip() for line in out.getvalue().splitlines()] == ["checkpoint", f"  {path}"]

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -245,7 +245,7 @@ def prune_(
         if keep_best not in (None, "eval/loss", "eval/accuracy"):
             raise CheckpointError(f"--keep-best {keep_best}: is eval/loss or eval/accuracy")
         root = _root(run, output_dir)
-        mode: Any = "max" if keep_best == "eval/accuracy" else "min"
+        mode: Literal["min", "max"] = "max" if keep_best == "eval/accuracy" else "min"
         deleted, skipped = prune(root, Retention(keep_last, keep_every, keep_best, mode))
         half = open_store(root).tidy(older_than_s=3600.0)
     print(f"deleted: {', '.join(deleted) or 'nothing'}" + (f", {half} unfinished files" if half else ""))

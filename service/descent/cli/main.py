@@ -14,7 +14,7 @@ from descent.cli import checkpoint as checkpoint_commands
 from descent.cli import data as data_commands
 from descent.cli.arguments import OutputDir, run_names
 from descent.cli.output import print_groups, print_result, print_trial
-from descent.cluster.run.console import print_error
+from descent.cluster.run.console import lasting_output, print_error
 from descent.errors import ConfigError, DescentError
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ def train(
 
     Exit codes: 0 finished, 1 failed, 2 refused before it started, 130 stopped by Ctrl-C or SIGTERM.
     """
-    from descent.cluster.run.console import Starting, lasting_output, print_line
+    from descent.cluster.run.console import Starting, print_line
 
-    lasting_output()
     console = Console(stderr=as_json)
     starting = Starting(console, in_logs=not as_json)
     run = None
@@ -415,5 +414,6 @@ def main() -> None:
         in_bash(app)
     else:
         if not any(key.endswith("_COMPLETE") and key.startswith("_") for key in os.environ):
+            lasting_output()
             _check_options(sys.argv[1:])
         app()

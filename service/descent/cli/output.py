@@ -15,6 +15,7 @@ from descent.cluster.run.console import (
     print_error,
     print_line,
     print_value,
+    print_verbatim,
     print_warning,
     significant,
 )
@@ -152,9 +153,10 @@ def _print_next(console: Console, result: "RunResult") -> None:
         for line in (
             "import mlflow",
             f'mlflow.set_tracking_uri("{result.tracking_uri}")',
-            f'model = mlflow.pyfunc.load_model("{result.model_uri}")',
+            "model = mlflow.pyfunc.load_model(",
+            f'  "{result.model_uri}")',
         ):
-            print_value(console, "", line, indent=2)
+            print_verbatim(console, f"  {line}")
 
 
 def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ class MlflowSink:
                 client.set_terminated(run_id, record["status"], record["time"])
 
     def refuses(self, error: Exception) -> bool:
-        """Whether MLflow itself has said that the values are wrong; a proxy's 400 is no such word."""
+        """Whether MLflow itself answered that the values are wrong; a proxy's 400 doesn't count."""
         from mlflow.exceptions import RestException
 
         code = getattr(error, "error_code", None)

@@ -1,4 +1,4 @@
-"""Where a run came from (code, user, environment), and what of it must not be told.
+"""Where a run came from (code, user, environment), without the secrets in it.
 
 Whatever goes to a tracking server passes through `redact` and `is_secret`: credentials in a
 config or in an address must not end up in a database that others read.

@@ -82,6 +82,8 @@ def of_run(run: str, overrides: Sequence[str], output_dir: Path) -> tuple[Refere
             f"RUN={run}: ended as {saved.get('state') or 'unfinished'}, so there is no result to compare with; "
             "take a finished run, or give overrides instead"
         )
+    if saved["overrides"] is None:
+        raise ConfigError(f"RUN={run}: was made from a RunConfig, not from overrides; give overrides instead")
     ours = ("name", "slots", "chaos.faults")
     kept = [o for o in saved["overrides"] if o.lstrip("+").split("=")[0] not in ours]
     given = [*kept, f"slots={saved['slots']}", *overrides]

@@ -92,9 +92,21 @@ def print_line(console: Console, text: str, style: str = "") -> None:
     console.print(escape(text), style=style or None, highlight=False, soft_wrap=not console.is_terminal, emoji=False)
 
 
-def print_value(console: Console, label: str, value: str, indent: int = 14) -> None:
-    """A label and one long word (a path, an address, a command) that no line break of ours cuts."""
-    console.print(f"{escape(label):<{indent}}{escape(value)}", highlight=False, soft_wrap=True, emoji=False)
+def print_value(console: Console, label: str, value: str) -> None:
+    """A label and one long word (a path, an address) that no line break of ours cuts.
+
+    On a terminal that is too narrow for both, the value has a line of its own.
+    """
+    line = f"{label:<14}{value}"
+    if console.is_terminal and len(line) > console.width:
+        print_verbatim(console, label)
+        line = f"  {value}"
+    print_verbatim(console, line)
+
+
+def print_verbatim(console: Console, line: str) -> None:
+    """One line exactly as it is, to be copied: nothing is a markup, and no line break is added."""
+    console.print(escape(line), highlight=False, soft_wrap=True, emoji=False)
 
 
 def print_warning(console: Console, text: str) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from descent.cluster.record import run_log
-from descent.cluster.run.lock import is_locked, owner_host
-from descent.errors import CheckpointError, TrackingError
+from descent.cluster.run.lock import RunLock, is_locked, owner_host
+from descent.errors import CheckpointError, ConfigError, TrackingError
 from descent.tracking import replay
 
+_REASON = "its process ended without a word"
 _PATIENCE = 2
 """After so many runs in a row that could not be delivered, the server is taken for unreachable."""
 
@@ -17,7 +18,7 @@ _PATIENCE = 2
 def settle_left_over(
     output_dir: Path, tracking_uri: str | None, uri: str, *, besides: Path | None = None
 ) -> Iterator[str]:
-    """Deliver what the runs under `output_dir` still owe to tracking, and end those whose process is gone.
+    """Deliver the records that the runs under `output_dir` left in their spools, and end the runs whose process is gone.
 
     tracking_uri: the runs' `tracking.uri`; others are tracked elsewhere. uri: where that is.
     besides: a run that is left alone.
@@ -47,12 +48,27 @@ def settle_left_over(
                 return
             continue
         failures = 0
-        if died:
-            reason = "its process ended without a word"
-            run_log.write_run_file(run_dir, {**saved, "state": "FAILED", "reason": reason})
-            yield f"{run_dir.name}: {reason}; it is FAILED now, and resume={run_dir.name} goes on with it"
+        if died and _mark_failed(run_dir):
+            yield f"{run_dir.name}: {_REASON}; it is FAILED now, and resume={run_dir.name} goes on with it"
         elif count:
             yield f"delivered {count:,} records that {run_dir.name} had left behind"
+
+
+def _mark_failed(run_dir: Path) -> bool:
+    """Write how the run ended to its file, unless somebody resumes it at this moment."""
+    try:
+        lock = RunLock(run_dir, run_dir.name)
+    except ConfigError:
+        return False
+    try:
+        saved = run_log.read_run_file(run_dir)
+        if "state" not in saved:
+            run_log.write_run_file(run_dir, {**saved, "state": "FAILED", "reason": _REASON})
+        return True
+    except (CheckpointError, OSError):
+        return False
+    finally:
+        lock.release()
 
 
 def _last_sign_ms(run_dir: Path) -> int:

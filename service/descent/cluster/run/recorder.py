@@ -125,8 +125,7 @@ class RunRecorder:
         self._greeted = True
         if self.tracker.run_id != self._resumed_id:
             self.write_run_file()
-        if self.tracker.url is not None:
-            self._display.line(f"tracked at {self.tracker.url}")
+        self._display.line(f"charts: {self.tracker.url or f'descent ui {self._run_dir.name}'}")
         # Everything is imported by now. The collector of cycles needn't look through these
         # millions of objects again and again, with all threads waiting for it.
         gc.freeze()
