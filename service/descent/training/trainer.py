@@ -96,6 +96,8 @@ class Trainer:
         the state is then that of the last committed step; and NotRestored when the checkpoint
         that the generation was to begin with could not be read.
         """
+        # Of this thread: one that was never told lets MKL use as many as there are cores, and add in another order.
+        torch.set_num_threads(self.plan.threads)
         self.control.diverged = ()
         self.checkpoints.wait_for_copy()
         share = self._read_share(membership)
