@@ -60,10 +60,12 @@ class Arrays(TensorData):
             raise DataError(f"{name}: give either path (.npz) or inputs and targets (.npy)")
         if path is not None:
             most = memory_bytes() // 2 if max_mb is None else int(max_mb * 2**20)
-            x, y = _load_npz(local_file(path), (inputs_key, targets_key), path, most)
+            files = [local_file(path)]
+            x, y = _load_npz(files[0], (inputs_key, targets_key), path, most)
             x_name, y_name = f"{path} [{inputs_key}]", f"{path} [{targets_key}]"
         elif inputs is not None and targets is not None:
-            x, y = _load_npy(local_file(inputs)), _load_npy(local_file(targets))
+            files = [local_file(inputs), local_file(targets)]
+            x, y = _load_npy(files[0]), _load_npy(files[1])
             x_name, y_name = inputs, targets
         else:
             raise DataError(
@@ -96,7 +98,7 @@ class Arrays(TensorData):
             num_outputs=outputs,
             name=name,
             source=path or f"{inputs}, {targets}",
-            mapped=mapped,
+            mapped=files if mapped else (),
             bad=flaws.known_bad(),
         )
         self._inputs_name = x_name

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from descent.errors import DataError
 
 LARGE = 256 << 20
 """Files above this many bytes are memory-mapped, and read in the background while a step computes."""
+_STRETCHES, _STRETCH_BYTES = 64, 1 << 20
 _CHUNK_BYTES = 16 << 20  # a digest reads in pieces, so that a memory-mapped array stays on disk
 
 
@@ -37,7 +39,10 @@ class Data(Protocol):
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that change when the content, or what is made of it, changes."""
+        """16 hexadecimal digits that change when the content, or what is made of it, changes.
+
+        Of files too large to be read for this, a part of the content counts.
+        """
         ...
 
     @property
@@ -84,6 +89,11 @@ class Data(Protocol):
         ...
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The local files that samples are read from while a run trains; none where all is in memory."""
+        ...
+
+    @property
     def readers(self) -> int:
         """How many batches are worth reading at the same time."""
         ...
@@ -126,6 +136,7 @@ class BatchDataset(Dataset[Pair]):
     labels: Tensor | None = None
     draws_random_numbers: bool = False
     readers: int = 1
+    files: tuple[Path, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -157,7 +168,7 @@ class TensorData(BatchDataset):
     """Samples held as two tensors.
 
     inputs: [num_samples, *input_shape]; targets: [num_samples, ...].
-    mapped: whether the tensors are a memory-mapped file, too large to be read while a step waits.
+    mapped: the files that the tensors are memory-mapped from, where they are too large to be read while a step waits.
     bad: the samples that can't be used, which raise BadRecords when they are read.
     A subclass that keeps its samples smaller than a model takes them (bytes instead of floats)
     overrides `decode`, and `decode_settings` where the result depends on settings.
@@ -173,7 +184,7 @@ class TensorData(BatchDataset):
         name: str,
         source: str,
         class_names: Sequence[str] | None = None,
-        mapped: bool = False,
+        mapped: Sequence[Path] = (),
         bad: KnownBad | None = None,
     ) -> None:
         if len(inputs) != len(targets):
@@ -187,7 +198,7 @@ class TensorData(BatchDataset):
         self.name = name
         self.source = source
         self.class_names = tuple(class_names) if class_names else None
-        self.in_memory = not mapped
+        self.in_memory, self.files = not mapped, tuple(mapped)
         self.labels = targets
         self._bad = bad
         self._digest: str | None = None
@@ -202,7 +213,9 @@ class TensorData(BatchDataset):
     @property
     def digest(self) -> str:
         if self._digest is None:
-            self._digest = digest_of([self.inputs, self.targets], self.decode_settings())
+            tensors = [self.inputs, self.targets]
+            settings = [self.decode_settings()] if self.in_memory else [self.decode_settings(), str(len(self))]
+            self._digest = digest_of(tensors if self.in_memory else map(_spread, tensors), *settings)
         return self._digest
 
     def __len__(self) -> int:
@@ -235,7 +248,7 @@ class View(BatchDataset):
         self.name, self.source = data.name, data.source
         self.input_shape, self.num_outputs = data.input_shape, data.num_outputs
         self.class_names = data.class_names
-        self.in_memory, self.readers = data.in_memory, data.readers
+        self.in_memory, self.readers, self.files = data.in_memory, data.readers, data.files
         self.draws_random_numbers = data.draws_random_numbers
 
     def parent_indices(self, indices: Indices) -> Indices:
@@ -296,6 +309,13 @@ def check_indices(indices: Indices, length: int) -> None:
     """Raise IndexError unless each index is from 0 to length - 1."""
     if len(indices) and not (indices.min() >= 0 and indices.max() < length):
         raise IndexError(f"samples {indices.min()} to {indices.max()} of {length}")
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """64 evenly spaced stretches of a tensor, of a megabyte each: a large mapped file isn't read whole."""
+    rows = max(1, _STRETCH_BYTES * len(tensor) // max(1, tensor.numel() * tensor.element_size()))
+    starts = np.linspace(0, max(0, len(tensor) - rows), min(_STRETCHES, len(tensor))).astype(np.int64)
+    return torch.cat([tensor[start : start + rows] for start in starts.tolist()])
 
 
 def digest_of(tensors: Iterable[Tensor], *settings: str) -> str:

@@ -1,6 +1,7 @@
 """Images on disk: a folder of images for each class, or tar shards with an index."""
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,11 @@ class ImageFiles(Protocol):
     @property
     def remote(self) -> bool:
         """Whether the files lie on another machine."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The local shards."""
         ...
 
     @property
@@ -100,6 +106,7 @@ class Images(BatchDataset):
         self._files = _open(path)
         self.class_names = self._files.class_names
         self.targets = self.labels = self._files.targets
+        self.files = self._files.files
         self.num_outputs = len(self.class_names)
         self.form = self._form(size, channels, background, on_error)
         self.input_shape = self.form.shape
@@ -203,6 +210,9 @@ class Folder:
     remote = False
     counts: list[int] | None = None
 
+    files: tuple[Path, ...] = ()
+    """Too many files to be watched."""
+
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise DataError(f"{folder} doesn't exist: give a folder with one folder of images a class")
@@ -225,7 +235,7 @@ class Folder:
         self._folder = folder
         self.targets = torch.tensor(labels, dtype=torch.int64)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Over the names and sizes of the files: hashing the images would read them all."""
         entries = (f"{Path(p).relative_to(self._folder)} {Path(p).stat().st_size}" for p in self._paths)

@@ -85,6 +85,7 @@ class Parquet(BatchDataset):
         else:
             self.layout = layout_of(self._groups.counts, window)
             self._groups.files.check_room(self.layout)
+            self.files = self._groups.files.local
             # The rows of this window and of the next, each with a part of a row group at both ends.
             rows = min(len(self), 2 * self.layout.window + 4 * max(self._groups.counts))
             check_memory(path, rows, 4 * math.prod(self._shape), memory_bytes())

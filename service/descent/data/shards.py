@@ -151,6 +151,12 @@ class ShardFiles:
     def remote(self) -> bool:
         return self.store.folder is None
 
+    @property
+    def local(self) -> tuple[Path, ...]:
+        """The shards that are read in place; none where they come through the cache."""
+        folder = self.store.folder
+        return () if folder is None else tuple(folder / shard.file for shard in self.index.shards)
+
     def path(self, number: int) -> Path:
         """The local path of shard `number`; the shard is fetched and verified first if this node doesn't have it."""
         shard = self.index.shards[number]

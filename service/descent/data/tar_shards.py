@@ -71,6 +71,11 @@ class TarImages:
         """Fetch these shards in the background, in this order."""
         self.shards.prefetch(shards.tolist())
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The local shards, which are read while a run trains."""
+        return self.shards.local
+
     def check_room(self, layout: Layout) -> None:
         """Raise DataError where the cache can't hold the shards that are in use at the same time."""
         self.shards.check_room(layout)

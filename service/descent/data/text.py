@@ -44,7 +44,7 @@ class Text(TensorData):
             num_outputs=256,
             name=name,
             source=str(path),
-            mapped=len(text) > LARGE,
+            mapped=[local_file(path)] if len(text) > LARGE and not place.is_dir() else (),
         )
 
     def decode(self, inputs: Tensor, targets: Tensor) -> Pair:

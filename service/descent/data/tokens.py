@@ -44,7 +44,7 @@ class Tokens(BatchDataset):
         store = open_data(path)
         self.index = read_index(store, "tokens")
         self._dtype = _dtype(self.index, path)
-        self.files = ShardFiles(store, self.index)
+        self._shards = ShardFiles(store, self.index)
         self.num_outputs = int(self.index.about["vocabulary"])
         self.block, self.name, self.source = block, name, str(path)
         self.input_shape = (block,)
@@ -55,12 +55,13 @@ class Tokens(BatchDataset):
                 f"{path}: no shard has the {block + 1} tokens that one window of block={block} needs; "
                 "the largest has " + str(max(shard.samples for shard in self.index.shards))
             )
-        ordered = self.files.remote or window is not None
+        ordered = self._shards.remote or window is not None
         self.layout = layout_of(counts, window) if ordered else None
         if self.layout is not None:
-            self.files.check_room(self.layout)
+            self._shards.check_room(self.layout)
         # A small local data set lies in the operating system's page cache.
-        self.in_memory = not self.files.remote and self.index.bytes <= LARGE
+        self.in_memory = not self._shards.remote and self.index.bytes <= LARGE
+        self.files = self._shards.local
         self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     @property
@@ -75,7 +76,7 @@ class Tokens(BatchDataset):
         return inputs[0], targets[0]
 
     def prefetch(self, shards: Indices) -> None:
-        self.files.prefetch(shards.tolist())
+        self._shards.prefetch(shards.tolist())
 
     def gather(self, indices: Indices) -> Pair:
         """Inputs and targets int64 [n, block]; raises IndexError outside the data."""
@@ -99,7 +100,7 @@ class Tokens(BatchDataset):
         """[windows, block + 1]: each window and the token after it, as a view on the mapped file."""
         windows = self._open.get(shard)
         if windows is None:
-            ids = np.asarray(np.memmap(self.files.path(shard), dtype=self._dtype, mode="r"))
+            ids = np.asarray(np.memmap(self._shards.path(shard), dtype=self._dtype, mode="r"))
             windows = sliding_window_view(ids, self.block + 1)[:: self.block]
             self._open[shard] = windows
             if len(self._open) > _OPEN:

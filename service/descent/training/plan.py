@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from torch.nn.parameter import is_lazy
 from descent.config import RunConfig, WorkerRange, build, resolve_target
 from descent.data.base import Data
 from descent.data.generators import own_generators, python_and_numpy_seeded
+from descent.data.identity import identity_of
 from descent.errors import ConfigError
 from descent.optim.memory_layout import shares_places
 from descent.optim.optimizers import build_optimizer
 from descent.training.determinism import deterministic
 from descent.training.input.building import build_data as build_data
-from descent.training.input.building import refuse_unrepeatable
+from descent.training.input.building import digest_to_compare, refuse_unrepeatable
 from descent.training.objective import Objective, Reading
 from descent.training.preflight import (
     check_keep_best,
@@ -59,6 +61,8 @@ class Plan:
     """What the loss's number for a batch means (see `training.objective.Reading`)."""
     classes_last: bool | None = None
     """Whether the classes are the last dimension of the outputs (see `training.objective.Objective`)."""
+    data_digest: str | None = None
+    """Of the training set, which each worker compares; None for a user's class, which is compared otherwise."""
 
     @property
     def backend(self) -> str:
@@ -92,6 +96,12 @@ class Prepared:
     objective: Objective
     sample: Tensor
     """A few evaluation (else training) inputs, [n, *input_shape]."""
+
+    @cached_property
+    def data_identities(self) -> dict[str, Any]:
+        """Digest, number of samples and class names of both data sets; plain values."""
+        sets = {"train": self.train, "evaluate": self.evaluate}
+        return {key: identity_of(data) for key, data in sets.items() if data is not None}
 
 
 def filled_spec(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
@@ -268,6 +278,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         uses_non_torch_rng=seen.uses_non_torch_rng or loss.uses_non_torch_rng,
         loss_reading=str(loss.objective.reading),
         classes_last=loss.objective.classes_last,
+        data_digest=digest_to_compare(train),
     )
     source = evaluate if evaluate is not None else train
     sample = read(config, source, np.arange(min(4, len(source))), "data")[0]

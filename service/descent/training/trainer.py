@@ -64,7 +64,7 @@ class Trainer:
         if exact:
             only_deterministic(device)
         self.config, self.plan, self.device, self.control = config, plan, device, control
-        train, held_out = build_data(config)
+        train, held_out = build_data(config, plan.data_digest)
         model = first_model(config, train, device)
         self.objective = objective_on(config, plan, device)
         self.state = first_state(config, plan, model, device)

@@ -91,6 +91,7 @@ class RunRecorder:
                 "config": self._config.to_dict(),
                 "config_sha256": self._config_sha256,
                 "model": filled_spec(self._config.model, self._prepared.train, "model"),
+                "data": self._prepared.data_identities,
                 "slots": plan.slots,
                 "plan": plan.to_dict(),
                 **ended,

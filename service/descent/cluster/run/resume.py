@@ -62,6 +62,8 @@ class Resumed:
     """The run's result, if it has reached its last step."""
     config_sha256: str
     """As the run's checkpoints have it, whatever today's version would compute for the same config."""
+    data: Mapping[str, Any] | None
+    """The identities of the data sets that the run began with; None for a run of an earlier version."""
     skipped: tuple[str, ...]
     """A line for each newer checkpoint that could not be used."""
 
@@ -69,6 +71,22 @@ class Resumed:
         """The result of the finished run, marked as such."""
         assert self.finished is not None
         return replace(self.finished, already_finished=True, checkpoint=str(self.checkpoint), step=self.step)
+
+
+def refuse_other_data(resumed: Resumed, now: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a data set isn't the one that the run began with: its labels may mean other classes.
+
+    now: the identities of the data sets as they are today.
+    """
+    from descent.data.identity import difference
+
+    for key, before in (resumed.data or {}).items():
+        changed = difference(before or {}, now.get(key) or {})
+        if changed is not None:
+            raise CheckpointError(
+                f"resume={resumed.run_dir.name}: data.{key} is not the data set that the run began with: {changed}; put "
+                f"the data back as it was, or begin a new run from these weights: init_from={resumed.run_dir.name}"
+            )
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -140,6 +158,7 @@ def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
         same_length=all(before.get(key) == now.get(key) for key in ("steps", "epochs")),
         finished=RunResult.from_json(run_dir, saved) if saved.get("state") == "FINISHED" else None,
         config_sha256=saved["config_sha256"],
+        data=saved.get("data"),
         skipped=tuple(skipped),
     )
 

@@ -25,7 +25,14 @@ from descent.cluster.run.listeners import ListenerGroup
 from descent.cluster.run.lock import RunLock
 from descent.cluster.run.recorder import RunRecorder
 from descent.cluster.run.result import RunResult, best_kept, incident_figures, metric_figures, seconds_of_steps
-from descent.cluster.run.resume import config_sha256, find_weights, resume, run_to_resume, schedule_change
+from descent.cluster.run.resume import (
+    config_sha256,
+    find_weights,
+    refuse_other_data,
+    resume,
+    run_to_resume,
+    schedule_change,
+)
 from descent.cluster.run.signals import stopping
 from descent.config import Composed
 from descent.config.secrets import redact
@@ -135,6 +142,8 @@ class Run:
             config = config.model_copy(update={"slots": self.resumed.slots})
         prepared = prepare(config, cores=cores, gpus=gpus)
         self._room = int(gpus / prepared.plan.gpus + 1e-9) if prepared.plan.gpus else 0
+        if self.resumed is not None:
+            refuse_other_data(self.resumed, prepared.data_identities)
         if self.resumed is not None and self.resumed.step > prepared.plan.total_steps:
             raise CheckpointError(
                 f"resume={self.config.resume}: the run is at step {self.resumed.step} already, "

@@ -13,6 +13,7 @@ from descent.data.base import BatchDataset, Data, Indices, Pair, root_of
 from descent.data.cache import use_cache
 from descent.data.data_thread import in_data_thread
 from descent.data.generators import own_generators
+from descent.data.identity import require_digest
 from descent.data.map_style import UserData, adapt
 from descent.data.splits import split
 from descent.errors import ConfigError, DataError
@@ -22,8 +23,26 @@ _COMPARED = 64  # samples that are read twice
 _DEFAULT_HOLDOUT = 0.1
 
 
-def build_data(config: RunConfig) -> tuple[Data, Data | None]:
-    """The training set and the evaluation set (None without one). Raises ConfigError or DataError."""
+def build_data(config: RunConfig, digest: str | None = None) -> tuple[Data, Data | None]:
+    """The training set and the evaluation set (None without one).
+
+    digest: what `digest_to_compare` gave for the training set when the run began.
+    Raises ConfigError or DataError.
+    """
+    train, evaluate = _build_both(config)
+    require_digest(train, digest, "data.train")
+    return train, evaluate
+
+
+def digest_to_compare(train: Data) -> str | None:
+    """The digest with which each worker compares its training set; None for a user's class.
+
+    A user's class is built twice before the run instead: its digest reads samples, which may take long.
+    """
+    return None if isinstance(root_of(train), UserData) else train.digest
+
+
+def _build_both(config: RunConfig) -> tuple[Data, Data | None]:
     use_cache(config.data.cache.dir, config.data.cache.gb)
     if config.data.evaluate is None:
         train = _data_set(config, config.data.train, "data.train")

@@ -10,6 +10,7 @@ import torch
 from descent.data.bad_records import Policy, read_good
 from descent.data.base import Data, Pair, indices_in_root, root_of
 from descent.data.data_thread import data_thread
+from descent.data.identity import FileWatch
 from descent.data.map_style import UserData
 from descent.training.input.sampling import Indices, SampleOrder, stream_seed
 
@@ -53,6 +54,7 @@ class Feed:
         self._readers: Executor | None = None if in_place else _readers_of(self._root)
         reads_ahead = self._readers is not None
         self._stream = torch.cuda.Stream(device) if reads_ahead and device.type == "cuda" else None
+        self._watch = FileWatch(data.files)
         self._to_read: deque[_Key] = deque()
         self._reading: dict[_Key, Future[_Read]] = {}
         self._window = -1
@@ -76,7 +78,9 @@ class Feed:
         """Start to read what `fetch` will be asked for in this step, and what the next step begins with.
 
         slots: (slot, (first sample, end)) of the slots that this rank computes.
+        Raises DataError where a file that is read while the run trains has changed.
         """
+        self._watch.refuse_changed()
         self._prefetch_shards(step)
         if self._readers is None:
             return
