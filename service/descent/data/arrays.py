@@ -13,6 +13,7 @@ from torch import Tensor
 from descent.data.bad_records import FLOAT32_MAX, KnownBad, Policy, refuse_not_finite
 from descent.data.base import LARGE, Indices, Pair, TensorData
 from descent.data.batch import Array
+from descent.data.preprocessing import Scale
 from descent.data.regular_files import require_file
 from descent.data.row_cache import memory_bytes
 from descent.data.shards import local_file
@@ -98,6 +99,7 @@ class Arrays(TensorData):
             num_outputs=outputs,
             name=name,
             source=path or f"{inputs}, {targets}",
+            preprocessing=None if scale is None else Scale(scale, torch.from_numpy(x).dtype),
             mapped=files if mapped else (),
             bad=flaws.known_bad(),
         )

@@ -14,6 +14,7 @@ from descent.data.bad_records import KnownBad
 from descent.data.batch import Indices as Indices
 from descent.data.batch import Pair as Pair
 from descent.data.layout import Layout
+from descent.data.preprocessing import Preprocessing
 from descent.errors import DataError
 
 LARGE = 256 << 20
@@ -66,6 +67,11 @@ class Data(Protocol):
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The name of each class, by its number; None where the data has no names or no classes."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What was done to the source's inputs, for the model to take with it; None where they are used as they are."""
         ...
 
     @property
@@ -131,6 +137,7 @@ class BatchDataset(Dataset[Pair]):
     input_shape: tuple[int, ...]
     num_outputs: int | None
     class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
     layout: Layout | None = None
     in_memory: bool = False
     labels: Tensor | None = None
@@ -184,6 +191,7 @@ class TensorData(BatchDataset):
         name: str,
         source: str,
         class_names: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
         mapped: Sequence[Path] = (),
         bad: KnownBad | None = None,
     ) -> None:
@@ -198,6 +206,7 @@ class TensorData(BatchDataset):
         self.name = name
         self.source = source
         self.class_names = tuple(class_names) if class_names else None
+        self.preprocessing = preprocessing
         self.in_memory, self.files = not mapped, tuple(mapped)
         self.labels = targets
         self._bad = bad
@@ -247,7 +256,7 @@ class View(BatchDataset):
         self.data = data
         self.name, self.source = data.name, data.source
         self.input_shape, self.num_outputs = data.input_shape, data.num_outputs
-        self.class_names = data.class_names
+        self.class_names, self.preprocessing = data.class_names, data.preprocessing
         self.in_memory, self.readers, self.files = data.in_memory, data.readers, data.files
         self.draws_random_numbers = data.draws_random_numbers
 

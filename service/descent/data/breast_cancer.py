@@ -3,9 +3,9 @@
 import torch
 
 from descent.data.base import TensorData
+from descent.data.preprocessing import standardization_of
 from descent.data.scikit_learn import read_table
 from descent.data.splits import rows_of
-from descent.data.standardization import standardized
 
 
 class BreastCancer(TensorData):
@@ -20,13 +20,14 @@ class BreastCancer(TensorData):
         table = read_table("breast_cancer.csv", skip_header=True)
         measured, diagnosis = table[:, :-1], table[:, -1]
         train = rows_of(len(measured), "train", holdout, seed)
-        inputs, self.mean, self.std = standardized(measured, train)
+        standardize = standardization_of(measured, train)
         rows = rows_of(len(measured), split, holdout, seed)
         super().__init__(
-            torch.from_numpy(inputs[rows]).float(),
+            standardize(torch.from_numpy(measured[rows])),
             torch.from_numpy(diagnosis[rows]).long(),
             num_outputs=2,
             name="breast_cancer",
             source="scikit-learn load_breast_cancer",
             class_names=("malignant", "benign"),
+            preprocessing=standardize,
         )

@@ -11,10 +11,10 @@ import torch
 
 from descent.data.bad_records import FLOAT32_MAX, KnownBad, Policy
 from descent.data.base import TensorData
+from descent.data.preprocessing import Standardize, standardization_of
 from descent.data.regular_files import require_file
 from descent.data.shards import local_file, size_of
 from descent.data.splits import rows_of
-from descent.data.standardization import standardized
 from descent.errors import DataError
 
 
@@ -74,22 +74,24 @@ class Csv(TensorData):
         )
         targets, class_names = _targets(table, target, targets_are)
         bad = table.known_bad()
+        standardization: Standardize | None = None
         if standardize:
             train = rows_of(len(inputs), "train", holdout, seed)
-            good = train[~table.is_bad[train]]
             with np.errstate(over="ignore", invalid="ignore"):
-                inputs, mean, std = standardized(inputs, good)
-            for column in np.flatnonzero(~np.isfinite(mean + std)).tolist():
+                standardization = standardization_of(inputs, train[~table.is_bad[train]])
+            for column in (~(standardization.mean + standardization.std).isfinite()).nonzero()[:, 0].tolist():
                 raise DataError(f"{path}, column {chosen[column]!r}: its numbers are too large to be standardized")
         self.features = chosen
         rows = rows_of(len(inputs), split, holdout, seed)
+        raw = torch.from_numpy(inputs[rows])
         super().__init__(
-            torch.from_numpy(inputs[rows]).float(),
+            raw.float() if standardization is None else standardization(raw),
             torch.from_numpy(targets[rows]),
             num_outputs=len(class_names) if class_names else 1,
             name=name,
             source=str(path),
             class_names=class_names,
+            preprocessing=standardization,
             bad=None if bad is None else bad.of(rows),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from descent.data.base import Pair, TensorData
+from descent.data.preprocessing import NormalizePixels
 from descent.data.row_cache import memory_bytes
 from descent.data.splits import check_split
 from descent.errors import DataError
@@ -76,6 +77,8 @@ class IdxFolder(TensorData):
             num_outputs=num_outputs,
             name=name,
             source=str(folder),
+            class_names=[str(label) for label in range(num_outputs)],
+            preprocessing=NormalizePixels(mean, std),
         )
         self.mean = mean
         self.std = std

@@ -15,6 +15,7 @@ from descent.data.decoder_pool import DecoderPool
 from descent.data.files import is_remote, open_data
 from descent.data.image_decoding import FileReader, ImageForm, Item, decode, upright_size
 from descent.data.layout import Layout, layout_of
+from descent.data.preprocessing import NormalizePixels
 from descent.data.regular_files import is_hidden
 from descent.data.shards import INDEX, ShardFiles, read_index
 from descent.data.tar_shards import TarImages
@@ -113,6 +114,7 @@ class Images(BatchDataset):
         self._mean, self._std = _by_channel(mean, channels, "mean"), _by_channel(std, channels, "std")
         if not bool((self._std > 0).all()):
             raise DataError(f"{name}: std={std} must be above 0")
+        self.preprocessing = NormalizePixels(self._mean, self._std)
         self._decoders = DecoderPool(self.form, processes)
         # With processes, a second batch is worth reading: they decode it while the first is made into floats.
         self.readers = 2 if processes else 1

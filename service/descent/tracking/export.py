@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,19 @@ mlflow.models.set_model(ExportedNetwork())
 '''
 
 
-def export_model(model: nn.Module, sample: Tensor, out_dir: Path) -> Path:
+def export_model(model: nn.Module, sample: Tensor, out_dir: Path, preprocessing: nn.Module | None = None) -> Path:
     """Write `out_dir/model.pt2`: the network in evaluation mode, on the CPU, in float32.
 
-    `sample`: [n, *input_shape] with n >= 1; the batch dimension of the export is free.
+    `sample`: [n, *input_shape] with n >= 1; the batch dimension of the export is free. With
+    `preprocessing`, the archive applies it first, and `sample` is what it takes.
     `model` itself is left as it is. Raises `TrainingError` if torch can't trace the network.
     """
     assert sample.ndim >= 1 and sample.shape[0] >= 1, sample.shape
-    network, sample = _on_cpu(model), _as_input(sample)
+    network = _on_cpu(model)
+    if preprocessing is None:
+        sample = _as_input(sample)
+    else:
+        network = nn.Sequential(copy.deepcopy(preprocessing), network).eval()
     if sample.shape[0] == 1:  # torch.export would take a batch of 1 for a constant
         sample = torch.cat([sample, sample])
     batch = torch.export.Dim("batch")
@@ -89,16 +94,27 @@ def pickled_records(archive: Path) -> list[str]:
     return pickled
 
 
-def save_model(model: nn.Module, sample: Tensor, predictions: Tensor, out_dir: Path) -> Path:
+def save_model(
+    model: nn.Module,
+    sample: Tensor,
+    predictions: Tensor,
+    out_dir: Path,
+    *,
+    preprocessing: nn.Module | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
     """Write an MLflow model (new directory `out_dir`) with signature and input example.
 
     `sample`: [n, *input_shape], n >= 1; `predictions`: the model's output for it, [n, ...].
+    With `preprocessing`, `sample` is what that takes, so `predict` gets the numbers as the data's files have
+    them. `class_names`, by number, are in the model's metadata.
     """
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    inputs, outputs = _as_input(sample).numpy(), predictions.detach().cpu().float().numpy()
+    sample = _as_input(sample) if preprocessing is None else sample.detach().cpu()
+    inputs, outputs = sample.numpy(), predictions.detach().cpu().float().numpy()
     signature = ModelSignature(
         inputs=Schema([TensorSpec(inputs.dtype, (-1, *inputs.shape[1:]))]),
         outputs=Schema([TensorSpec(outputs.dtype, (-1, *outputs.shape[1:]))]),
@@ -106,13 +122,14 @@ def save_model(model: nn.Module, sample: Tensor, predictions: Tensor, out_dir: P
     with tempfile.TemporaryDirectory() as temporary:
         script = Path(temporary) / "predict.py"
         script.write_text(_PREDICT_SCRIPT)
-        archive = export_model(model, sample, Path(temporary))
+        archive = export_model(model, sample, Path(temporary), preprocessing)
         mlflow.pyfunc.save_model(
             path=out_dir,
             python_model=str(script),
             artifacts={"network": str(archive)},
             signature=signature,
             input_example=inputs[:2],
+            metadata={"class_names": list(class_names)} if class_names else None,
             # given, because inferring them means loading the model in another process
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
@@ -133,14 +150,24 @@ def log_model(
     name: str,
     step: int,
     points: Mapping[str, Point],
+    *,
+    preprocessing: nn.Module | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Keep the trained model with the run: `mlflow.pyfunc.load_model("runs:/<run_id>/<name>")`.
 
     `step`, `points`: see `Tracker.log_model`. The export happens here and now and takes seconds; the
-    tracker uploads in the background.
+    tracker uploads in the background. `preprocessing`, `class_names`: see `save_model`.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        directory = save_model(model, sample, predictions, Path(temporary) / name)
+        directory = save_model(
+            model,
+            sample,
+            predictions,
+            Path(temporary) / name,
+            preprocessing=preprocessing,
+            class_names=class_names,
+        )
         tracker.log_model(directory, name, step, points)
 
 

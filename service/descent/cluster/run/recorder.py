@@ -254,7 +254,20 @@ class RunRecorder:
         model.eval()
         with torch.no_grad():
             predictions = model(sample)
-        log_model(self.tracker, model, sample, predictions, name, step, points)
+        # The model takes along what its data went through, and the names of its classes.
+        train = self._prepared.train
+        raw = sample if train.preprocessing is None else train.preprocessing.undo(sample)
+        log_model(
+            self.tracker,
+            model,
+            raw,
+            predictions,
+            name,
+            step,
+            points,
+            preprocessing=train.preprocessing,
+            class_names=train.class_names,
+        )
 
     def abandon(self) -> None:
         """The run has broken off: say so in tracking, if delivery has begun; otherwise leave no trace there."""
