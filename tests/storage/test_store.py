@@ -68,6 +68,16 @@ def test_what_is_missing_is_named(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
 
 
+def test_a_target_that_can_not_be_written_is_named(store: Store, tmp_path: Path) -> None:
+    store.put("x", b"content")
+    (tmp_path / "file").write_bytes(b"")
+    for target in (tmp_path / "file" / "below", tmp_path / "folder"):
+        (tmp_path / "folder" / "full").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(StoreError, match=str(target)):
+            store.download("x", target)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "root") == ["file", "folder"]
+
+
 @pytest.mark.one_server
 @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b"])
 def test_a_key_stays_inside(store: Store, key: str) -> None:

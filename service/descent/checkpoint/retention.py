@@ -57,7 +57,8 @@ def prune(
 
     Only checkpoints that can be used count and are deleted: with a valid manifest and all files in
     their sizes, of the given config, and not after `newest_step` (a run that went back leaves such
-    behind). The others stay, and take no usable one's place.
+    behind). The others stay, and take no usable one's place. Without a config, the rule holds for
+    the checkpoints of each config that is found.
 
     The manifest goes first: a crash in between leaves a folder that is no checkpoint, and that the
     next call deletes. What is being written, after the newest checkpoint, is left alone.
@@ -69,7 +70,7 @@ def prune(
         name, _, rest = entry.key.partition("/")
         if step_of(name) is not None and rest:
             folders.setdefault(name, {})[rest] = entry.size
-    scores: dict[int, float | None] = {}
+    by_config: dict[str, dict[int, float | None]] = {}
     skipped = []
     for name, files in folders.items():
         step = step_of(name) or 0
@@ -77,17 +78,19 @@ def prune(
             try:
                 manifest = read_manifest(root / name)
                 _check(manifest, files, root / name, config_sha256)
+                scores = by_config.setdefault(manifest.config_sha256, {})
                 scores[step] = None if rule.best is None else manifest.scalars.get(rule.best)
             except (CheckpointError, StoreError) as error:
                 skipped.append(str(error))
-    if not scores:
+    usable = {step for scores in by_config.values() for step in scores}
+    if not usable:
         return Pruned([], skipped)
-    kept, newest = to_keep(scores, rule), max(scores)
+    kept = {step for scores in by_config.values() for step in to_keep(scores, rule)}
     deleted = []
     for name, files in folders.items():
         step = step_of(name) or 0
-        unfinished = MANIFEST not in files and step < newest
-        if unfinished or (step in scores and step not in kept):
+        unfinished = MANIFEST not in files and step < max(usable)
+        if unfinished or (step in usable and step not in kept):
             try:
                 delete(root / name, list(files))
                 deleted.append(name)

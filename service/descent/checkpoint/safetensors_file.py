@@ -1,9 +1,9 @@
-"""Lay tensors out in memory as one safetensors file, so that the file is written without another copy.
+"""Safetensors files in memory: where each tensor's bytes lie, for writing and for reading without a copy.
 
 The format (github.com/huggingface/safetensors, README): eight bytes with the header's length,
 little-endian; the header, JSON: name -> dtype, shape, [begin, end) within the data; the data.
-The library itself builds such a file only from byte strings, that is from one more copy of
-everything, and holds the interpreter's lock meanwhile; and what has come over the network it would copy twice to read it.
+The library builds a file from byte strings, that is from one more copy of all tensors, and holds
+the interpreter's lock while it does; to read a file that came over the network, it copies twice.
 """
 
 import json
@@ -45,8 +45,8 @@ class Layout:
 
 
 def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Layout:
-    """The file of these tensors. Raises ValueError for a dtype that the format doesn't have."""
-    # As the library does it: the largest items first, so that each tensor is aligned to its own.
+    """The layout of a file with these tensors. Raises ValueError for a dtype that the format doesn't have."""
+    # As the library does: tensors with the largest items first, so that each begins at a multiple of its item size.
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     spans, at = {}, 0
@@ -65,9 +65,9 @@ def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Layout
 
 
 def tensors_in(content: bytearray) -> dict[str, Tensor]:
-    """The tensors of a file that is in memory and verified, over that memory: no copies.
+    """The tensors of a whole file in memory; they use that memory, so nothing is copied.
 
-    Raises ValueError for what is not such a file.
+    The content must have been verified. Raises ValueError if it is no safetensors file.
     """
     size = int.from_bytes(content[:8], "little")
     if not 2 <= size <= len(content) - 8:

@@ -1,4 +1,4 @@
-"""A data set's files in a store: a StoreError there is a DataError to whoever reads a data set."""
+"""Opens the store of a data set's files; an error of the store becomes a DataError with the same words."""
 
 import contextlib
 from collections.abc import Iterator

@@ -23,10 +23,8 @@ def replacing(path: Path, *, mode: int = 0o666, durable: bool = True, replace: b
 
     Raises OSError when the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
+    with temporary_beside(path) as temporary:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             yield descriptor
             if durable:
@@ -39,6 +37,18 @@ def replacing(path: Path, *, mode: int = 0o666, durable: bool = True, replace: b
             os.link(temporary, path)  # unlike a rename, this fails where there is a file already
         if durable:
             sync(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A free name for a temporary file in the folder of `path`; a file of that name is deleted when the block ends.
+
+    For writers that take a name, not a descriptor: at the end of the block, rename the file to `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

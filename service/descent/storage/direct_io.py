@@ -1,8 +1,8 @@
-"""Writing large files past the page cache: no copy of the bytes, no storm of dirty pages afterwards.
+"""Writes large files directly from memory to disk, without the kernel's page cache (O_DIRECT).
 
-What a checkpoint writes is read again only after a fault, so a copy of it in the page cache
-helps nobody: it costs the copy, pushes out what training does read, and is written back by the
-kernel in bursts that take the processor and the disk from the step beside it.
+A checkpoint is read again only after a fault, so a copy of its bytes in the page cache is of no
+use. That copy costs time, pushes out the data that training reads, and is written to the disk by
+the kernel in bursts, which take processor and disk from the training.
 """
 
 import errno
@@ -14,16 +14,16 @@ import numpy as np
 from descent.storage.base import Content, Progress
 
 BLOCK = 4096
-"""Direct I/O moves whole blocks, from memory that begins at one."""
+"""Direct I/O writes whole blocks of so many bytes, from memory whose address is a multiple of it."""
 _LEAST = 1 << 20
 _PIECE = 8 << 20
 
 
 def write_direct(descriptor: int, content: Content, progress: Progress | None) -> int:
-    """Write as much of `content` as goes directly from memory to disk; how many bytes that was.
+    """Write the first part of `content` directly to disk; returns how many bytes were written.
 
-    0 for what is small or begins within a block, and where the file system can't do it. The
-    rest, usually less than a block, is for the caller to write.
+    That is all but the last, incomplete block; nothing (0) if the content is small, if its memory
+    doesn't begin at a block, or if the file system has no direct I/O. The caller writes the rest.
     """
     view = memoryview(content).cast("B")
     whole = view.nbytes // BLOCK * BLOCK
@@ -39,7 +39,8 @@ def write_direct(descriptor: int, content: Content, progress: Progress | None) -
             if progress is not None:
                 progress(moved)
     except OSError as error:
-        # memory file systems and some on a network refuse; after a write that was cut short all do
+        # Memory file systems and some network file systems refuse. All refuse to go on after a write
+        # that was cut short within a block.
         if error.errno != errno.EINVAL:
             raise
     finally:

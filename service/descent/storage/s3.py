@@ -17,7 +17,9 @@ import botocore.exceptions as aws
 import tenacity
 
 from descent.errors import StoreError
+from descent.storage.atomic import temporary_beside
 from descent.storage.base import Content, Entry, Progress, checked, is_key
+from descent.storage.local import explaining
 from descent.storage.s3_client import MAX_TRIES, Server, View
 from descent.storage.s3_errors import FAILURES, code_of, explain
 
@@ -122,15 +124,11 @@ class S3Store:
         sha256: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
-        try:
+        with explaining(target), temporary_beside(target) as temporary:
             with self._asking("download", key):
-                self._download(key, lambda: str(partial), progress)
-            _verify(partial, f"{self.address}/{key}", size, sha256)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+                self._download(key, lambda: str(temporary), progress)
+            _verify(temporary, f"{self.address}/{key}", size, sha256)
+            temporary.replace(target)
 
     def _download(self, key: str, target: Callable[[], Any], progress: Progress | None) -> None:
         def transfer() -> None:

@@ -1,8 +1,8 @@
 """Transfers by AWS's native client (`pip install awscrt`), which moves parts without Python's lock.
 
-boto3 would choose it by itself, but then always speaks TLS to wherever the environment pointed
-when the process made its first transfer, and in one process of a machine only. Here it goes where
-our own client goes.
+boto3 can choose the native client by itself. It then always uses TLS, keeps the endpoint of the
+process's first transfer for all later ones, and works in one process of a machine only. The class
+here gives the native client the endpoint of our boto3 client instead.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from boto3.session import Session
 
 
 class Native:
-    """The native client behind one boto3 client; `transfers` is like boto3's transfer manager."""
+    """The native client for the server of one boto3 client; `transfers` is like boto3's transfer manager."""
 
     def __init__(self, client: Any, session: Session, part_size: int) -> None:
         from s3transfer import crt  # imports awscrt, which need not be installed
@@ -31,5 +31,5 @@ class Native:
         )
 
     def transfers(self, config: Any) -> Any:
-        """A context manager whose uploads and downloads are over at the end of its block."""
+        """A context manager; when its block ends, every upload and download has finished or failed."""
         return self._manager(self._native, self._serializer, config=config)

@@ -1,9 +1,9 @@
-"""A checkpoint into the state of all members of a generation: each reads and verifies a share, then they exchange.
+"""Restores a checkpoint on all members of a generation: each reads and verifies a share, then they exchange shares.
 
-Reading comes before the members meet, since it may take as long as a disk or a server takes:
-nobody waits for it inside a collective. A rank that could not read its share, or whose share
-doesn't fit this run's state, comes to the meeting all the same and says so there, so that all
-ranks have the same outcome.
+A rank reads before it joins the process group, since reading may take as long as a disk or a
+server takes, and no rank should wait for that inside a collective. A rank that could not read its
+share, or whose share doesn't fit this run's state, joins as well and reports that in the first
+collective, so that the restore succeeds or fails on all ranks alike.
 """
 
 import hashlib
