@@ -2,7 +2,7 @@
 
 On disk: `ShareWriter` (copy, hash, write, fsync) and its manifest against `dd … conv=fsync` of as many
 bytes from memory; `load` (read, hash, parse) against `dd` to /dev/null, the page cache dropped
-before each. On S3: the same save and load against boto3's `upload_file` and `download_file`, on
+before each. On S3: the same write and read against boto3's `upload_file` and `download_file`, on
 the same server (moto's, in a process of its own, on loopback). Which of the two goes first changes
 from pair to pair, since the second finds the disk's queue or the server's memory as the first has
 left it. The ratio is of bandwidths.
@@ -50,14 +50,14 @@ def run() -> list[Result]:
 
 def _on_disk(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list[Result]:
     raw = folder / "raw"
-    writer, parts = _writer(folder / "checkpoints")
+    writer, shares = _writer(folder / "checkpoints")
     saves, loads = [], []
     for pair in range(_PAIRS + 1):  # the first warms buffers and disk up
         raw.unlink(missing_ok=True)
         target: list[Location] = []
         saves.append(
             _rates(
-                lambda: target.append(_save(writer, parts, tensors)),  # noqa: B023
+                lambda: target.append(_write(writer, shares, tensors)),  # noqa: B023
                 lambda: _dd(f"if={source}", f"of={raw}", "conv=fsync"),
                 swap=pair % 2 == 1,
             )
@@ -84,7 +84,7 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
     with moto() as server, mock.patch.dict(os.environ, server.environment()):
         client = server.client()
         client.create_bucket(Bucket="bench")
-        writer, parts = _writer(to_location("s3://bench/run"))
+        writer, shares = _writer(to_location("s3://bench/run"))
         bucket = open_store(to_location("s3://bench"))
 
         def upload() -> None:
@@ -94,13 +94,13 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
         for pair in range(_PAIRS + 1):
             saves.append(
                 _rates(
-                    lambda: _save(writer, parts, tensors),
+                    lambda: _write(writer, shares, tensors),
                     upload,
                     swap=pair % 2 == 1,
                     tidy=lambda: bucket.delete([entry.key for entry in bucket.list()]),
                 )
             )
-        target = _save(writer, parts, tensors)
+        target = _write(writer, shares, tensors)
         upload()
         for pair in range(_PAIRS + 1):
             loads.append(
@@ -118,17 +118,17 @@ def _on_s3(folder: Path, source: Path, tensors: dict[str, torch.Tensor]) -> list
 
 
 def _writer(root: Location) -> tuple[ShareWriter, list[ShareWritten]]:
-    parts: list[ShareWritten] = []
-    return ShareWriter(root, parts.append), parts
+    shares: list[ShareWritten] = []
+    return ShareWriter(root, shares.append), shares
 
 
-def _save(writer: ShareWriter, parts: list[ShareWritten], tensors: dict[str, torch.Tensor]) -> Location:
-    parts.clear()
+def _write(writer: ShareWriter, shares: list[ShareWritten], tensors: dict[str, torch.Tensor]) -> Location:
+    shares.clear()
     writer.write(tensors, step=1, rank=0, world_size=1, generation=1, scalars={})
     writer.wait_until_written()
-    if parts[0].error:
-        raise BenchError(parts[0].error)
-    return commit_checkpoint(writer.root, parts, run="bench", config_sha256="")
+    if shares[0].error:
+        raise BenchError(shares[0].error)
+    return commit_checkpoint(writer.root, shares, run="bench", config_sha256="")
 
 
 def _rates(

@@ -21,7 +21,7 @@ from botocore.config import Config
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it listens, who may in, and what it can do."""
+    """A running server: its address, its credentials and what it supports."""
 
     name: str
     host: str
@@ -29,7 +29,7 @@ class S3Server:
     access_key: str
     secret_key: str
     conditional: bool = True
-    """Whether put-if-absent has one winner; else whoever looks before it writes may win."""
+    """Whether exactly one of several concurrent put-if-absent requests for a key succeeds."""
     authenticates: bool = False
     """Whether a wrong secret key is refused."""
 
@@ -38,7 +38,7 @@ class S3Server:
         return f"http://{self.host}:{self.port}"
 
     def environment(self, url: str | None = None) -> dict[str, str]:
-        """What AWS's tools read, pointed at this server (or at a proxy in front of it)."""
+        """The environment variables that make AWS's tools use this server (or a proxy in front of it)."""
         return {
             "AWS_ENDPOINT_URL_S3": url or self.url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -51,7 +51,7 @@ class S3Server:
         }
 
     def client(self) -> Any:
-        """A client of the test's own, past any proxy."""
+        """A boto3 client that talks to the server itself, not to a proxy."""
         return boto3.client(
             "s3",
             endpoint_url=self.url,

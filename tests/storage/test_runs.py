@@ -79,13 +79,13 @@ def test_a_store_that_goes_away_costs_checkpoints_and_no_step(
     (folder / "LINGER").write_text("70")
     training = Training(folder, [*RUN, "name=away", f"checkpoint.dir=s3://{bucket}/runs", "checkpoint.every=10"])
     at_step(training, "away", 25, goes_away(proxy))
-    told = folder / ".descent" / "runs" / "away" / "incidents.jsonl"
-    until(lambda: told.is_file() and "checkpoint failed" in told.read_text(), "the incident")
+    incidents_file = folder / ".descent" / "runs" / "away" / "incidents.jsonl"
+    until(lambda: incidents_file.is_file() and "checkpoint failed" in incidents_file.read_text(), "the incident")
     at_step(training, "away", 75, lambda: setattr(proxy, "plan", lambda _: None))
     (folder / "LINGER").unlink()
     code, summary, err = training.end()
     assert code == 0 and summary["step"] == STEPS, err
-    incidents = [json.loads(line) for line in told.read_text().splitlines()]
+    incidents = [json.loads(line) for line in incidents_file.read_text().splitlines()]
     failed = [i for i in incidents if i["kind"] == "checkpoint failed"]
     assert failed and all("503 SlowDown" in i["detail"] or "too slow" in i["detail"] for i in failed)
     assert "checkpoint failed" in err and summary["checkpoint"].endswith(f"step-{STEPS:08d}")

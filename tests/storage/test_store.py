@@ -143,7 +143,7 @@ def test_of_many_who_put_if_absent_one_wins(store: Store, request: pytest.Fixtur
         thread.join()
     if conditional:
         assert [b"%02d" % n for n in won] == [store.get("race")]
-    else:  # more than one may be told that it won, never none; and one writer's object is there, whole
+    else:  # more than one call may return True, never none; and one writer's object is there, whole
         assert won and int(store.get("race")) in range(12)
         assert not store.put_if_absent("race", b"late") and size(store, "race") == 2
     assert not [k for k in keys(store) if "probe" in k]

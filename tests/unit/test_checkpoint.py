@@ -343,7 +343,7 @@ def test_what_can_not_be_used_takes_no_good_checkpoints_place(tmp_path: Path, co
     assert pruned.deleted == ["step-00000010"] and newest_checkpoint(tmp_path, "c")[0] == good
     for step in (30, 50, 64) if config is None else (30, 40, 50, 64):
         assert any(f"step-000000{step}" in line for line in pruned.skipped)
-        assert (tmp_path / f"step-000000{step}").is_dir(), "left to whoever looks into it"
+        assert (tmp_path / f"step-000000{step}").is_dir(), "left for a person to look into"
 
 
 def test_after_going_back_the_steps_behind_count_no_more(tmp_path: Path) -> None:

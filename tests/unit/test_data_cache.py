@@ -96,7 +96,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path, far):
     os.utime(a, ns=(1, 1))
     get(cache, far, "b")
     assert not a.exists()
-    assert bytes(mapped) == b"a" * 1000, "who has it mapped keeps it"
+    assert bytes(mapped) == b"a" * 1000, "a process that has the file mapped keeps it"
     held = [f for f in own(tmp_path / "cache").iterdir() if f.is_file() and f.name != "CACHEDIR.TAG"]
     assert sum(f.stat().st_size for f in held) <= 2_500
 

@@ -38,12 +38,12 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 def as_checkpoint(model: nn.Module, folder: Path) -> Path:
-    parts: list[ShareWritten] = []
-    writer = ShareWriter(folder, parts.append)
+    shares: list[ShareWritten] = []
+    writer = ShareWriter(folder, shares.append)
     plain = {f"model/{n}": t for n, t in model.state_dict().items() if n != "head.weight"}
     writer.write(plain, step=3, rank=0, world_size=1, generation=1, scalars={})
     writer.wait_until_written()
-    return commit_checkpoint(folder, parts, run="r", config_sha256="c")
+    return commit_checkpoint(folder, shares, run="r", config_sha256="c")
 
 
 def written(kind: str, model: nn.Module, folder: Path) -> Path:
@@ -86,8 +86,8 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "missing: norm.bias;" in line and "unexpected: extra;" in line
     assert "of another shape: embed.weight (9, 3) instead of (5, 3); init_strict=false" in line
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items()), "untouched"
-    told = put_into(model, weights, source, strict=False)
-    assert told is not None and "missing: norm.bias" in told
+    unmatched = put_into(model, weights, source, strict=False)
+    assert unmatched is not None and "missing: norm.bias" in unmatched
     assert torch.equal(model.norm.weight, weights["norm.weight"])
     assert torch.equal(model.embed.weight, before["embed.weight"])
     with pytest.raises(CheckpointError, match="missing"):
