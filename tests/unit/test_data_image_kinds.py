@@ -2,11 +2,13 @@
 
 import io
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from descent.data.bad_records import BadRecords
+from descent.data.hugging_face import HuggingFace
 from descent.data.image_decoding import ImageForm, decode
 from descent.data.images import Images
 from tests.unit.data_refusal import refusal
@@ -131,6 +133,37 @@ def test_animations_and_pages_are_refused(kind):
     raw = content(frames[0], kind, save_all=True, append_images=frames[1:])
     assert "is animated or has several pages (3)" in why(raw)
     assert decoded(content(frames[0], kind)).shape == (3, 8, 8)
+
+
+def saved(folder, images: list[bytes]) -> str:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [{"bytes": raw, "path": None} for raw in images], "label": [i % 2 for i in range(len(images))]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
+    return str(folder)
+
+
+def test_images_of_a_hugging_face_data_set_are_what_is_seen_too(tmp_path):
+    palette, exif = Image.fromarray(COLOURS).quantize(256), Image.Exif()
+    exif[0x0112] = 6
+    upright = np.rot90(COLOURS, 1)  # turned by a quarter against the clock, which the orientation undoes
+    path = saved(tmp_path / "a", [content(palette), content(Image.fromarray(upright.copy()), exif=exif)])
+    inputs, _ = HuggingFace(path, scale=1 / 255).gather(np.array([0, 1]))
+    expected = [np.asarray(palette.convert("RGB")), COLOURS]
+    np.testing.assert_allclose(inputs * 255, np.stack(expected).transpose(0, 3, 1, 2), atol=1e-4)
+    deep = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
+    path = saved(tmp_path / "b", [content(Image.fromarray(deep)), content(Image.fromarray(RAMP))])
+    grey, _ = HuggingFace(path, scale=1 / 255).gather(np.array([0, 1]))
+    np.testing.assert_allclose(grey[:, 0], np.stack([deep / 65535, RAMP / 255]), atol=1 / 255)
+    path = saved(
+        tmp_path / "c", [content(Image.fromarray(RAMP)), content(Image.fromarray(RAMP.astype(np.float32)), "tiff")]
+    )
+    with pytest.raises(BadRecords, match=r"row 1 \(from 0\), column 'image': has floats as pixels") as caught:
+        HuggingFace(path, scale=1 / 255).gather(np.array([0, 1]))
+    assert caught.value.rows == [1]
+    mixed = saved(tmp_path / "d", [content(Image.fromarray(RAMP)), content(Image.fromarray(COLOURS))])
+    assert "images of different shapes ((8, 8), (8, 8, 3))" in refusal(
+        HuggingFace(mixed, scale=1 / 255).gather, np.array([0, 1])
+    )
 
 
 @pytest.mark.parametrize("processes", [0, 1])

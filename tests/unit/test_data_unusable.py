@@ -16,6 +16,7 @@ from descent.config import compose
 from descent.data.arrays import Arrays
 from descent.data.bad_records import BadRecords
 from descent.data.csv_file import Csv
+from descent.data.idx import IdxFolder
 from descent.data.images import Images
 from descent.data.map_style import MapStyle
 from descent.data.parquet import Parquet
@@ -23,10 +24,13 @@ from descent.data.sharded_sets import make_index
 from descent.data.splits import split_indices
 from descent.data.text import Text, text_files
 from descent.data.tokenize import Bytes, tokenize
+from descent.data.tokens import Tokens
 from descent.training.input.feed import Feed
 from descent.training.plan import build_data
 from tests.unit.data_refusal import refusal
+from tests.unit.test_data import write_digits_as_idx
 from tests.unit.test_data_images import png
+from tests.unit.test_data_tokens import write_tokens
 
 CPU = torch.device("cpu")
 X, Y = load_iris(return_X_y=True)
@@ -170,6 +174,28 @@ def test_data_without_one_usable_row_is_refused_with_skip_too(tmp_path):
     assert "no sample can be used: " in refusal(Arrays, str(tmp_path / "a.npz"), on_error="skip")
 
 
+def test_a_label_out_of_range_in_an_idx_file_is_skipped(tmp_path):
+    _, labels = write_digits_as_idx(tmp_path)
+    top = int(labels[:300].max())
+    assert f"label {top} of sample " in refusal(IdxFolder, str(tmp_path), num_outputs=top)
+    data = IdxFolder(str(tmp_path), num_outputs=top, on_error="skip")
+    bad = np.flatnonzero(labels[:300] == top)
+    with pytest.raises(BadRecords, match=rf"label {top} of sample {bad[0]} \(byte {8 + bad[0]}\)") as caught:
+        data.gather(np.arange(300))
+    assert caught.value.rows == bad.tolist()
+    assert data.labels.max() < top
+
+
+def test_a_token_beyond_the_vocabulary_is_named_by_its_shard(tmp_path):
+    write_tokens(tmp_path, [np.arange(40) % 30, np.arange(40) % 35], "uint16", 31)
+    data = Tokens(str(tmp_path), 8)
+    assert len(data.gather(np.arange(4))[0]) == 4
+    with pytest.raises(
+        BadRecords, match=r"/1\.bin: sample 7 has the token 32, which is not below the vocabulary of 31"
+    ):
+        data.gather(np.array([0, 7]))
+
+
 # --- files that are no data ---
 
 
@@ -222,7 +248,7 @@ def test_a_compressed_array_is_refused_by_the_size_that_it_unpacks_to(tmp_path):
     np.savez_compressed(file, inputs=np.zeros((1000, 1000), np.float32), targets=np.zeros(1000, np.int64))
     assert file.stat().st_size < 20_000
     message = refusal(Arrays, str(file), max_mb=2)
-    assert "[inputs]: unpacks to 4 MB, more than data.train.max_mb=2" in message
+    assert "[inputs]: unpacks to 4 MB, more than data.max_mb=2" in message
     assert len(Arrays(str(file), max_mb=4)) == 1000
 
 

@@ -240,7 +240,7 @@ def _member(file: Path, name: str, where: str, most: int) -> Array | None:
                 return np.asarray(np.memmap(file, dtype, "c", content.tell(), shape, "F" if by_column else "C"))
         if size > most:
             raise DataError(
-                f"{where}: unpacks to {size / 2**20:,.0f} MB, more than data.train.max_mb={most / 2**20:,.0f} (by default half "
+                f"{where}: unpacks to {size / 2**20:,.0f} MB, more than data.max_mb={most / 2**20:,.0f} (by default half "
                 "of the memory): write it with numpy.savez, not savez_compressed, so that it can be memory-mapped"
             )
         return None

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descent.data.bad_records import refuse_not_finite
+from descent.data.bad_records import BadRecords, refuse_not_finite
 from descent.data.base import BatchDataset, Indices, Pair, check_indices, digest_of
+from descent.data.image_decoding import open_image, read_whole
 from descent.errors import DataError
 
 
@@ -42,7 +43,13 @@ class HuggingFace(BatchDataset):
         for column in (input, target):
             if column not in data.column_names:
                 raise DataError(f"{path}: no column {column!r}; there are {', '.join(data.column_names)}")
-        self._data = data.select_columns([input, target]).with_format("numpy")
+        self._images: Any = None
+        columns = data.select_columns([input, target])
+        if isinstance(data.features[input], _library().Image):
+            # The library would give a palette's indices as pixels, and clip 16 bits: the files' bytes are decoded here.
+            self._images = data.select_columns([input]).cast_column(input, _library().Image(decode=False))
+            columns = data.select_columns([target])
+        self._data = columns.with_format("numpy")
         if len(data) == 0:
             raise DataError(f"{path}: no rows")
         self._fingerprint = str(data._fingerprint)
@@ -86,9 +93,11 @@ class HuggingFace(BatchDataset):
         try:
             with self._lock:  # the library doesn't say that several threads may read
                 rows = self._data[indices]
+                files = None if self._images is None else self._images[indices][self._input]
         except Exception as error:  # the library's decoders raise exceptions of any class
             raise DataError(f"{self.source}: can't be read: {' '.join(str(error).split())[:300]}") from error
-        x, y = self._tensor(rows[self._input]), self._tensor(rows[self._target])
+        x = self._tensor(rows[self._input]) if files is None else self._pixels(files, indices)
+        y = self._tensor(rows[self._target])
         if self.scale is not None:
             inputs = x.float() * self.scale
             if inputs.dim() in (3, 4):  # images: channels first
@@ -101,6 +110,26 @@ class HuggingFace(BatchDataset):
         for values in (inputs, targets):
             refuse_not_finite(values, lambda row: f"{self.source}, row {int(indices[row])} (from 0)")
         return inputs, targets
+
+    def _pixels(self, files: list[dict[str, Any]], indices: Indices) -> Tensor:
+        """Bytes [n, rows, columns] of grey images, or [n, rows, columns, 3]; BadRecords for what can't be decoded."""
+        images, bad = [], list[tuple[int, str]]()
+        for row, file in enumerate(files):
+            try:
+                content = file["bytes"] if file["bytes"] is not None else read_whole(file["path"])
+                images.append(np.asarray(open_image(content, None)))
+            except (ValueError, OSError, TypeError) as error:
+                bad.append((row, str(error)))
+        if bad:
+            first, why = bad[0]
+            raise BadRecords(
+                f"{self.source}, row {int(indices[first])} (from 0), column {self._input!r}: {why}",
+                [row for row, _ in bad],
+            )
+        if len({image.shape for image in images}) > 1:
+            shapes = sorted({image.shape for image in images})
+            raise DataError(f"{self.source}: a column gives images of different shapes ({shapes[0]}, {shapes[-1]})")
+        return torch.from_numpy(np.stack(images))
 
     def _tensor(self, column: Any) -> Tensor:
         array = np.asarray(column)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from descent.data.bad_records import KnownBad, Policy
 from descent.data.base import Pair, TensorData
 from descent.data.preprocessing import NormalizePixels
 from descent.data.row_cache import memory_bytes
@@ -38,7 +39,8 @@ class IdxFolder(TensorData):
     memory and become floats batch by batch: 60,000 images of 28×28 take 47 MB instead of 188.
 
     Raises DataError for a missing, malformed or truncated file (naming file and byte), for numbers of
-    images and labels that differ, and for a label that is not below `num_outputs`.
+    images and labels that differ, and for a label that is not below `num_outputs`; with on_error 'skip', such
+    a sample is a bad record instead.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class IdxFolder(TensorData):
         mean: float = 0.0,
         std: float = 1.0,
         num_outputs: int = 10,
+        on_error: Policy = "fail",
         name: str = "idx",
     ) -> None:
         check_split(name, split, tuple(_PREFIX))
@@ -65,12 +68,14 @@ class IdxFolder(TensorData):
                 f"{images_file} holds {len(images)} images, {labels_file} holds {len(labels)} "
                 "labels (bytes 4 to 7 of each): they must agree"
             )
-        wrong = np.flatnonzero(labels >= num_outputs)
-        if len(wrong):
-            raise DataError(
-                f"{labels_file}: label {labels[wrong[0]]} of sample {wrong[0]} (byte "
-                f"{8 + wrong[0]}) is not below num_outputs={num_outputs}"
-            )
+        wrong = labels >= num_outputs
+
+        def flaw(row: int) -> str:
+            return f"{labels_file}: label {given[row]} of sample {row} (byte {8 + row}) is not below num_outputs={num_outputs}"
+
+        given, labels = labels, np.where(wrong, 0, labels).astype(np.uint8)
+        if wrong.any() and on_error == "fail":
+            raise DataError(flaw(int(wrong.argmax())))
         super().__init__(
             torch.from_numpy(images).unsqueeze(1),
             torch.from_numpy(labels),
@@ -79,6 +84,7 @@ class IdxFolder(TensorData):
             source=str(folder),
             class_names=[str(label) for label in range(num_outputs)],
             preprocessing=NormalizePixels(mean, std),
+            bad=KnownBad(wrong, flaw) if wrong.any() else None,
         )
         self.mean = mean
         self.std = std

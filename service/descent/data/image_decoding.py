@@ -91,19 +91,8 @@ def read_whole(file: str) -> bytes:
 
 def decode(content: bytes, form: ImageForm) -> Pixels:
     """Bytes [channels, height, width]. Raises ValueError, in words for the user, for an image that can't become that."""
-    mode = _MODES[form.channels]
-    try:
-        image: Image.Image = Image.open(BytesIO(content))
-        turned = _is_turned(image)
-        if form.resize:
-            # For JPEG: decodes at a fraction of the size, which is faster by the square of the fraction.
-            image.draft(mode, (form.height, form.width) if turned else (form.width, form.height))
-        image.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"is not an image ({len(content)} bytes)") from error
-    except Exception as error:  # PIL's decoders raise a dozen kinds
-        raise ValueError(f"can't be decoded: {' '.join(str(error).split())}") from error
-    image = _converted(_upright(image), mode, form.background)
+    wanted = (form.width, form.height) if form.resize else None
+    image = open_image(content, _MODES[form.channels], form.background, wanted)
     if image.size != (form.width, form.height):
         if not form.resize:
             raise ValueError(
@@ -113,6 +102,30 @@ def decode(content: bytes, form: ImageForm) -> Pixels:
         image = image.resize((form.width, form.height), Image.Resampling.BILINEAR)
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if form.channels == 1 else array.transpose(2, 0, 1)
+
+
+def open_image(
+    content: bytes, mode: str | None, background: int | None = None, wanted: tuple[int, int] | None = None
+) -> Image.Image:
+    """The image as it is seen, upright, in mode L or RGB; with a mode of None, in whichever its pixels need.
+
+    wanted: (width, height) that is enough, where it will be scaled to that.
+    Raises ValueError, in words for the user, for what can't be decoded or shown in 8 bits a channel.
+    """
+    try:
+        image: Image.Image = Image.open(BytesIO(content))
+        turned = _is_turned(image)
+        if wanted is not None:
+            # For JPEG: decodes at a fraction of the size, which is faster by the square of the fraction.
+            image.draft(mode, wanted[::-1] if turned else wanted)
+        image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"is not an image ({len(content)} bytes)") from error
+    except Exception as error:  # PIL's decoders raise a dozen kinds
+        raise ValueError(f"can't be decoded: {' '.join(str(error).split())}") from error
+    if mode is None:
+        mode = "L" if image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16") else "RGB"
+    return _converted(_upright(image), mode, background)
 
 
 def upright_size(content: bytes) -> tuple[int, int]:
@@ -183,7 +196,7 @@ def _on_background(image: Image.Image, background: int | None) -> Image.Image:
         return image.convert("RGB")
     if background is None:
         raise ValueError(
-            "has transparent pixels: set the grey value to put behind them, +data.train.background=255 (white) or 0 (black)"
+            "has transparent pixels: set the grey value to put behind them, data.background=255 (white) or 0 (black)"
         )
     flat = Image.new("RGBA", image.size, (background, background, background, 255))
     return Image.alpha_composite(flat, image).convert("RGB")

@@ -8,6 +8,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from descent.data.bad_records import BadRecords
 from descent.data.base import LARGE, BatchDataset, Indices, Pair, check_indices, digest_of
 from descent.data.files import open_data
 from descent.data.layout import layout_of
@@ -45,7 +46,8 @@ class Tokens(BatchDataset):
         self.index = read_index(store, "tokens")
         self._dtype = _dtype(self.index, path)
         self._shards = ShardFiles(store, self.index)
-        self.num_outputs = int(self.index.about["vocabulary"])
+        self.num_outputs = self._vocabulary = int(self.index.about["vocabulary"])
+        self._may_exceed = self._vocabulary < 1 << 8 * self._dtype.itemsize
         self.block, self.name, self.source = block, name, str(path)
         self.input_shape = (block,)
         counts = [max(0, shard.samples - 1) // block for shard in self.index.shards]
@@ -91,6 +93,14 @@ class Tokens(BatchDataset):
             shard = int(shards[first])
             windows = self._windows(shard)
             ids[order[first:stop]] = windows[wanted[first:stop] - self._starts[shard]]
+        if self._may_exceed and int(ids.max(initial=0)) >= self._vocabulary:
+            rows = np.flatnonzero((ids >= self._vocabulary).any(axis=1))
+            shard = int(np.searchsorted(self._starts, indices[rows[0]], side="right")) - 1
+            raise BadRecords(
+                f"{self.source}/{self.index.shards[shard].file}: sample {int(indices[rows[0]])} has the token "
+                f"{ids[rows[0]].max()}, which is not below the vocabulary of {self._vocabulary}",
+                rows.tolist(),
+            )
         return (
             torch.from_numpy(ids[:, :-1].astype(np.int64)),
             torch.from_numpy(ids[:, 1:].astype(np.int64)),

@@ -107,9 +107,9 @@ class Prepared:
 def filled_spec(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
     """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
     filled = dict(spec)
-    for key in ("input_shape", "num_outputs"):
+    given: dict[str, tuple[int, ...] | int | None] = {"input_shape": data.input_shape, "num_outputs": data.num_outputs}
+    for key, value in given.items():
         if key in filled and filled[key] is None:
-            value = getattr(data, key, None)
             if value is None:
                 raise ConfigError(f"{where}.{key}=null: the data set doesn't say; set {where}.{key}=…")
             filled[key] = list(value) if isinstance(value, tuple) else value
