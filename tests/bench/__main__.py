@@ -15,6 +15,7 @@ NAMES = (
     "startup",
     "memory",
     "exactness",
+    "slots",
     "recovery",
     "fault_tax",
     "regroup_scale",

@@ -2,7 +2,8 @@
 
 Descent is the real thing: `descent train` with its Ray actor, controller, MLflow on
 SQLite and all default diagnostics; the wall time between two steps of the steady state
-is divided by their number. The other side is `bare_loop.py` in a process of its own with
+is divided by their number, with one slot, since the loop computes its batch in one piece
+(`slots.py` has what more of them cost). The other side is `bare_loop.py` in a process of its own with
 the same network, data and global batch, in the fastest form that can be written by hand:
 the fused kernel of AdamW, no `.item()`, gradients set to None. One thread each; the two take
 turns (Descent's processes are stopped while the other runs), and the ratio is the median over
@@ -39,7 +40,7 @@ def run() -> list[Result]:
 
 def _measure(size: str) -> Result:
     ours, theirs = [], []
-    overrides = [*SUBJECTS[size].overrides(), "workers=1"]
+    overrides = [*SUBJECTS[size].overrides(), "workers=1", "slots=1"]
     with tempfile.TemporaryDirectory() as folder, steady(overrides, Path(folder)) as run:
         for index in range(_PAIRS[size]):
             ours.append(run.window(_SECONDS[size]))

@@ -27,7 +27,7 @@ def run() -> list[Result]:
 def _measure(name: str) -> Result:
     subject = SUBJECTS[name]
     pairs = []
-    overrides = [*subject.overrides(), "workers=2"]
+    overrides = [*subject.overrides(), "workers=2", "slots=2"]
     with tempfile.TemporaryDirectory() as folder, steady(overrides, Path(folder)) as run:
         for _ in range(_PAIRS):
             ours = run.window(_SECONDS)
