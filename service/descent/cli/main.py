@@ -25,7 +25,7 @@ _STARTED = time.time()
 
 app = typer.Typer(
     name="descent",
-    help="Distributed training that never loses a step, gives the same bits on any number of workers, and explains itself.",
+    help="Distributed training that survives lost workers without losing a step and gives the same bits on any number of workers.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
