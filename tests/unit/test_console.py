@@ -8,7 +8,14 @@ import sys
 import pytest
 from rich.console import Console
 
-from descent.cluster.run.console import LastingStream, print_error, print_line, print_value, print_warning
+from descent.cluster.run.console import (
+    LastingStream,
+    SilentConsole,
+    print_error,
+    print_line,
+    print_value,
+    print_warning,
+)
 from descent.errors import ConfigError
 
 
@@ -76,3 +83,9 @@ def test_a_long_value_has_a_line_of_its_own_on_a_narrow_terminal():
     path = "/".join(["folder"] * 11)
     print_value(Console(file=out, width=80, force_terminal=True, color_system=None), "checkpoint", path)
     assert [line.rstrip() for line in out.getvalue().splitlines()] == ["checkpoint", f"  {path}"]
+
+
+def test_without_a_display_warnings_go_to_the_log(caplog):
+    print_warning(SilentConsole(), "read [this]")
+    print_line(SilentConsole(), "and not this")
+    assert [record.getMessage() for record in caplog.records] == ["read [this]"]

@@ -114,8 +114,8 @@ def test_a_server_that_goes_away_before_the_first_step_costs_one_line_and_no_rec
     assert {"model", "data", "optimizer", "optimizer.lr", "seed", "steps", "total_steps"} <= params.keys()
     assert len(params) < 40
     # charts of single layers come after the loss; one generation alone is no chart
-    assert {"train/layer_gradients/head", "train/loss", "cluster/incidents"} <= kept.data.metrics.keys()
-    assert "cluster/world_size" not in kept.data.metrics
+    assert {"train/layer_gradients/head", "train/loss", "workers/incidents"} <= kept.data.metrics.keys()
+    assert "workers/world_size" not in kept.data.metrics
     names = {file.path for file in MlflowClient(uri).list_artifacts(identity.run_id)}
     assert {"config.yaml", "incidents.csv", "incidents.jsonl", "plots"} <= names
 

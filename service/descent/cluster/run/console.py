@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -109,8 +110,18 @@ def print_verbatim(console: Console, line: str) -> None:
     console.print(escape(line), highlight=False, soft_wrap=True, emoji=False)
 
 
+class SilentConsole(Console):
+    """For a run from Python that shows no progress: warnings go to the logger `descent`, everything else nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO(), quiet=True)
+
+
 def print_warning(console: Console, text: str) -> None:
     """One line that the user should read, with a yellow mark before it."""
+    if isinstance(console, SilentConsole):
+        logging.getLogger("descent").warning(text)
+        return
     console.print(f"[yellow]![/yellow] {escape(text)}", highlight=False, soft_wrap=not console.is_terminal, emoji=False)
 
 

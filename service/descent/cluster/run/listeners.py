@@ -58,10 +58,12 @@ class ListenerGroup:
 
 
 def chart_name(metric: str) -> str:
-    """The metric's name in MLflow, whose page sorts charts by name: those of single layers come last.
+    """The metric's name in MLflow, whose page sorts charts by name: those of single layers and workers come last.
 
-    >>> chart_name("grad/norm/layers.0"), chart_name("grad/norm")
-    ('train/layer_gradients/layers.0', 'grad/norm')
+    >>> chart_name("grad/norm/layers.0"), chart_name("cluster/world_size"), chart_name("grad/norm")
+    ('train/layer_gradients/layers.0', 'workers/world_size', 'grad/norm')
     """
-    layer = metric.removeprefix("grad/norm/")
-    return metric if layer == metric else f"train/layer_gradients/{layer}"
+    for prefix, shown in (("grad/norm/", "train/layer_gradients/"), ("cluster/", "workers/")):
+        if metric.startswith(prefix):
+            return shown + metric.removeprefix(prefix)
+    return metric

@@ -2,7 +2,9 @@
 
 import gc
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,8 @@ class RunRecorder:
         self._uri, self._display, self._background = uri, display, background
         self._started = self._greeted = self._warned = False
         self._resumed_id = run_id
+        self.model_name: str | None = None
+        """The exported model's name in MLflow, once it is kept."""
         self.tracker = Tracker.open(
             uri=uri,
             experiment=self._config.tracking.experiment,
@@ -125,7 +129,8 @@ class RunRecorder:
     def _greet(self) -> None:
         self._greeted = True
         if self.tracker.run_id != self._resumed_id:
-            self.write_run_file()
+            with self._best_effort("the MLflow run's id in run.json"):
+                self.write_run_file()
         self._display.line(f"charts: {self.tracker.url or f'descent ui {self._run_dir.name}'}")
         # Everything is imported by now. The collector of cycles needn't look through these
         # millions of objects again and again, with all threads waiting for it.
@@ -189,10 +194,12 @@ class RunRecorder:
             if not self._started:
                 self._started = True
                 self._start()
-            self._log_plots(log)
+            with self._best_effort("the plots"):
+                self._log_plots(log)
             if outcome.incidents:
-                tracker.log_file(self._run_dir / run_log.INCIDENTS_FILE)
                 tracker.log_text(as_csv(outcome.incidents), "incidents.csv")
+                with self._best_effort("incidents.jsonl"):
+                    tracker.log_file(self._run_dir / run_log.INCIDENTS_FILE)
             note = note_of(self._composed, self._prepared.plan, self._command(), outcome, figures)
             tags = {"descent.workers": json.dumps(outcome.workers), "mlflow.note.content": note}
             if outcome.incidents:
@@ -206,6 +213,20 @@ class RunRecorder:
             deadline_s = _DEADLINE_S if reached else 1.0
             undelivered = tracker.finish(str(outcome.state), deadline_s)  # type: ignore[arg-type]
         return undelivered
+
+    def record_end(self, result: RunResult) -> None:
+        """Write to the run's file how the run ended."""
+        with self._best_effort("how the run ended, in run.json"):
+            self.write_run_file(result)
+
+    @contextmanager
+    def _best_effort(self, what: str) -> Iterator[None]:
+        """What can't be recorded (the disk is full, say) costs one line: the training and its checkpoints are there."""
+        try:
+            yield
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            self._display.note(f"could not be recorded: {what}: {type(error).__name__}: {line}")
 
     @property
     def model_uri(self) -> str | None:

@@ -33,7 +33,7 @@ from descent.cluster.run.resume import (
     run_to_resume,
     schedule_change,
 )
-from descent.cluster.run.signals import stopping
+from descent.cluster.run.signals import StopSignals
 from descent.config import Composed
 from descent.config.secrets import redact
 from descent.errors import CheckpointError, ConfigError
@@ -41,6 +41,7 @@ from descent.messages import WorkerSpec
 from descent.tracking.check import check_tracking
 
 if TYPE_CHECKING:
+    from descent.cluster.control.checkpoints import CheckpointCommitter
     from descent.cluster.control.ending import Outcome
     from descent.cluster.workers.ray_cluster import Cluster
     from descent.training.plan import Plan, Prepared
@@ -160,7 +161,7 @@ class Run:
         return prepared
 
     def _train(self, prepared: "Prepared", cluster: "Cluster") -> RunResult:
-        from descent.cluster.control.checkpoints import CheckpointCommitter
+        """Start the workers, give them to the controller, and record what comes of it."""
         from descent.cluster.control.controller import Controller
         from descent.cluster.workers.group import WorkerGroup
         from descent.training.collectives import Store
@@ -170,17 +171,42 @@ class Run:
         if self._lock is None:
             self._lock = RunLock(self.run_dir, f"name={self.run_dir.name}")
         log = RunLog(self.run_dir)
+        first_step = resumed.step if resumed else 0
+        title = f"{self.run_dir.name}  {plan.num_parameters:,} parameters"
+        display = Display(self.console, title, plan.total_steps, plan.batch_size, first_step, plan.steps_per_epoch)
+        recorder = self._recorder(prepared, display)
+        listeners = ListenerGroup(display, recorder.tracker)
         group = WorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
         group.start(plan.max_workers + self.config.spares)
-        first_step = resumed.step if resumed else 0
-        display = Display(
-            self.console,
-            f"{self.run_dir.name}  {plan.num_parameters:,} parameters",
-            plan.total_steps,
-            plan.batch_size,
-            first_step,
-            plan.steps_per_epoch,
-        )
+        try:
+            committer = self._committer()
+            controller = Controller(
+                self.config,
+                plan,
+                group,
+                Store(cluster.host),
+                log,
+                committer,
+                listeners,
+                first_step=first_step,
+                check_health=lambda: recorder.check(stepping=listeners.first_step_at is not None),
+            )
+            self._announce(prepared, display)
+            with StopSignals(controller.stop, self.console) as signals:
+                with display:
+                    outcome = controller.run()
+                signals.training = False
+                group.release()
+                committer.close()
+                return self._result(recorder, outcome, listeners, log)
+        except BaseException:
+            group.release()
+            recorder.abandon()
+            raise
+        finally:
+            log.close()
+
+    def _recorder(self, prepared: "Prepared", display: Display) -> RunRecorder:
         recorder = RunRecorder(
             self.composed,
             prepared,
@@ -188,44 +214,27 @@ class Run:
             self.run_dir,
             config_sha256=self.config_sha256,
             uri=self.tracking_uri,
-            run_id=resumed.run_id if resumed else None,
+            run_id=self.resumed.run_id if self.resumed else None,
             display=display,
             background=self._background,
         )
-        recorder.write_run_file()
-        listeners = ListenerGroup(display, recorder.tracker)
-        committer = CheckpointCommitter(
+        try:
+            recorder.write_run_file()
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.output_dir}: can't write there: {error.strerror or error}") from error
+        return recorder
+
+    def _committer(self) -> "CheckpointCommitter":
+        from descent.cluster.control.checkpoints import CheckpointCommitter
+
+        return CheckpointCommitter(
             checkpoint_root(self.run_dir, self.config.checkpoint.dir),
             self.run_dir.name,
             self.config_sha256,
             self.config.checkpoint,
-            resumed.checkpoint if resumed else None,
+            self.resumed.checkpoint if self.resumed else None,
             rescue_root(self.run_dir),
         )
-        controller = Controller(
-            self.config,
-            plan,
-            group,
-            Store(cluster.host),
-            log,
-            committer,
-            listeners,
-            first_step=first_step,
-            check_health=lambda: recorder.check(stepping=listeners.first_step_at is not None),
-        )
-        try:
-            self._announce(prepared, display)
-            with stopping(controller.stop, self.console), display:
-                outcome = controller.run()
-            group.release()
-            committer.close()
-            return self._result(recorder, outcome, listeners, log)
-        except BaseException:
-            group.release()
-            recorder.abandon()
-            raise
-        finally:
-            log.close()
 
     def _worker_spec(self, plan: "Plan", cluster: "Cluster") -> WorkerSpec:
         """What every worker builds its replica from: the config with all of its open values filled in."""
@@ -281,7 +290,7 @@ class Run:
             **figures,
             **incident_figures(outcome),
         )
-        recorder.write_run_file(result)
+        recorder.record_end(result)
         return result
 
     # -- the end ------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Training from Python: `descent.train`."""
 
-import io
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from descent.cluster.run.console import Starting
+from descent.cluster.run.console import SilentConsole, Starting
 from descent.cluster.run.result import RunResult
 from descent.cluster.run.resume import with_implied_length
 from descent.config import Composed, RunConfig, compose
@@ -32,7 +31,7 @@ def train(
         overrides as a mapping, nested or dotted: `{"experiment": "digits", "optimizer": {"lr": 0.1}}`,
         a whole configuration: what `descent.config.compose` returned, or its `RunConfig`.
     config_dirs: folders with configuration groups of your own.
-    progress: show on stderr what the command line shows.
+    progress: show on stderr what the command line shows; without it, warnings alone go to the logger `descent`.
 
     In a process that is connected to Ray already the run uses that connection and leaves it open;
     otherwise it starts a private cluster on this machine, or joins `ray.address`, and ends that again.
@@ -55,7 +54,7 @@ def train(
     from descent.cluster.run.run import Run
 
     started_at = time.time()
-    console = Console(stderr=True) if progress else Console(file=io.StringIO())
+    console = Console(stderr=True) if progress else SilentConsole()
     starting = Starting(console)
     try:
         composed = _composed(config, config_dirs)
