@@ -1,6 +1,7 @@
 """What is recorded of a run, and that nothing that fails in recording reaches the training."""
 
 import io
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,19 @@ def test_a_server_that_goes_away_before_the_first_step_costs_one_line_and_no_rec
     assert "workers/world_size" not in kept.data.metrics
     names = {file.path for file in MlflowClient(uri).list_artifacts(identity.run_id)}
     assert {"config.yaml", "incidents.csv", "incidents.jsonl", "plots"} <= names
+
+
+def test_the_note_of_a_short_run_ends_with_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first description is still being written when such a run is over."""
+    monkeypatch.setattr(recorder_module, "_DEADLINE_UNREACHED_S", 0.0)
+    run = Recorded(tmp_path, NOBODY)
+    run.train()
+    run.recorder.check(stepping=True)
+    run.finish()
+    lines = (run.run_dir / "spool" / "records.jsonl").read_text().splitlines()
+    notes = [json.loads(line).get("tags", {}).get("mlflow.note.content") for line in lines]
+    first, last = [note for note in notes if note]
+    assert "**result**" not in first and "**result** stopped at step 4" in last
 
 
 def test_a_run_that_broke_off_before_its_first_step_leaves_nothing_to_deliver(tmp_path: Path) -> None:

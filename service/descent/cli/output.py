@@ -127,12 +127,13 @@ def _print_warnings(console: Console, result: "RunResult") -> None:
             f"{result.unsaved_at} did not take the last state, so it is in the run's own folder; "
             f"resume={result.name} finds it (with checkpoint.dir=null as long as that place is gone)",
         )
+    embedded = result.tracking_uri.startswith("sqlite:")
     if result.undelivered:
         why = f" ({result.tracking_error})" if result.tracking_error else ""
         print_warning(
             console,
             f"{result.undelivered:,} records wait for the tracking server in {result.run_dir / 'spool'}{why}; "
-            "the next descent train or descent ui delivers them",
+            f"the next descent train{' or descent ui' if embedded else ' with this tracking.uri'} delivers them",
         )
     if result.refused:
         print_warning(
@@ -146,7 +147,7 @@ def _print_next(console: Console, result: "RunResult") -> None:
     console.print()
     if result.state != "FINISHED":
         print_value(console, "go on", f"descent train resume={result.name}")
-    if result.url is None:
+    if result.tracking_uri.startswith("sqlite:"):
         print_value(console, "look", f"descent ui {result.name}")
     if result.model_uri:
         print_value(console, "use", "in Python, anywhere:")

@@ -121,10 +121,12 @@ class RunRecorder:
         self._warn()
 
     def _start(self) -> None:
-        for line in settle_left_over(self._output_dir, self._config.tracking.uri, self._uri, besides=self._run_dir):
-            self._display.line(line)
-        self._describe()
+        with self._best_effort("the run's description"):
+            self._describe()
         self.tracker.start(system_metrics=self._config.tracking.system_metrics)
+        with self._best_effort("what earlier runs left behind"):
+            for line in settle_left_over(self._output_dir, self._config.tracking.uri, self._uri, besides=self._run_dir):
+                self._display.line(line)
 
     def _greet(self) -> None:
         self._greeted = True
@@ -194,6 +196,7 @@ class RunRecorder:
             if not self._started:
                 self._started = True
                 self._start()
+            self._background.shutdown(wait=True)  # what follows replaces parts of the first description
             with self._best_effort("the plots"):
                 self._log_plots(log)
             if outcome.incidents:
@@ -208,7 +211,6 @@ class RunRecorder:
                 tags["descent.state_sha256"] = outcome.state_sha256
             tracker.set_tags(tags)
             self.model_name = self._log_model_of(outcome, log)
-            self._background.shutdown(wait=True)  # the start of delivery, if it is still under way
             reached = tracker.wait_until_connected(_DEADLINE_UNREACHED_S)
             deadline_s = _DEADLINE_S if reached else 1.0
             undelivered = tracker.finish(str(outcome.state), deadline_s)  # type: ignore[arg-type]
