@@ -48,7 +48,7 @@ def test_a_submitted_run_uses_both_nodes_and_is_kept_in_postgres(tmp_path: Path)
             timeout=400,
         )
         assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "head.log").read_text()
-        assert "FINISHED at step 76" in done.stdout
+        assert "finished at step 76" in done.stdout
         run = json.loads((tmp_path / "runs" / "runs" / "topology" / "run.json").read_text())
         _check_run(tracking, run["run_id"])
 

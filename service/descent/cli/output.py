@@ -52,7 +52,8 @@ def print_result(console: Console, result: "RunResult") -> None:
         )
         return
     console.print()
-    color, reason = _COLORS[result.state], f": {escape(result.reason)}" if result.reason else ""
+    color = _COLORS[result.state]
+    reason = f": {escape(result.reason)}" if result.reason and result.state != "KILLED" else ""
     console.print(
         f"[{color}]{_WORDS[result.state]}[/{color}] at step {result.step:,}{reason}",
         highlight=False,

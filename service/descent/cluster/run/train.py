@@ -16,6 +16,8 @@ from descent.config.schema import flatten
 from descent.errors import ConfigError, DescentError
 
 Overrides = Sequence[str] | Mapping[str, Any]
+_WHOLE = ("workers",)
+"""Keys that a mapping is a value of; under all others it is a section of further keys."""
 
 
 def train(
@@ -99,7 +101,9 @@ def overrides_of(tree: Mapping[str, Any]) -> list[str]:
     >>> overrides_of({"experiment": "digits", "optimizer": {"lr": 0.1}, "trusted_modules": ["nets"]})
     ['experiment=digits', 'optimizer.lr=0.1', "trusted_modules=['nets']"]
     """
-    return [f"{key}={_override_value(value)}" for key, value in flatten(dict(tree)).items()]
+    values = {key: tree[key] for key in _WHOLE if key in tree}
+    sections = flatten({key: value for key, value in tree.items() if key not in _WHOLE})
+    return [f"{key}={_override_value(value)}" for key, value in {**sections, **values}.items()]
 
 
 def _override_value(value: Any) -> str:
