@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from descent.training.buffers import own_buffer, owners_of
 from descent.training.sentinel import hash_on_device
 
 
@@ -42,9 +43,9 @@ class ModelSnapshot:
     @torch.no_grad()
     def put_back(self, model: nn.Module) -> None:
         """The buffers' values of then."""
-        for name, buffer in model.named_buffers():
+        for name, (module, short) in owners_of(model).items():
             if name in self.buffers:
-                buffer.copy_(self.buffers[name][2])
+                own_buffer(module, short).copy_(self.buffers[name][2])
 
     def objection(self, model: nn.Module, written: Collection[str]) -> str | None:
         """What the forward has written that no checkpoint holds, or that depends on who computed it."""

@@ -18,6 +18,7 @@ from descent.data.identity import identity_of
 from descent.errors import ConfigError
 from descent.optim.memory_layout import shares_places
 from descent.optim.optimizers import build_optimizer
+from descent.training.buffers import Rule, own_buffer, owners_of
 from descent.training.determinism import deterministic
 from descent.training.input.building import build_data as build_data
 from descent.training.input.building import digest_to_compare, refuse_unrepeatable
@@ -28,6 +29,7 @@ from descent.training.preflight import (
     check_schedule,
     materialize,
     read,
+    settle_buffers,
     settle_loss,
     try_one,
 )
@@ -54,6 +56,9 @@ class Plan:
     """What a worker takes; less than one is a share."""
     num_parameters: int
     changing_buffers: tuple[str, ...] = ()
+    """Names of the buffers that the forward changes in training."""
+    buffer_rules: tuple[Rule, ...] = ()
+    """Per changing buffer how the values of the slots are combined."""
     unused_parameters: bool = False
     uses_non_torch_rng: bool = False
     """Whether the model or the loss draws from Python's or NumPy's generators, not only from torch's (dropout …)."""
@@ -74,7 +79,8 @@ class Plan:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
-        return cls(**{**saved, "changing_buffers": tuple(saved["changing_buffers"])})
+        names, rules = tuple(saved["changing_buffers"]), tuple(map(Rule, saved.get("buffer_rules", ())))
+        return cls(**{**saved, "changing_buffers": names, "buffer_rules": rules})
 
     def is_due(self, every: int | str | None, step: int) -> bool:
         """Whether what happens every so many steps, or every "epoch", happens after `step`."""
@@ -134,6 +140,9 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
                 f"{list(parameter.shape)}, lie at one place in memory (expand), so that no optimizer can update them; "
                 "make the small tensor the parameter and expand it in the forward, or clone it"
             )
+    for module, name in owners_of(model).values():
+        if module._buffers[name] is not None:
+            own_buffer(module, name)  # an expanded buffer could not be written to, and a checkpoint does that
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
     return model
@@ -257,6 +266,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         for name, data in (("data.train", train), ("data.evaluate", evaluate)):
             if data is not None:
                 check_outputs(config, model, seen.objective, data, name)
+        rules = settle_buffers(config, model, seen.changing_buffers, train) if slots > 1 else ()
         loss = settle_loss(config, model, seen.objective, train, micro, whole=slots == 1 and micro >= batch)
     plan = Plan(
         total_steps=total,
@@ -274,6 +284,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         gpus=_gpus_of_a_worker(config, device),
         num_parameters=sum(p.numel() for p in model.parameters()),
         changing_buffers=seen.changing_buffers,
+        buffer_rules=rules,
         unused_parameters=seen.unused_parameters,
         uses_non_torch_rng=seen.uses_non_torch_rng or loss.uses_non_torch_rng,
         loss_reading=str(loss.objective.reading),

@@ -15,6 +15,8 @@ from descent.data.base import Data, indices_in_root, root_of
 from descent.data.generators import own_generators
 from descent.errors import ConfigError, DataError, DescentError
 from descent.optim.plateau import Plateau
+from descent.training.buffer_rules import find_rules
+from descent.training.buffers import Rule
 from descent.training.determinism import refuse_undeterministic
 from descent.training.loss_check import check_pair, settle
 from descent.training.model_snapshot import ModelSnapshot
@@ -128,6 +130,17 @@ def try_one(
     _refuse_sparse(config, model, one_slot)
     model.zero_grad(set_to_none=True)
     return Seen(written, bool(drawn - {"torch"}), unused, objective)
+
+
+def settle_buffers(config: RunConfig, model: nn.Module, names: tuple[str, ...], data: Data) -> tuple[Rule, ...]:
+    """How each of the changing buffers is combined over the slots. Raises ConfigError for one that can't be."""
+    if not names:
+        return ()
+    try:
+        inputs = read(config, data, np.linspace(0, len(data) - 1, min(4, len(data))), "data.train")[0]
+    except DataError:  # samples of several shapes, which only go one by one
+        inputs = read(config, data, [0], "data.train")[0]
+    return find_rules(model, names, lambda part: _forward(config, model, part), inputs, _where(config))
 
 
 def settle_loss(

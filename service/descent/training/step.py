@@ -96,7 +96,11 @@ class StepContext:
     uses_non_torch_rng: bool
     """Whether the model or the loss draws from Python's or NumPy's generators too."""
     clip_norm: float | None
+    """The largest 2-norm of the whole gradient; None: not clipped."""
     clip_value: float | None
+    """The largest absolute value of an entry; None: not clipped."""
+    forwards_per_slot: Sequence[int]
+    """For every slot of the global batch how many micro-batches it has."""
 
 
 class StepInput(NamedTuple):
@@ -161,6 +165,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
         context.stopwatch.stop(sum(m.stop - m.first for m in given.micro_batches))
         reduced = totals.wait()
         _check_same_step(reduced, given.step)
+        buffers.check_agreement(reduced.buffer_rows, context.forwards_per_slot, given.step)
         reducer.finish_step()
         context.sentinel.compare(context.group)
         context.enter_phase("update")

@@ -75,7 +75,7 @@ class Trainer:
         self.evaluator = Evaluator(config, plan, held_out, self.state, self.objective, device, self._autocast)
         self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
         self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
-        self.buffers = Buffers(model, plan.changing_buffers)
+        self.buffers = Buffers(model, plan.changing_buffers, plan.buffer_rules or None)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
         self.make_slot_balancer: Callable[..., SlotBalancer] = SlotBalancer
         self._find_unused = plan.unused_parameters
@@ -220,6 +220,7 @@ class Trainer:
                 uses_non_torch_rng=self.plan.uses_non_torch_rng,
                 clip_norm=self.config.clip.norm,
                 clip_value=self.config.clip.value,
+                forwards_per_slot=tuple(-(-(hi - lo) // membership.micro_size) for lo, hi in self.bounds),
             )
             straggler = self.config.straggler
             balancer = self.make_slot_balancer(
