@@ -122,6 +122,25 @@ class SetByTheFirstBatch(Plain):
         return super().forward(x - self.shift)
 
 
+class BuiltByNumpy(Plain):
+    """Its first weights are drawn by Python's and NumPy's generators, which `seed` decides too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.from_numpy(np.random.rand(64)).float() * random.random())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1) + self.shift)
+
+
+class BuiltByItsOwnGenerator(BuiltByNumpy):
+    """Nobody seeds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift.data = torch.from_numpy(np.random.default_rng().random(64)).float()
+
+
 class OtherLayouts(Plain):
     """Its parameters lie in memory in other ways than row by row."""
 

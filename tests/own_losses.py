@@ -130,6 +130,24 @@ class OwnGenerator(nn.Module):
         return F.cross_entropy(output, target) * (1.0 + float(self.rng.random()))
 
 
+class DrawnByNumpy(nn.Module):
+    """A weight for each class, drawn once as the loss is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.from_numpy(np.random.rand(10)).float())
+
+    def forward(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(output, target, weight=self.weight, reduction="sum")
+        return loss, self.weight[target].sum()
+
+
+class DrawnByItsOwnGenerator(DrawnByNumpy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.from_numpy(np.random.default_rng().random(10)).float()
+
+
 class DrawsFromTorch(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output + 0.1 * torch.randn_like(output), target)

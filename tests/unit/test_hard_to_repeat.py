@@ -24,6 +24,7 @@ def prepared(model: type[nn.Module], *more: str) -> Prepared:
         (hard.LateBuffer, "first forward registers the buffer 'mean'; do that in __init__"),
         (hard.Counting, "gives another output when the same samples come again.*register_buffer"),
         (hard.SetByTheFirstBatch, "writes the parameter 'shift'.*set it in __init__"),
+        (hard.BuiltByItsOwnGenerator, "two models built with seed=0 differ in 'shift'.*that nothing seeds"),
         (hard.LaidOutByItsForward, "changes how the parameter 'conv.weight' lies in memory.*in __init__"),
         (hard.Expanded, r"entries of the parameter 'scale', of shape \[64\], lie at one place in memory.*clone it"),
         (hard.WithoutDeterministicKernel, "max_unpool.* does not have a deterministic .*reduction=fast"),
@@ -38,6 +39,11 @@ def test_what_only_the_bits_depend_on_goes_with_a_reduction_that_does_not_promis
     expected = prepared(hard.Plain, "reduction=fast").plan
     for model in (hard.Counting, hard.WithoutDeterministicKernel):
         assert prepared(model, "reduction=fast").plan == expected
+
+
+def test_what_a_model_draws_as_it_is_built_follows_the_seed() -> None:
+    first, again, other = (prepared(hard.BuiltByNumpy, f"seed={seed}").model.shift for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_a_model_is_looked_at_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ def data(name: str, *overrides: str) -> list[str]:
         ("Focal", Reading.SAMPLES),
         ("SmoothedAsTorch", Reading.TERMS),
         ("EvenPair", Reading.PAIR),
+        ("DrawnByNumpy", Reading.PAIR),
         ("DrawsFromTorch", Reading.SAMPLES),
         ("DrawsElsewhere", Reading.SAMPLES),
     ],
@@ -55,6 +56,7 @@ def test_how_a_loss_is_read(name: str, reading: Reading) -> None:
         ("Running", "changes its own 'scale' from call to call"),
         ("Counting", "changes its own 'calls' from call to call"),
         ("remembering", "changes its own 'calls' from call to call"),
+        ("DrawnByItsOwnGenerator", "two of them built with seed=0 differ in 'weight'"),
         ("OwnGenerator", "draws from a generator of its own that nothing seeds"),
     ],
 )

@@ -146,6 +146,18 @@ def check_pair(value: Any, where: str) -> None:
         raise ConfigError(f"{where}: gives (total, count) with the count {float(value[1]):g}; it must be 0 or more")
 
 
+def refuse_unseeded(first: object, second: object, where: str, seed: int) -> None:
+    """Raise ConfigError where two losses built from one config and seed keep different numbers."""
+    one, other = dict(_kept(first)), dict(_kept(second))
+    differs = next((name for name in one if one[name] != other.get(name)), None)
+    if differs is not None:
+        raise ConfigError(
+            f"{where}: two of them built with seed={seed} differ in {differs!r}: its __init__ draws from a generator of "
+            "its own that nothing seeds, or depends on the time; draw from torch's, random's or np.random's global "
+            "generator, or seed the own one"
+        )
+
+
 def _refuse_trained_parameters(loss: object, where: str) -> None:
     if isinstance(loss, nn.Module):
         for name, parameter in loss.named_parameters():

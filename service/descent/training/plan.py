@@ -22,6 +22,7 @@ from descent.training.buffers import Rule, own_buffer, owners_of
 from descent.training.determinism import deterministic
 from descent.training.input.building import build_data as build_data
 from descent.training.input.building import digest_to_compare, refuse_unrepeatable
+from descent.training.loss_check import refuse_unseeded
 from descent.training.objective import Objective, Reading
 from descent.training.preflight import (
     check_keep_best,
@@ -148,6 +149,36 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
     return model
 
 
+def check_builds_alike(config: RunConfig, model: nn.Module, data: Data) -> None:
+    """Build a user's model once more. Raises ConfigError where it then begins with other weights.
+
+    Each worker builds its own replica, and a later run builds the model again: whatever `seed` doesn't decide differs.
+    """
+    target = str(config.model["_target_"])
+    if target.startswith("descent."):
+        return
+    again = build_model(config, data).state_dict()
+    for name, value in model.state_dict().items():
+        if name not in again or not _equal(value, again[name]):
+            raise ConfigError(
+                f"model._target_={target}: two models built with seed={config.seed} differ in {name!r}: its __init__ "
+                "draws from a generator of its own that nothing seeds (such as np.random.default_rng()), or depends on "
+                "the time; draw from torch's, random's or np.random's global generator, or seed the own one"
+            )
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+        return True  # what get_extra_state gives is no part of a run's state
+    return value.shape == other.shape and torch.equal(value.nan_to_num(), other.nan_to_num())
+
+
+def build_loss(config: RunConfig) -> Any:
+    """The loss object; what its __init__ draws follows `seed`."""
+    with own_generators(seed=config.seed):
+        return build(config.loss, config.trusted_modules, "loss")
+
+
 def build_optimizer_for(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the config on this model's parameters."""
     options = {k: v for k, v in config.optimizer.items() if k != "_target_"}
@@ -245,8 +276,10 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     train, evaluate = build_data(config)
     batch, slots = _batch_and_slots(config, len(train), high)
     with own_generators(seed=config.seed):
-        objective = Objective.of(build(config.loss, config.trusted_modules, "loss"))
+        objective = Objective.of(build_loss(config))
+    refuse_unseeded(objective.as_built, build_loss(config), f"loss._target_={config.loss['_target_']}", config.seed)
     model = build_model(config, train)
+    check_builds_alike(config, model, train)
     total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
     largest = -(-batch // slots)
     asked = config.batch.micro_size

@@ -1,18 +1,16 @@
 """What a replica is made of: the network with the weights it begins with, the loss, the state around them."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from descent.checkpoint.weights import put_into, read_weights
-from descent.config import RunConfig, build
+from descent.config import RunConfig
 from descent.data.base import Data, root_of
 from descent.data.generators import own_generators
 from descent.optim.ema import Ema
 from descent.storage import to_location
 from descent.training.objective import Objective, Reading
-from descent.training.plan import Plan, build_model, build_optimizer_for, build_schedule
+from descent.training.plan import Plan, build_loss, build_model, build_optimizer_for, build_schedule
 from descent.training.state import TrainState
 
 
@@ -28,7 +26,7 @@ def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Modul
 def objective_on(config: RunConfig, plan: Plan, device: torch.device) -> Objective:
     """The config's loss, on the device, read as the preflight has found out."""
     with own_generators(seed=config.seed):
-        loss: Any = build(config.loss, config.trusted_modules, "loss")
+        loss = build_loss(config)
     reading = None if plan.loss_reading is None else Reading(plan.loss_reading)
     return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss, reading, plan.classes_last)
 
