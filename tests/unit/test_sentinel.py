@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from descent.training.sentinel import hash_on_device, hash_on_host, odd_ones
+from descent.training.sentinel import hash_on_device, hash_on_host, minority_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 HASHES = [hash_on_host, lambda tensors: int(hash_on_device(tensors))]
@@ -49,8 +49,8 @@ def test_nothing_on_a_device_has_no_hash() -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
-def test_the_odd_ones_are_those_that_differ_from_the_most_frequent(values: list[int]) -> None:
-    odd = odd_ones([(v, 0, 0) for v in values])
+def test_the_minority_is_those_that_differ_from_the_most_frequent(values: list[int]) -> None:
+    odd = minority_of([(v, 0, 0) for v in values])
     counts = sorted((values.count(v) for v in set(values)), reverse=True)
     if len(counts) == 1:
         assert odd == ()

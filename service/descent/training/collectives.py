@@ -1,9 +1,9 @@
 """The only place that imports torch.distributed: join, sum, exchange, broadcast, leave.
 
-One `Group` is one generation. A thread that waits inside gloo for a peer that hangs, or that
-has left, would sit there until the group's time-out, and gloo has no abort. So a group that
-is abandoned closes its own connections: whatever is under way fails at once, here and, as
-they see the connection end, with the peers.
+One `Group` is one generation. A thread that waits inside gloo for a peer that hangs, or that has
+left, would wait until the group's time-out, and gloo has no abort. So a group that is abandoned
+closes its own connections: every collective under way fails at once on this rank, and on the
+others as soon as they see the connection end.
 """
 
 import contextlib
@@ -44,17 +44,17 @@ _LOST = (
     "store",
 )
 _NEVER_SENT = 0x0FF
-"""The tag of a message that nobody sends."""
+"""The tag of a message that no rank ever sends."""
 _AT_ONCE = datetime.timedelta(milliseconds=1)
 _WEDGED = datetime.timedelta(seconds=600)
 _CONNECT_S = 4.0
-"""For connecting to members that were all there a moment ago; one may have died since."""
+"""Time for connecting to members that were all present a moment ago; one may have died since."""
 _CONNECT_PER_MEMBER_S = 0.01
 
 _held: deque[dist.ProcessGroup] = deque()
-"""The last process groups, kept beyond their end: were DDP's reducer the last to hold one, it
-would be taken down under Python's lock, while gloo's thread needs that lock to put its last
-tensors away, and both would wait for ever. Let go of here, it goes without the lock."""
+"""The last process groups, kept beyond their end. Were DDP's reducer the last holder of a group, the
+group would be destroyed under Python's lock, while gloo's thread needs that lock to release its last
+tensors, and both would wait for ever. A group that is released here is destroyed without the lock."""
 
 
 class PeerLost(Exception):
@@ -70,12 +70,12 @@ class Work(Protocol):
 
 
 class Store:
-    """The rendezvous store; the controller hosts it, so that it survives every worker."""
+    """The rendezvous store; the controller's process hosts it, so that it survives every worker."""
 
     def __init__(self, host: str) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as listener:
-            # Bound by us: left to itself the store would listen on every interface.
+            # Bound here, because the store by itself would listen on every interface.
             listener.bind((host, 0))
             listener.listen(512)
             self.host, self.port = host, int(listener.getsockname()[1])
@@ -118,8 +118,8 @@ class Group:
     def synchronize(self) -> None:
         """With NCCL, wait for the collectives launched so far. Raises PeerLost where one was cut short.
 
-        An aborted collective of NCCL ends on the device like one that succeeded, with
-        whatever its buffers hold by then: nothing that came of it counts before this returns.
+        An aborted collective of NCCL ends on the device like one that succeeded, with whatever its
+        buffers hold by then: no result of a collective may be used before this returns.
         """
         if self.world_size > 1 and self._nccl:
             torch.cuda.current_stream(self.device).synchronize()
@@ -137,37 +137,40 @@ class Group:
             except RuntimeError as error:
                 if "timed out" in str(error).lower() and not ended:
                     self._check()
-                    # It may have come to its end just after this slice's: another look tells how.
+                    # The collective may have ended just after this slice: wait once more to see how.
                     ended = work.is_completed()
                     continue
                 raise PeerLost(in_short(error)) from error
 
     def sum_async(self, tensor: Tensor) -> Work | None:
-        """Start summing `tensor` over the ranks, in place."""
+        """Start summing `tensor` over the ranks, in place; None where this is the only rank. Raises PeerLost."""
         if self.world_size == 1:
             return None
         with _translated():
             return dist.all_reduce(tensor, async_op=True)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over the ranks, in place."""
+        """Sum `tensor` over the ranks, in place. Raises PeerLost."""
         self.wait(self.sum_async(tensor))
         self.synchronize()
         return tensor
 
     def exchange_async(self, output: Tensor, send: Tensor, output_sizes: list[int], send_sizes: list[int]) -> Work:
-        """Start an all-to-all of 1-D tensors: rank r gets the r-th piece of everyone's `send`."""
+        """Start an all-to-all of 1-D tensors: rank r receives the r-th piece of every rank's `send`, in rank order.
+
+        output_sizes: entries from each rank. send_sizes: entries for each rank. Raises PeerLost.
+        """
         with _translated():
             return dist.all_to_all_single(output, send, output_sizes, send_sizes, async_op=True)
 
     def gather_async(self, output: Tensor, piece: Tensor) -> Work:
-        """Start gathering equal 1-D pieces into `output`, in the order of the ranks."""
+        """Start gathering equal 1-D pieces into `output`, in the order of the ranks. Raises PeerLost."""
         with _translated():
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             return gather(output, piece, async_op=True)
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """Overwrite `tensors` with those of the rank `source`."""
+        """Overwrite `tensors` with those of the rank `source`. Raises PeerLost."""
         if self.world_size == 1:
             return
         with _translated():
@@ -177,7 +180,7 @@ class Group:
         self.synchronize()
 
     def data_parallel(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
-        """`model` under torch's reducer, whose buckets are averaged over the ranks while the backward runs."""
+        """`model` in torch's DistributedDataParallel, which averages gradients over the ranks while the backward runs."""
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Buffers are averaged over slots, not overwritten by rank 0's. The replicas are equal
         # already: without init_sync a regroup costs 1 ms instead of 170.
@@ -193,7 +196,7 @@ class Group:
         )
 
     def watch(self, processes: dist.ProcessGroup) -> None:
-        """From now on an abort closes this group's connections, whoever waits in them."""
+        """From now on an abort closes this group's connections, also while a thread waits in them."""
         self._processes = processes
         threading.Thread(target=self._watch, name="abort", daemon=True).start()
 
@@ -213,16 +216,16 @@ class Group:
             with contextlib.suppress(RuntimeError, AttributeError):
                 processes._get_backend(self.device).abort()
             return
-        # gloo closes all of a group's connections when one wait in it runs out of time; so we
-        # wait, hardly at all, for a message that nobody sends. (Shutting the sockets down is not
-        # enough: one on which a message had begun to arrive for a collective that has failed
-        # since is never read again, so gloo's thread would not see its end, and spin.)
+        # gloo closes all of a group's connections when one wait in the group times out. So wait for a
+        # millisecond for a message that no rank sends. (Shutting the sockets down is not enough: a
+        # socket on which a message had begun to arrive for a collective that has failed since is
+        # never read again, so gloo's thread would not see the socket's end and would spin.)
         for peer in set(range(self.world_size)) - {self.rank}:
             with contextlib.suppress(RuntimeError):
                 processes.recv([torch.zeros(1)], peer, _NEVER_SENT).wait(_AT_ONCE)
 
     def close(self) -> None:
-        """Leave the generation; what is still under way is dropped."""
+        """Leave the generation; collectives that are still under way are dropped."""
         self._closed.set()
         self._processes = None
         if self.world_size > 1 and dist.is_initialized():
@@ -231,7 +234,7 @@ class Group:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether `error`, raised inside a backward by the reducer, means that a peer is gone."""
+    """Whether `error`, raised by DDP inside a forward or backward, means that a peer is gone."""
     if isinstance(error, PeerLost | dist.DistError):
         return True
     text = str(error).lower()
@@ -239,7 +242,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def in_short(error: BaseException) -> str:
-    """What a collective's error says, without its place in gloo's source and gloo's advice."""
+    """A collective's error in one line, without the place in gloo's source and without gloo's advice."""
     line = re.sub(r"^\[[^\]]*\]\s*", "", str(error).splitlines()[0])
     return line.partition(" This is typically caused by")[0][:300]
 
@@ -263,12 +266,13 @@ def join(
     backend: str,
     abort: threading.Event,
 ) -> Group:
-    """Become rank `rank` of a new generation; returns when all its members are there.
+    """Become rank `rank` of a new generation; returns when all members have joined. Raises PeerLost.
 
-    backend: "nccl", or "gloo", which takes tensors on a GPU too, by way of the host's memory.
+    backend: "nccl", or "gloo", which takes tensors on a GPU too, through the host's memory. abort: set by
+    another thread to end the joining, and later every collective.
 
-    The members first meet in the store under a prefix of this generation, in a loop that
-    can be aborted, and only then connect to each other, which can't.
+    The members first wait for each other in the store under this generation's prefix, in a loop that
+    can be aborted, and only then connect to each other, which can't be aborted.
     """
     group = Group(rank, world_size, device, abort, backend)
     if world_size == 1:
@@ -288,7 +292,7 @@ def join(
         _connect(store, rank, world_size, backend)
         processes = dist.distributed_c10d._get_default_group()
         _hold(processes)
-        # Nobody computes, and so nobody can die of it, before all are connected.
+        # No member computes, and so none can die while computing, before all are connected.
         _meet(group, store, "connected")
         if backend == "gloo":
             dist.distributed_c10d._set_pg_timeout(_WEDGED)
@@ -297,15 +301,15 @@ def join(
 
 
 def _connect(store: PrefixStore, rank: int, world_size: int, backend: str) -> None:
-    """torch's process group, with what its start leaves behind in this process put right."""
-    # torch meets under the number that the group has in its process, and counts an attempt that
-    # failed as well: a member of a generation that could not be connected would for ever after
-    # wait where none of the others is.
+    """Start torch's process group, and put right what that start leaves behind in this process."""
+    # torch names the meeting by the number of groups that this process has started, failed attempts
+    # included. Without this a member that once failed to connect would for ever after wait under a
+    # number that no other member has.
     dist.distributed_c10d._world.group_count = 0
     hook = sys.excepthook  # wrapped once more by each start
     patience_s = _CONNECT_S + _CONNECT_PER_MEMBER_S * world_size
-    # Left to itself, torch ends the whole process when NCCL tells it of a lost peer; the
-    # survivors are to live, and it is the controller who aborts.
+    # By default torch ends the whole process when NCCL reports a lost peer. The survivors must go on;
+    # the controller aborts the generation.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         dist.init_process_group(
@@ -320,14 +324,14 @@ def _connect(store: PrefixStore, rank: int, world_size: int, backend: str) -> No
 
 
 def _hold(processes: dist.ProcessGroup) -> None:
-    """Keep this process group and the last one; let an older one go, on a thread of its own since its end may take long."""
+    """Keep this process group and the last one; release an older one, on a thread of its own since that may take long."""
     _held.append(processes)
     if len(_held) > 2:
-        threading.Thread(target=_held.popleft, name="let go", daemon=True).start()
+        threading.Thread(target=_held.popleft, name="release group", daemon=True).start()
 
 
 def _meet(group: Group, store: PrefixStore, place: str) -> None:
-    """Wait, as long as nobody aborts, until all members are at this place."""
+    """Wait until all members have reached this place. Raises PeerLost where the controller aborts."""
     store.set(f"{place}/{group.rank}", "1")
     everyone = [f"{place}/{r}" for r in range(group.world_size)]
     while not store.check(everyone):

@@ -1,4 +1,4 @@
-"""What goes in and out of a trainer while it runs: wishes, progress, and how it can end."""
+"""The one object that a trainer shares with other threads: requests in, progress and records out."""
 
 import threading
 import time
@@ -11,9 +11,9 @@ from descent.messages import Fault, Notice, ShareWritten, TrainingRecord
 from descent.training.faults import Target, strike
 
 PAUSE, SAVE = 0, 1
-"""Places of the votes in the step's side vector."""
+"""Indices of the votes that each rank casts in a step: to pause after it, to write a checkpoint after it."""
 REPLACED = 2
-"""Beside them: bad records that gave way to good ones since the last step."""
+"""Index, beside the votes, of the number of bad records that were replaced by good ones since the last step."""
 
 
 class TooManyBadSteps(TrainingError):
@@ -21,12 +21,12 @@ class TooManyBadSteps(TrainingError):
 
 
 class OutOfMemory(Exception):
-    """A micro-batch didn't fit; the next generation runs smaller ones."""
+    """A micro-batch didn't fit into memory; the next generation runs smaller ones."""
 
 
 @dataclass
 class Control:
-    """Wishes from outside and progress to the outside; every field is replaced, never mutated in parts."""
+    """Requests to a trainer and its progress. Each field is replaced as a whole or is a thread-safe deque."""
 
     abort: threading.Event = field(default_factory=threading.Event)
     pause: bool = False
@@ -48,6 +48,7 @@ class Control:
     target: Target = field(default_factory=Target)
 
     def enter(self, phase: str) -> None:
+        """Note that the training thread begins a phase; in tests and chaos, let the faults due in it strike."""
         self.phase_since = time.monotonic()
         self.phase = phase
         if self.faults:

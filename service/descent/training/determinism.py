@@ -1,4 +1,4 @@
-"""`reduction=exact`: only kernels that add in one order, whatever runs beside them."""
+"""`reduction=exact`: only kernels that add in one order, whatever else runs at the same time."""
 
 import os
 from collections.abc import Iterator
@@ -13,22 +13,22 @@ from descent.errors import TrainingError
 
 
 def only_deterministic(device: torch.device) -> None:
-    """Let torch take deterministic kernels alone from now on, in the whole process.
+    """From now on torch uses deterministic kernels only, in the whole process.
 
-    On a CPU too: with several threads the gradient of `x[index]` is added up by whoever comes first.
+    On a CPU too: there several threads add up the gradient of `x[index]` in the order in which they finish.
     """
     torch.use_deterministic_algorithms(True)
-    # Memory that nobody has written yet needs no defined content, and filling it costs time.
+    # Memory that has not been written yet needs no defined content, and filling it costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
-        # cuBLAS reads it when it makes its first handle; without it torch refuses its kernels.
+        # cuBLAS reads the variable when it makes its first handle; without it torch refuses cuBLAS kernels.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Deterministic kernels alone, within the block; or, if not `wanted`, whatever goes outside of it."""
+    """Within the block only deterministic kernels; if not `wanted`, the same kernels as outside."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:
@@ -38,9 +38,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def begin_stream(seed: int, device: torch.device, uses_non_torch_rng: bool) -> None:
-    """From here on a model draws what this seed decides.
+    """Seed the generators from which model and loss draw.
 
-    uses_non_torch_rng: from Python's and NumPy's generators too, which few models do.
+    uses_non_torch_rng: seed Python's and NumPy's generators too, from which few models draw.
     """
     if uses_non_torch_rng:
         seed_generators(seed)
@@ -53,9 +53,9 @@ def begin_stream(seed: int, device: torch.device, uses_non_torch_rng: bool) -> N
 def compiled(model: nn.Module, exact: bool) -> nn.Module:
     """`model` through torch.compile.
 
-    exact: a kernel for each size of a micro-batch. Left to itself torch makes one for all sizes
-    when it meets the second, which adds in another order than the one for the first size alone;
-    which comes second depends on the slots that a worker has.
+    exact: compile one kernel for each size of a micro-batch. By default torch compiles one kernel for all
+    sizes when it meets the second size, and that kernel adds in another order than the first one; which
+    size comes second depends on the slots that a worker has.
     """
     forward: Any = torch.compile(model, dynamic=False if exact else None)
     module: nn.Module = forward

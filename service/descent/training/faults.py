@@ -1,8 +1,8 @@
 """Faults on purpose, for tests and `descent chaos`: what each kind of `messages.Fault` does to this process.
 
-`Control.enter` comes here only while there are faults to inject. Each strikes once, the
-first time that its phase is entered at its step or after it, so none is missed because a
-worker was quicker than the message.
+`Control.enter` calls `strike` only while there are faults to inject. Each fault strikes once, when its
+phase is first entered at its step or at a later one; so a fault is not missed where its message
+arrives after the step.
 """
 
 import os
@@ -31,7 +31,7 @@ _AFTER_COMMIT = ("evaluate", "save")
 
 @dataclass
 class Target:
-    """What a fault can lay hands on beside the process itself."""
+    """What a fault can damage beside the process itself."""
 
     parameters: Sequence[nn.Parameter] = ()
     group: Group | None = None
@@ -39,7 +39,10 @@ class Target:
 
 
 def strike(faults: list[Fault], phase: str, committed: int, target: Target) -> list[Fault]:
-    """Let those faults happen whose moment this is, and take them off the list; which, to whoever lives on."""
+    """Inject the faults that are due in this phase and take them off the list.
+
+    committed: the last committed step. Returns the faults that were injected, where the process survives them.
+    """
     step = committed if phase in _AFTER_COMMIT else committed + 1
     due = [f for f in faults if f.phase == phase and step >= f.step]
     for fault in due:
@@ -57,7 +60,7 @@ def _inject(fault: Fault, target: Target) -> None:
         group = target.group
         if group is not None:
             _after(fault.delay_s, group.abandon)
-    else:  # what the training thread does to itself
+    else:  # these happen on the training thread
         time.sleep(fault.delay_s)
         if fault.kind == "slow":
             time.sleep(fault.seconds)
@@ -81,7 +84,7 @@ def _after(delay_s: float, act: Callable[[], None]) -> None:
 
 
 def _poison(parameters: Sequence[nn.Parameter]) -> None:
-    """Make one entry of the next gradient NaN, before it is added up or sent."""
+    """Make one entry of the next gradient NaN, before the gradient is added up or sent."""
     trained = [p for p in parameters if p.requires_grad]
 
     def spoil(gradient: Tensor) -> Tensor:

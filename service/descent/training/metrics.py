@@ -1,4 +1,4 @@
-"""What is told of a step: its loss and learning rate always; norms by layer and speeds every so often."""
+"""The metrics of a step: loss and learning rate in every step; norms by layer and speeds every so many steps."""
 
 import time
 
@@ -10,10 +10,10 @@ from descent.training.step import StepResult, layer_norms
 
 
 class StepMetrics:
-    """The metrics of one step after the other; speeds are means since they were last told."""
+    """Makes the metrics of one step after the other; speeds are means since the last step that had them."""
 
     def __init__(self, model: nn.Module, feed: Feed, *, batch_size: int, every: int) -> None:
-        """every: steps between two that are told in detail, from `diagnostics.every`."""
+        """every: the steps from one detailed record to the next, `diagnostics.every`."""
         self._feed = feed
         # A layer is the module that owns the parameters.
         self._layers = [(n.rpartition(".")[0] or n, p) for n, p in model.named_parameters()]
@@ -21,7 +21,7 @@ class StepMetrics:
         self._window = (time.perf_counter(), 0)
 
     def of(self, step: int, result: StepResult, learning_rate: float) -> dict[str, float]:
-        """Metric -> value of the step that has just been taken, or skipped."""
+        """Metric -> value for the step that has just been committed or skipped."""
         metrics = {
             "train/loss": result.loss,
             "train/learning_rate": learning_rate,

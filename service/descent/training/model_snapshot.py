@@ -1,4 +1,4 @@
-"""What a forward in training must leave alone, so that another worker, or a later run, can do it again."""
+"""A model before a forward in training: shows what the forward wrote, and puts the buffers back."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class ModelSnapshot:
         )
 
     def written(self, model: nn.Module) -> tuple[str, ...]:
-        """The buffers that were written since, or replaced by others; with the same values too."""
+        """The buffers that were written or replaced since the snapshot, also where their values stayed the same."""
 
         def changed(buffer: Tensor, identity: int, version: int, values: Tensor) -> bool:
             # Batch norm's kernel writes without a new version.
@@ -42,13 +42,16 @@ class ModelSnapshot:
 
     @torch.no_grad()
     def put_back(self, model: nn.Module) -> None:
-        """The buffers' values of then."""
+        """Give the buffers the values that they had at the snapshot."""
         for name, (module, short) in owners_of(model).items():
             if name in self.buffers:
                 own_buffer(module, short).copy_(self.buffers[name][2])
 
     def objection(self, model: nn.Module, written: Collection[str]) -> str | None:
-        """What the forward has written that no checkpoint holds, or that depends on who computed it."""
+        """Why this forward can't be repeated by another worker or a later run; None where it can.
+
+        written: the buffers that the forward has written.
+        """
         kept = model.state_dict(keep_vars=True)
         for name, parameter in model.named_parameters():
             if _hash(parameter) != self.parameters[name]:

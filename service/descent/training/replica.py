@@ -1,4 +1,4 @@
-"""What a replica is made of: the network with the weights it begins with, the loss, the state around them."""
+"""The parts of a replica: the network with its first weights, the loss, the state around them."""
 
 import torch
 from torch import nn
@@ -32,13 +32,13 @@ def objective_on(config: RunConfig, plan: Plan, device: torch.device) -> Objecti
 
 
 def in_training(objective: Objective, data: Data) -> Objective:
-    """The loss for batches of `data`; where its labels lie in memory they are looked at here, not in every step."""
+    """The loss for batches of `data`. Labels in memory are searched once for ignored ones, not in every step."""
     labels = root_of(data).labels
     return objective.over(labels) if labels is not None and data.in_memory else objective
 
 
 def first_state(config: RunConfig, plan: Plan, model: nn.Module, device: torch.device) -> TrainState:
-    """Step 0 around `model`: its optimizer, its schedule, and averaged weights where the config asks for them."""
+    """The state of step 0: `model`, its optimizer and schedule, and averaged weights where the config asks for them."""
     optimizer = build_optimizer_for(config, model, device)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

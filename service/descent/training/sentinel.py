@@ -1,8 +1,7 @@
-"""The divergence sentinel: now and then the replicas compare a hash of their whole state.
+"""The divergence sentinel: every so many steps the replicas compare a hash of their whole state.
 
-What is hashed doesn't change while a step's forwards and backwards run, so that happens
-beside them; the hashes are compared before the update, so a step on a corrupt state is
-never committed.
+The state doesn't change while a step's forwards and backwards run, so it is hashed meanwhile. The
+hashes are compared before the update, so a step on a corrupt state is never committed.
 """
 
 import zlib
@@ -18,16 +17,16 @@ from descent.training.collectives import Group
 from descent.training.state import MODEL, TrainState
 
 Digest = tuple[int, int, int]
-"""Of what lies in host memory, and the two halves of that on the device: each below 2**32."""
+"""(hash of the tensors in host memory, lower and upper half of the hash of those on the device): each below 2**32."""
 _ROW = 1024
 
 
 class Diverged(Exception):
-    """The replicas differ, though they have computed the same; raised on all ranks alike."""
+    """The replicas' states differ, though they have taken the same steps; raised on all ranks alike."""
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks = ranks
-        """Those that differ from the majority; all where there is none."""
+        """The ranks that differ from the majority; all ranks where there is no majority."""
         super().__init__(f"ranks {', '.join(map(str, ranks))}")
 
 
@@ -43,7 +42,7 @@ class Sentinel:
         self._device: Tensor | None = None
 
     def begin(self, step: int, world_size: int) -> None:
-        """Start hashing the state that `step` begins with, where it is due."""
+        """Start hashing the state that `step` begins with, if a comparison is due in this step."""
         self._host = None
         if self._every is None or step % self._every or world_size == 1:
             return
@@ -68,16 +67,16 @@ class Sentinel:
         table[group.rank, 0] = self._host.result()
         table[group.rank, 1:] = low_high  # below 2**32, and all others add 0: exact in float64
         self._host = None
-        said = [(int(a), int(b), int(c)) for a, b, c in group.sum_(table).tolist()]
-        odd = odd_ones(said)
-        if odd:
-            raise Diverged(odd)
+        digests = [(int(a), int(b), int(c)) for a, b, c in group.sum_(table).tolist()]
+        minority = minority_of(digests)
+        if minority:
+            raise Diverged(minority)
 
 
-def odd_ones(digests: Sequence[Digest]) -> tuple[int, ...]:
-    """The ranks whose digest is not the most frequent one; all of them where no digest stands out.
+def minority_of(digests: Sequence[Digest]) -> tuple[int, ...]:
+    """The ranks whose digest is not the most frequent one; all ranks where two digests are equally frequent.
 
-    >>> odd_ones([(1, 0, 0), (1, 0, 0), (2, 0, 0)]), odd_ones([(1, 0, 0), (2, 0, 0)])
+    >>> minority_of([(1, 0, 0), (1, 0, 0), (2, 0, 0)]), minority_of([(1, 0, 0), (2, 0, 0)])
     ((2,), (0, 1))
     """
     (usual, most), *others = Counter(digests).most_common(2)
@@ -89,7 +88,7 @@ def odd_ones(digests: Sequence[Digest]) -> tuple[int, ...]:
 
 
 def hash_on_host(tensors: Sequence[Tensor]) -> int:
-    """The CRC-32 of all bytes: sees any flipped bit, and lets other threads run meanwhile."""
+    """The CRC-32 of all bytes: any flipped bit changes it. Python's lock is not held meanwhile."""
     found = 0
     for tensor in tensors:
         if tensor.numel():
@@ -98,10 +97,10 @@ def hash_on_host(tensors: Sequence[Tensor]) -> int:
 
 
 def hash_on_device(tensors: Sequence[Tensor]) -> Tensor | None:
-    """64 bits of all tensors, a 0-d int64 tensor that nobody has waited for yet; None for no tensors.
+    """A 64-bit hash of all tensors as a 0-d int64 tensor, still being computed; None for no tensors.
 
     Rows of 1,024 entries are combined by exclusive or, the rows by a sum with odd weights
-    that depend on the place: any flipped bit changes the result.
+    that depend on the position: any flipped bit changes the result.
     """
     rows = [part for tensor in tensors if tensor.numel() for part in _row_hashes(tensor)]
     if not rows:
@@ -122,11 +121,11 @@ def _row_hashes(tensor: Tensor) -> list[Tensor]:
 
 
 def notice(step: int, membership: Membership, ranks: tuple[int, ...]) -> Notice:
-    """What all ranks tell when `ranks` differ in the state that `step` began with."""
+    """The notice that `ranks` differ in the state that `step` began with; every rank sends it."""
     if len(ranks) == membership.world_size:
-        who = "the replicas differ, and no majority of them agrees"
+        finding = "the replicas differ, and no majority of them agrees"
     else:
-        who = f"rank {', '.join(map(str, ranks))}: not the bits of the other replicas"
-    detail = f"{who}, in the state after step {step - 1}; step {step} was not committed"
+        finding = f"rank {', '.join(map(str, ranks))}: not the bits of the other replicas"
+    detail = f"{finding}, in the state after step {step - 1}; step {step} was not committed"
     rank = ranks[0] if len(ranks) == 1 else None
     return Notice("diverged", step, membership.generation, rank, detail, {"ranks": ranks})

@@ -1,12 +1,12 @@
 """`TrainState`: all that isn't a pure function of (config, step).
 
-It is what a newcomer receives, what a checkpoint holds, and what is hashed. It names
-tensors one by one and never assumes more of its holder than that.
+A new member receives it, a checkpoint holds it, and the hash of a run is taken over it. The tensors
+are named one by one, so that a holder need not have all of them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,8 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: Any
+    schedule: Callable[[int], float]
+    """Number of updates so far -> multiplier of the learning rate."""
     ema: Ema | None = None
     step: int = 0
     evaluated: int = -1
@@ -40,7 +41,7 @@ class TrainState:
     """The best value so far of the metric by which checkpoints are kept, where there is one."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name, in one fixed order; not copies."""
+        """Every tensor of the state by name, sorted by name; the tensors themselves, not copies."""
         found = {MODEL + name: tensor for name, tensor in _module_tensors(self.model)}
         found.update({OPTIMIZER + name: t for name, t in named_state(self.optimizer).items()})
         if self.ema is not None:
@@ -48,13 +49,13 @@ class TrainState:
         return dict(sorted(found.items()))
 
     def scalars(self) -> dict[str, float]:
-        """The small rest: counters, and what a schedule with memory remembers."""
+        """The numbers of the state: counters, the best metric, and the memory of a plateau schedule."""
         memory = self.schedule.state_dict() if isinstance(self.schedule, Plateau) else {}
         best = {} if self.best is None else {"best_score": self.best}
         return {**memory, **best, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
 
     def load(self, tensors: Mapping[str, Tensor], step: int, scalars: Mapping[str, float]) -> None:
-        """Take over a state. Raises CheckpointError when names or shapes don't fit this model."""
+        """Replace the state by this one. Raises CheckpointError when names or shapes don't fit this model."""
         own = dict(_module_tensors(self.model))
         given = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
         wrong = sorted(own.keys() ^ given.keys()) or sorted(n for n in own if own[n].shape != given[n].shape)
@@ -89,16 +90,16 @@ class TrainState:
         return digest.hexdigest()
 
     def receive(self, group: Group, device: torch.device) -> None:
-        """Rank 0's state on every rank."""
+        """Take rank 0's state on every rank. Raises PeerLost."""
         if group.rank == 0:
             broadcast_state(group, 0, self.tensors(), device, {"step": self.step, "scalars": self.scalars()})
             return
-        received, said = broadcast_state(group, 0, None, device)
-        self.load(received, said["step"], said["scalars"])
+        received, values = broadcast_state(group, 0, None, device)
+        self.load(received, values["step"], values["scalars"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in the model's place, if there are any."""
+        """Within the block the model has the averaged weights, if there are any."""
         if self.ema is None:
             yield
         else:
@@ -111,17 +112,18 @@ def broadcast_state(
     source: int,
     tensors: Mapping[str, Tensor] | None,
     device: torch.device,
-    said: Mapping[str, Any] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-    """The tensors of the rank `source`, and what it says with them, on every rank: first what there is, as JSON.
+    """The tensors and values of the rank `source`, on every rank. Raises PeerLost.
 
-    tensors: on that rank only; it gets them back as they are, the others get theirs on `device`.
+    tensors: on `source` only; the same tensors come back there, copies on `device` elsewhere. values: plain
+    values, fit for JSON. First a description of the tensors travels as JSON, then the tensors do.
     """
     if group.rank == source:
         assert tensors is not None
         header = json.dumps(
             {
-                "said": dict(said or {}),
+                "values": dict(values or {}),
                 "tensors": [[n, str(t.dtype), list(t.shape)] for n, t in tensors.items()],
             }
         ).encode()
@@ -130,7 +132,7 @@ def broadcast_state(
         raw = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)
         group.broadcast_([raw], source)
         group.broadcast_([t.detach().to(device).contiguous() for t in tensors.values()], source)
-        return tensors, said or {}
+        return tensors, values or {}
     size = torch.zeros(1, dtype=torch.int64, device=device)
     group.broadcast_([size], source)
     raw = torch.empty(int(size), dtype=torch.uint8, device=device)
@@ -141,11 +143,11 @@ def broadcast_state(
         for name, dtype, shape in described["tensors"]
     }
     group.broadcast_(list(received.values()), source)
-    return received, described["said"]
+    return received, described["values"]
 
 
 def _module_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers under the module's own names; a tied weight once."""
+    """(name, tensor) of parameters and persistent buffers; a tied weight once, under its first name."""
     persistent = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     found = []

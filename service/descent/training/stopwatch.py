@@ -1,7 +1,6 @@
 """How long a rank's own part of a step takes, without the time in which it waits for other ranks."""
 
 import time
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ class Stopwatch:
         self._active = active
         self._running = False
         self._seconds, self._samples, self._since = 0.0, 0, -1.0
-        self._events: list[Any] = []
+        self._events: list[torch.cuda.Event] = []
 
     def begin_step(self) -> float:
         """Start the clock for a new step. Returns the seconds per sample of the step before, 0 where unknown."""

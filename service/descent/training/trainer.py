@@ -96,7 +96,7 @@ class Trainer:
         the state is then that of the last committed step; and NotRestored when the checkpoint
         that the generation was to begin with could not be read.
         """
-        # Of this thread: one that was never told lets MKL use as many as there are cores, and add in another order.
+        # A thread that never sets its number of threads lets MKL use every core, which adds in another order.
         torch.set_num_threads(self.plan.threads)
         self.control.diverged = ()
         self.checkpoints.wait_for_copy()

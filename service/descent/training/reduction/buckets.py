@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from descent.errors import TrainingError
 from descent.optim.memory_layout import is_dense
@@ -76,7 +76,7 @@ class FlatBuckets:
         """Per parameter whether its last gradient of this step has arrived."""
         self._without: list[Place] = []
         """Those whose `.grad` was taken away at the end of the step before."""
-        self._hooks: list[Any] = [
+        self._hooks: list[RemovableHandle] = [
             place.parameter.register_post_accumulate_grad_hook(self._ready(index, place))
             for index, place in enumerate(self.places)
         ]

@@ -1,8 +1,8 @@
 """The fast reduction with fewer bytes on the wire: bf16, or low-rank matrices (PowerSGD).
 
-Not through DDP's communication hooks: Python that gloo's thread has to call deadlocks when
-a group is abandoned. Instead the buckets of `FlatBuckets` are sent compressed as the
-backward fills them, and unpacked when all have arrived.
+DDP's communication hooks are not used: Python code that gloo's thread has to call deadlocks when a
+group is abandoned. Instead the buckets of `FlatBuckets` are compressed and sent as the backward
+fills them, and unpacked when all have arrived.
 """
 
 from collections.abc import Sequence
@@ -89,9 +89,9 @@ class Compressed:
 
 
 class _Bf16:
-    """Half the bytes: rounded once by each sender, added up in full, the sum rounded once.
+    """Half the bytes: each sender rounds once, the sum is computed in float32 and rounded once.
 
-    Rank r adds up everyone's r-th piece of a bucket, and the pieces are gathered.
+    Rank r adds up all ranks' r-th pieces of a bucket, and the pieces are gathered.
     """
 
     def __init__(self, group: Group, buckets: FlatBuckets) -> None:
@@ -105,7 +105,7 @@ class _Bf16:
         send = self._buckets.flat[lo:hi].bfloat16()
         received = torch.empty_like(send)
         sizes = [2 * (hi - lo) // self._group.world_size] * self._group.world_size
-        # As bytes: gloo knows no 16-bit words, and nothing is computed on the way.
+        # As bytes: gloo has no 16-bit floating-point numbers, and an exchange computes nothing.
         work = self._group.exchange_async(_bytes(received), _bytes(send), sizes, sizes)
         self._arriving.append((work, received, send))
 
@@ -135,14 +135,14 @@ class _Bf16:
 
 @dataclass
 class _Matrix:
-    """A parameter's gradient as a matrix, and what is sent in its place."""
+    """A parameter's gradient as a matrix, and the two thin factors that are sent in its place."""
 
     gradient: Tensor
     """[n, m], a view on the flat buffer; later the sum over the ranks."""
     error: Tensor
-    """[n, m]: what this rank's earlier messages left out."""
+    """[n, m]: the part of this rank's gradients that its earlier messages left out."""
     q: Tensor
-    """[m, rank]: last step's right factor, where this step's search begins; the same on all ranks."""
+    """[m, rank]: the last step's right factor, with which this step's iteration begins; the same on all ranks."""
     p: Tensor
     """[n, rank]: its left factor, orthonormal columns."""
     own: Tensor
@@ -184,7 +184,7 @@ class _PowerSGD:
         self._arriving: list[tuple[Work | None, Tensor]] = []
 
     def send(self, bucket: int) -> None:
-        """First round: what travels whole, and M_r Q."""
+        """First round: send small tensors whole, and M_r Q of each matrix."""
         if bucket == 0:
             self._arriving = []
         for m in self._matrices[bucket]:
@@ -194,7 +194,7 @@ class _PowerSGD:
         self._arriving.append((self._group.sum_async(message), message))
 
     def finish_step(self) -> None:
-        """Second round: M_rᵀ P; then everything is unpacked."""
+        """Second round: send M_rᵀ P; then unpack everything."""
         second = []
         for bucket, (work, message) in enumerate(self._arriving):
             self._group.wait(work)

@@ -1,4 +1,4 @@
-"""The fixed pairwise tree over slot numbers: which nodes a rank holds, and how they are added up."""
+"""The fixed pairwise tree over slot numbers: the nodes that a rank holds, and how nodes are added up."""
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def tree_nodes(lo: int, hi: int, slots: int) -> list[Node]:
 def combine(partials: dict[Node, Tensor], slots: int) -> Tensor:
     """The root of the tree from the sums of nodes that cover all slots; partials are consumed.
 
-    Each inner node is left + right, whoever computed them, so the result's bits depend on
+    Each inner node is left + right, whichever ranks computed the two, so the result's bits depend on
     the slots' gradients alone.
     """
     top = 1
