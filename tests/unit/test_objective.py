@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -66,7 +66,6 @@ CASES: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
 }
 
 
-@settings(deadline=None)  # nothing here depends on the clock
 @given(cuts=st.lists(st.integers(0, 9), max_size=4))
 @pytest.mark.parametrize("name", CASES)
 def test_sums_and_counts_over_uneven_shares_give_the_mean(name: str, cuts: list[int]) -> None:

@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from descent.training.reduction.tree import combine, tree_nodes
@@ -31,7 +31,6 @@ def dealings(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
     return slots, list(itertools.pairwise(cuts))
 
 
-@settings(deadline=None)  # nothing here depends on the clock
 @given(dealings(), st.integers(0, 2**31))
 def test_any_dealing_of_slots_gives_the_bits_of_the_reference_tree(
     dealing: tuple[int, list[tuple[int, int]]], seed: int
@@ -46,7 +45,6 @@ def test_any_dealing_of_slots_gives_the_bits_of_the_reference_tree(
     assert torch.equal(combine(partials, slots), sum_by_tree(leaves))
 
 
-@settings(deadline=None)  # nothing here depends on the clock
 @given(dealings())
 def test_a_rank_covers_its_slots_with_nodes_that_do_not_overlap(
     dealing: tuple[int, list[tuple[int, int]]],

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from descent.training.slot_balancer import SlotBalancer, assign_by_speed, assign_slots, slowest_time
@@ -11,7 +11,6 @@ from descent.training.slot_balancer import SlotBalancer, assign_by_speed, assign
 speeds = st.lists(st.floats(1e-6, 10.0), min_size=1, max_size=4)
 
 
-@settings(deadline=None)  # nothing here depends on the clock
 @given(speeds, st.integers(0, 5))
 def test_no_assignment_is_faster(seconds: list[float], extra: int) -> None:
     slots = len(seconds) + extra
@@ -26,7 +25,6 @@ def test_no_assignment_is_faster(seconds: list[float], extra: int) -> None:
     assert slowest_time(shares, seconds) == pytest.approx(best)
 
 
-@settings(deadline=None)  # nothing here depends on the clock
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_equal_speeds_get_even_shares(slots: int, world: int) -> None:
     world = min(slots, world)
@@ -58,7 +56,6 @@ def test_nothing_moves_where_it_is_off_or_there_are_no_slots_to_spare() -> None:
         assert d.ratio == 5.0
 
 
-@settings(deadline=None)  # nothing here depends on the clock
 @given(st.integers(0, 2**31))
 def test_noise_moves_nothing(seed: int) -> None:
     import random
