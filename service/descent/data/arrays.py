@@ -57,21 +57,12 @@ class Arrays(TensorData):
     ) -> None:
         if targets_are not in (None, "classes", "values"):
             raise DataError(f"{name}: targets_are={targets_are!r} is neither classes nor values")
-        if path is not None and (inputs or targets):
-            raise DataError(f"{name}: give either path (.npz) or inputs and targets (.npy)")
+        files, x_name, y_name = _locate(path, inputs, targets, inputs_key, targets_key, name)
         if path is not None:
             most = memory_bytes() // 2 if max_mb is None else int(max_mb * 2**20)
-            files = [local_file(path)]
             x, y = _load_npz(files[0], (inputs_key, targets_key), path, most)
-            x_name, y_name = f"{path} [{inputs_key}]", f"{path} [{targets_key}]"
-        elif inputs is not None and targets is not None:
-            files = [local_file(inputs), local_file(targets)]
-            x, y = _load_npy(files[0]), _load_npy(files[1])
-            x_name, y_name = inputs, targets
         else:
-            raise DataError(
-                "data.path is not set: give data.path=FILE.npz, or both data.inputs=FILE.npy and data.targets=FILE.npy"
-            )
+            x, y = _load_npy(files[0]), _load_npy(files[1])
         x, y = _numeric(x, x_name), _numeric(y, y_name)
         if len(x) != len(y):
             raise DataError(f"{x_name} has {len(x)} rows, {y_name} has {len(y)}: they must agree")
@@ -177,6 +168,21 @@ class _Flaws:
 
     def known_bad(self) -> KnownBad | None:
         return KnownBad(self._is_bad, self._first.__getitem__) if self._is_bad.any() else None
+
+
+def _locate(
+    path: str | None, inputs: str | None, targets: str | None, inputs_key: str, targets_key: str, name: str
+) -> tuple[list[Path], str, str]:
+    """(the files, the inputs' name for messages, the targets'). Raises DataError unless one of the two forms is given."""
+    if path is not None and (inputs or targets):
+        raise DataError(f"{name}: give either path (.npz) or inputs and targets (.npy)")
+    if path is not None:
+        return [local_file(path)], f"{path} [{inputs_key}]", f"{path} [{targets_key}]"
+    if inputs is not None and targets is not None:
+        return [local_file(inputs), local_file(targets)], inputs, targets
+    raise DataError(
+        "data.path is not set: give data.path=FILE.npz, or both data.inputs=FILE.npy and data.targets=FILE.npy"
+    )
 
 
 def _load_npy(file: Path) -> Array:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from descent.data.base import Data
+from descent.data.base import Data, root_of
+from descent.data.map_style import UserData
 from descent.errors import DataError
 
 _SHOWN = 8  # class names in a message
@@ -16,7 +17,9 @@ _EVERY_S = 5.0
 def identity_of(data: Data) -> dict[str, Any]:
     """Plain values that tell whether another data set has the same samples and the same classes."""
     names = None if data.class_names is None else list(data.class_names)
-    return {"digest": data.digest, "num_samples": len(data), "class_names": names}
+    root = root_of(data)
+    user_class = root.kind if isinstance(root, UserData) else None
+    return {"digest": data.digest, "num_samples": len(data), "class_names": names, "user_class": user_class}
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

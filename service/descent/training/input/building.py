@@ -1,6 +1,7 @@
 """The data sets of a config: built, split, and checked to come out the same however often they are built."""
 
 import inspect
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ from descent.data.splits import split
 from descent.errors import ConfigError, DataError
 from descent.training.input.sampling import stream_seed
 
-_COMPARED = 64  # samples that are read twice
+_COMPARED, _COMPARED_AT_LEAST = 64, 4  # samples that are read twice
+_COMPARE_S = 3.0
 _DEFAULT_HOLDOUT = 0.1
 
 
@@ -123,16 +125,27 @@ def _compare(first: UserData, second: Data, where: str) -> None:
     ):
         if one != other:
             raise DataError(f"{where}: {first.kind} built twice differs in its {what}: {one} and {other}; {cure}")
-    chosen = np.unique(np.linspace(0, len(first) - 1, min(len(first), _COMPARED)).astype(np.int64))
-    read = [_sample(first, int(i)) for i in chosen]
-    again = [_sample(second, int(i)) for i in chosen[::-1]][::-1]
-    for index, sample, same in zip(chosen.tolist(), read, again, strict=True):
+    chosen, read = _read_for_a_while(first)
+    again = [_sample(second, index) for index in reversed(chosen)][::-1]
+    for index, sample, same in zip(chosen, read, again, strict=True):
         if not _equal(sample, same):
             raise DataError(
                 f"{where}: sample {index} of {first.kind} differs when the data set is built and read again; {cure}; and "
                 "draw random numbers while reading from torch's, NumPy's or Python's global generators, which are seeded "
                 "for each sample"
             )
+
+
+def _read_for_a_while(data: Data) -> tuple[list[int], list[Pair | None]]:
+    """(numbers, samples) of samples spread over the data set; of one that is slow to read, only the first of them."""
+    chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), _COMPARED)).astype(np.int64)).tolist()
+    read: list[Pair | None] = []
+    deadline = time.monotonic() + _COMPARE_S
+    for index in chosen:
+        if time.monotonic() > deadline and len(read) >= _COMPARED_AT_LEAST:
+            break
+        read.append(_sample(data, index))
+    return chosen[: len(read)], read
 
 
 def _sample(data: Data, index: int) -> Pair | None:
