@@ -357,7 +357,7 @@ def submit(
 @app.command()
 def scale(
     run: Annotated[str, typer.Argument(help="A run id, a run's name or its folder.", autocompletion=run_names)],
-    workers: Annotated[str, typer.Argument(help="workers=3, or workers={min: 1, max: 3}", metavar="workers=N")],
+    workers: Annotated[str, typer.Argument(help="workers=3, or 'workers={min: 1, max: 3}'", metavar="workers=N")],
     output_dir: OutputDir = Path(".descent"),
 ) -> None:
     """Change the number of workers of a run while it trains; nothing is lost and no bit changes.
