@@ -2,10 +2,15 @@
 
 import contextlib
 import os
+import re
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -19,11 +24,16 @@ _QUIET = {
 }
 
 
-# Ray replaces 127.0.0.1 by the machine's outward address and then opens its agents there;
-# another address of the loopback network it takes as it is.
-_OWN_NODE = "127.0.0.2" if sys.platform == "linux" else None
+OLDEST_RAY = (2, 52)
+"""Earlier versions ignore RAY_AUTH_MODE: a private cluster could be entered without its token."""
+
+# With this switch, which Ray has for systems whose firewalls ask about each port, a node's address
+# is 127.0.0.1, and Ray's servers then listen there alone; otherwise they listen on all interfaces.
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 _TOKEN = ""
+_folder: Path | None = None
+"""The folder of this process's private cluster: its sockets and logs, for the user alone."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +64,12 @@ def local_cores() -> int:
 def connect(address: str | None) -> Cluster:
     """Start a private cluster (address None) or join the one at `address`.
 
-    The private one keeps its agents on the loopback network, wants a token that lives in
-    this process and its children alone (Ray's own ports can't be bound to one address), and
-    ends with `disconnect`. A process that is connected to Ray already keeps that connection.
-    Raises ClusterError if there is none at `address`.
+    The private one listens on 127.0.0.1 alone, asks for a token that this process and its children
+    have, keeps its sockets and logs in a folder that only the user can enter, and ends with
+    `disconnect`. A process that is connected to Ray already keeps that connection.
+    Raises ClusterError if there is none at `address`, or if the installed Ray is too old.
     """
+    _refuse_old_ray(version("ray"))
     if is_connected():
         return _shared(address)
     for key, value in _QUIET.items():
@@ -68,7 +79,14 @@ def connect(address: str | None) -> Cluster:
         os.environ["RAY_AUTH_TOKEN"] = _token()
         # Inherited by the workers, so that sets of texts have one order in all of them and in every run.
         os.environ.setdefault("PYTHONHASHSEED", "0")
+        os.environ[_LOOPBACK_ONLY] = "0"
+    else:
+        os.environ.pop(_LOOPBACK_ONLY, None)
     import ray
+    from ray._private import ray_constants
+
+    if hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):  # read from the environment when ray was first imported
+        ray_constants.ENABLE_RAY_CLUSTER = address is not None
 
     # A SIGTERM often goes to the whole process group (timeout, systemd, a batch system), and so does
     # the SIGHUP of a terminal that is closed. Ray's processes inherit this mask and stay until we
@@ -81,10 +99,12 @@ def connect(address: str | None) -> Cluster:
                 address="local",
                 num_cpus=local_cores(),
                 include_dashboard=False,
-                _node_ip_address=_OWN_NODE,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(_private_folder()),
                 object_store_memory=128 << 20,
                 logging_level="ERROR",
                 log_to_driver=True,
+                job_config=_job_config(),
             )
         else:
             ray.init(address=address, logging_level="ERROR", log_to_driver=True)
@@ -101,6 +121,43 @@ def connect(address: str | None) -> Cluster:
     total = ray.cluster_resources()
     host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())
     return Cluster(host, address is None, float(total.get("CPU", 0)), float(total.get("GPU", 0)))
+
+
+def _refuse_old_ray(installed: str) -> None:
+    numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
+    if numbers < OLDEST_RAY:
+        oldest = ".".join(map(str, OLDEST_RAY))
+        raise ClusterError(
+            f"ray {installed}: is too old, because it lets anybody into a private cluster without its token; "
+            f"Descent needs {oldest} or newer: pip install 'ray[default]>={oldest}'"
+        )
+
+
+def _private_folder() -> Path:
+    """A folder inside a new one that only the user can enter: Ray opens its own folder to everybody.
+
+    The path is short, because Ray puts Unix sockets into the folder.
+    """
+    global _folder
+    base = tempfile.gettempdir()
+    _folder = Path(tempfile.mkdtemp(prefix="descent-ray-", dir=base if len(base) <= 24 else "/tmp"))
+    return _folder / "ray"
+
+
+def _remove_private_folder() -> None:
+    global _folder
+    if _folder is not None:
+        shutil.rmtree(_folder, ignore_errors=True)
+        _folder = None
+
+
+def _job_config() -> Any:
+    """Keeps Ray from putting the current folder first into the import path of the workers (see `import_path.py`)."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._client_job = True  # its only other effect is on runtime environments, which a private cluster has none of
+    return config
 
 
 def _token() -> str:
@@ -138,6 +195,7 @@ def end_with_children(exit_code: int) -> NoReturn:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
+    _remove_private_folder()
     os._exit(exit_code)
 
 
@@ -147,6 +205,7 @@ def disconnect() -> None:
 
     with contextlib.suppress(Exception):
         ray.shutdown()
+    _remove_private_folder()
 
 
 def placeable(cpus: float, gpus: float) -> int:
