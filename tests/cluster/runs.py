@@ -73,9 +73,9 @@ def start(folder: Path, name: str, network: str, *overrides: str) -> subprocess.
 
 
 def resume(folder: Path, name: str) -> subprocess.Popen[str]:
-    """Go on with a run as its user would: nothing but its name."""
+    """Continue a run as its user would: the name, and once more the modules that it may import."""
     return subprocess.Popen(
-        [DESCENT, "train", "--json", f"resume={name}"],
+        [DESCENT, "train", "--json", f"resume={name}", "trusted_modules=[nets]"],
         cwd=folder,
         text=True,
         stdout=subprocess.PIPE,

@@ -39,7 +39,7 @@ if __name__ == "__main__":
     shared = descent.train({**overrides, "name": "shared"})
     still_connected = ray.is_initialized()
     ray.shutdown()
-    further = descent.train(["resume=first", "steps=6"])
+    further = descent.train(["resume=first", "steps=6", "trusted_modules=[service]"])
 
     refusals = []
     for call in (

@@ -39,10 +39,11 @@ class Slow(nn.Sequential):
             time.sleep(0.5 if lingers else 0.02)
         return super().forward(x)
 """
+TRUST = "trusted_modules=[slow]"
 RUN = [
     "model=custom",
     "model._target_=slow.Slow",
-    "trusted_modules=[slow]",
+    TRUST,
     f"steps={STEPS}",
     "epochs=null",
     "workers=2",
@@ -162,23 +163,25 @@ def test_stopped_twice_and_resumed_with_other_workers_it_ends_as_if_nothing_had_
     assert Path(stopped["checkpoint"]).name == f"step-{stopped['step']:08d}"
     assert mlflow_run(tmp_path, stopped["run_id"])[0] == "KILLED"
 
-    second = Training(tmp_path, ["resume=cut"])
+    second = Training(tmp_path, ["resume=cut", TRUST])
     second.interrupt(signal.SIGTERM, "cut", stopped["step"] + 20)
     code, again, err = second.end()
     assert (code, again["state"]) == (130, "KILLED"), err
     assert stopped["step"] < again["step"] < STEPS
     assert again["run_id"] == stopped["run_id"]
 
-    third = Training(tmp_path, ["resume=cut"], terminal=True)
+    third = Training(tmp_path, ["resume=cut", TRUST], terminal=True)
     third.hang_up("cut", again["step"] + 5)
     code, hung_up, err = third.end()
     assert (code, hung_up["state"]) == (130, "KILLED")
     assert again["step"] < hung_up["step"] < STEPS
     assert Path(hung_up["checkpoint"]).name == f"step-{hung_up['step']:08d}"
 
-    fourth = Training(tmp_path, ["resume=cut"])
+    fourth = Training(tmp_path, ["resume=cut", TRUST])
     fourth.wait_for("cut", hung_up["step"] + 3)
-    busy = subprocess.run([DESCENT, "train", "resume=cut"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    busy = subprocess.run(
+        [DESCENT, "train", "resume=cut", TRUST], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert busy.returncode == 2
     assert busy.stderr.startswith(f"error: resume=cut: the run is being trained by process {fourth.process.pid} on ")
     fourth.process.kill()  # without a chance to save or to say anything
@@ -190,7 +193,7 @@ def test_stopped_twice_and_resumed_with_other_workers_it_ends_as_if_nothing_had_
     assert mlflow_run(tmp_path, stopped["run_id"])[0] == "FAILED"
 
     (tmp_path / "LINGER").unlink()
-    last = Training(tmp_path, [f"resume={stopped['run_id']}", "workers=1"])
+    last = Training(tmp_path, [f"resume={stopped['run_id']}", "workers=1", TRUST])
     assert last.process.stderr is not None
     last.process.stderr.close()  # as `| head` does: whoever reads goes away
     last.process.stderr = None

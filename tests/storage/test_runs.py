@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from descent.checkpoint.reader import verify_checkpoint
 from descent.cli.main import app
 from tests.end_to_end.services import until
-from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, Training
+from tests.end_to_end.test_stop_and_resume import RUN, SLOW, STEPS, TRUST, Training
 from tests.storage.proxy import Proxy, always
 from tests.storage.servers import S3Server
 
@@ -62,7 +62,7 @@ def test_stopped_and_resumed_from_s3_with_the_same_bits(
     code, stopped, _ = first.end()
     assert code == 130 and stopped["checkpoint"].startswith(f"s3://{bucket}/runs/cut/step-")
     (folder / "LINGER").unlink()
-    code, resumed, err = Training(folder, ["resume=cut", "workers=1", *there]).end()
+    code, resumed, err = Training(folder, ["resume=cut", TRUST, "workers=1", *there]).end()
     assert code == 0, err
     assert resumed["state_sha256"] == undisturbed["state_sha256"]
     assert server.unfinished(bucket) == []
@@ -112,7 +112,7 @@ def test_a_last_state_that_s3_does_not_take_is_in_the_runs_folder_and_found_ther
 
     (folder / "LINGER").unlink()
     proxy.plan = lambda _: None
-    code, resumed, err = Training(folder, ["resume=cut", "workers=1"]).end()
+    code, resumed, err = Training(folder, ["resume=cut", TRUST, "workers=1"]).end()
     assert code == 0 and f"going on from step {stopped['step']}" in err, err
     assert resumed["state_sha256"] == undisturbed["state_sha256"]
     assert resumed["checkpoint"] == f"s3://{bucket}/runs/cut/step-{STEPS:08d}"

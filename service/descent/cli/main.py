@@ -200,7 +200,9 @@ def chaos(
     try:
         if given and "=" not in given[0] and not given[0].startswith("~"):
             root = output_dir.expanduser().resolve()
-            result = comparison.under_chaos(*comparison.of_run(given[0], given[1:], root))
+            result = comparison.under_chaos(
+                *comparison.of_run(given[0], given[1:], root, [str(p) for p in config_dir or []])
+            )
         else:
             result = comparison.under_chaos(*comparison.of_overrides(_composed(given, config_dir)))
     except DescentError as error:

@@ -1,18 +1,18 @@
 """Composes a `RunConfig` from overrides; errors name the file, the key, the value and a similar name."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from descent.config.environment import read_variables, shown_tree, with_shown_values
 from descent.config.files import PRIMARY, groups, option_file, search_path, shown
 from descent.config.former_targets import with_current_targets
 from descent.config.origin import Sources
 from descent.config.overrides import Override, check_keys, parse, shown_value, suggest
 from descent.config.schema import Data, RunConfig
-from descent.config.secrets import is_secret, masked, redact
+from descent.config.secrets import hide, is_secret, masked, redact
 from descent.config.validation import validated
 from descent.errors import ConfigError, DescentError
 
@@ -26,9 +26,27 @@ class Composed:
     choices: Mapping[str, str]
     """Group -> chosen option."""
     yaml: str
-    """For people to read: without secrets and without passwords in addresses."""
+    """For people to read: without secrets, and with `${oc.env:NAME}` for what comes from the environment."""
     config_dirs: tuple[str, ...] = ()
     sources: Sources | None = field(default=None, compare=False, repr=False)
+    resolved: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The composed values before defaults of `RunConfig` are added; it may hold secrets."""
+    shown: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The same values with `${oc.env:NAME}` for all that comes from the environment."""
+
+    def without_secrets(self, config: RunConfig | None = None) -> dict[str, Any]:
+        """`config` (by default the composed one) as plain values that may be kept and shown.
+
+        A value that comes from the environment is shown as `${oc.env:NAME}`, a secret as `***`.
+        """
+        plain = (config or self.config).to_dict()
+        tree = masked(with_shown_values(plain, self.resolved, self.shown))
+        assert isinstance(tree, dict)
+        return tree
+
+    def without_secrets_in(self, group: str, tree: Mapping[str, Any]) -> Any:
+        """The same for `tree`, which is the part `group` of the config with further keys filled in."""
+        return masked(with_shown_values(tree, self.resolved.get(group), self.shown.get(group)), group)
 
     def located(self, error: DescentError) -> DescentError:
         """`error`, preceded by the name of the file that set the key at the start of its message.
@@ -58,25 +76,6 @@ def _hydra_compose(overrides: Sequence[str], dirs: Sequence[str]) -> Any:
         return hydra_compose(PRIMARY, overrides=[*extra, *overrides], return_hydra_config=True)
 
 
-def _guard_environment() -> None:
-    """Make `${oc.env:NAME}` refuse secrets: a config is printed, kept and sent to tracking."""
-    from omegaconf import OmegaConf
-
-    def read(name: str, *default: Any) -> Any:
-        if is_secret(name) or is_secret(name.lower()):
-            raise ConfigError(
-                f"${{oc.env:{name}}}: a config is printed and tracked, so no secret may get into it; "
-                "leave it in the environment, where boto3 and MLflow find theirs"
-            )
-        if name in os.environ:
-            return os.environ[name]
-        if default:
-            return default[0]
-        raise ConfigError(f"${{oc.env:{name}}}: this environment variable is not set")
-
-    OmegaConf.register_new_resolver("oc.env", read, replace=True)
-
-
 def plain_tree(overrides: Sequence[str], dirs: Sequence[str] = ()) -> dict[str, Any]:
     """The composed keys and values before interpolations are resolved."""
     from omegaconf import OmegaConf
@@ -100,9 +99,9 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     search_path(config_dirs)
     known = groups(dirs)
     parsed = parse(overrides, known)
-    _guard_environment()
     try:
-        node = _hydra_compose(overrides, dirs)
+        with read_variables():
+            node = _hydra_compose(overrides, dirs)
     except Exception as error:  # Hydra raises many types, and each of them is about the config
         _explain(error, parsed, dirs, known)
     choices = {str(k): str(v) for k, v in node.hydra.runtime.choices.items() if not str(k).startswith("hydra")}
@@ -115,8 +114,22 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     _refuse_idle_data_keys({str(k): v for k, v in raw.items()}, sources)
     config = validated(plain, sources)
     _refuse_self_trust(config, sources)
-    yaml = OmegaConf.to_yaml(OmegaConf.create(masked(plain)))
-    return Composed(config, tuple(overrides), choices, yaml, dirs, sources)
+    shown = with_current_targets(shown_tree(node))
+    _hide_literals(plain)
+    yaml = OmegaConf.to_yaml(OmegaConf.create(masked(with_shown_values(plain, plain, shown))))
+    return Composed(config, tuple(overrides), choices, yaml, dirs, sources, plain, shown)
+
+
+def _hide_literals(tree: Any, key: str = "") -> None:
+    """Let `redact` know the secrets that stand in the config itself, so that no later message shows them."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            _hide_literals(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for value in tree:
+            _hide_literals(value, key)
+    elif isinstance(tree, str) and is_secret(key):
+        hide(tree)
 
 
 def _resolved(node: Any, sources: Sources) -> dict[str, Any]:
@@ -124,8 +137,9 @@ def _resolved(node: Any, sources: Sources) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        _refuse_missing(sorted(OmegaConf.missing_keys(node)), sources)
-        plain = OmegaConf.to_container(node, resolve=True)
+        with read_variables():
+            _refuse_missing(sorted(OmegaConf.missing_keys(node)), sources)
+            plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "config")
         cause = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)

@@ -7,6 +7,7 @@ With the current folder first, a file in it with the name of a library's module 
 import importlib.machinery
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from descent.errors import ConfigError
@@ -18,6 +19,20 @@ def append_current_folder() -> None:
     from_environment = {os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p}
     kept = [p for p in sys.path if os.path.abspath(p or ".") != current or (p and current in from_environment)]
     sys.path[:] = kept if current in from_environment and current in map(os.path.abspath, kept) else [*kept, current]
+
+
+def use_import_paths(paths: Sequence[str]) -> None:
+    """Give a worker the import paths of the driver: entries of PYTHONPATH, and last the driver's current folder.
+
+    The entries of PYTHONPATH come first, as in the driver. Ray puts the driver's current folder
+    first in a worker; here it is moved behind all other entries.
+    """
+    *from_environment, current = paths
+    if current not in from_environment:
+        sys.path[:] = [*(p for p in sys.path if os.path.abspath(p or ".") != current), current]
+    for path in reversed(from_environment):
+        if path not in sys.path:
+            sys.path.insert(0, path)
 
 
 def refuse_shadowed(name: str, where: str) -> None:

@@ -72,6 +72,7 @@ class DecoderPool:
             child = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",  # no module of the current folder in place of a library's
                     "-c",
                     f"import sys; sys.path.insert(0, {root!r}); from descent.data.image_decoding import serve; serve()",
                 ],

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from descent.config.secrets import without_passwords
 from descent.errors import TrackingError
 from descent.storage.atomic import PRIVATE, write_atomic
 from descent.tracking.delivery import Batch, Record
@@ -232,7 +233,7 @@ def page_of(uri: str, experiment_id: str, run_id: str) -> str | None:
     """
     if not uri.startswith(("http://", "https://")):
         return None
-    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_SIDE}"
+    return f"{without_passwords(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_SIDE}"
 
 
 TRAINING_SIDE = "workflowType=machine_learning"

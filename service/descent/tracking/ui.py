@@ -61,7 +61,8 @@ def serve(output_dir: Path, host: str, port: int, browser: bool, run_id: str | N
         signal.signal(number, stop)
     process = subprocess.Popen(
         _command(output_dir, database, host, port),
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONSAFEPATH": "1"},
+        cwd=output_dir,  # so that no module of the current folder is imported in place of a library's
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

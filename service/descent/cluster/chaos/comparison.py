@@ -15,14 +15,16 @@ from typing import Any
 
 from descent.cluster.chaos import injector
 from descent.cluster.record import run_log
-from descent.cluster.run.resume import config_sha256
-from descent.config import Composed, RunConfig, compose, recompose
+from descent.cluster.run.resume import config_of_run, config_sha256
+from descent.cluster.run.trust import overrides_to_repeat
+from descent.config import Composed, RunConfig, compose
 from descent.config.overrides import shown_override
 from descent.errors import ConfigError
 
 FAULTS = 20
 """Unless chaos.faults says otherwise."""
-_TRAIN = "from descent.cli.main import main; main()"
+_TRAIN = "import json, sys; sys.argv[1:] = json.load(sys.stdin); from descent.cli.main import main; main()"
+"""The arguments come by stdin: they may hold what other users of the machine must not see in its list of processes."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Ended(Exception):
         self.exit_code = exit_code
 
 
-def of_run(run: str, overrides: Sequence[str], output_dir: Path) -> tuple[Reference, Composed]:
+def of_run(
+    run: str, overrides: Sequence[str], output_dir: Path, config_dirs: Sequence[str] = ()
+) -> tuple[Reference, Composed]:
     """A finished run, and how to do it again under chaos. Raises CheckpointError or ConfigError."""
     run_dir = run_log.find_run(run, output_dir, key="RUN")
     saved = run_log.read_run_file(run_dir)
@@ -85,10 +89,16 @@ def of_run(run: str, overrides: Sequence[str], output_dir: Path) -> tuple[Refere
     if saved["overrides"] is None:
         raise ConfigError(f"RUN={run}: was made from a RunConfig, not from overrides; give overrides instead")
     ours = ("name", "slots", "chaos.faults")
-    kept = [o for o in saved["overrides"] if o.lstrip("+").split("=")[0] not in ours]
+    if saved["overrides"] is None:
+        raise ConfigError(
+            f"RUN={run}: was made from a RunConfig in Python, so it can't be repeated here; give overrides"
+        )
+    again = overrides_to_repeat(saved, overrides, config_dirs, f"RUN={run}")
+    kept = [o for o in again if o.lstrip("+").split("=")[0] not in ours]
     given = [*kept, f"slots={saved['slots']}", *overrides]
-    composed = _with_faults(given, saved.get("config_dirs", ()), f"{run_dir.name}-chaos")
-    if config_sha256(composed.config) != config_sha256(recompose({**saved["config"], "slots": saved["slots"]})):
+    composed = _with_faults(given, config_dirs, f"{run_dir.name}-chaos")
+    before = config_of_run(saved, composed).model_copy(update={"slots": saved["slots"]})
+    if config_sha256(composed.config) != config_sha256(before):
         raise ConfigError(
             f"{' '.join(map(shown_override, overrides))}: changes the training itself, so its bits can't be "
             f"compared with {run}'s; only what doesn't (workers, spares, regroup, checkpoint, chaos …) may differ"
@@ -183,15 +193,17 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 def train(overrides: Sequence[str], config_dirs: Sequence[str]) -> dict[str, Any]:
     """`descent train --json` in a process of its own; its progress goes to our stderr. Raises Ended."""
     folders = [part for folder in config_dirs for part in ("--config-dir", folder)]
-    command = [sys.executable, "-c", _TRAIN, "train", "--json", *folders, *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", "-c", _TRAIN]  # -P: no module of the current folder in place of a library's
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    arguments: str | None = json.dumps(["train", "--json", *folders, *overrides])
     while True:
         try:
-            out = process.communicate()[0]
+            out = process.communicate(arguments)[0]
             break
         except KeyboardInterrupt:
             # The terminal's Ctrl-C has reached the training too: it ends in its own time.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            arguments = None
     lines = out.strip().splitlines()
     if not lines or process.returncode not in (0, 1):
         raise Ended(process.returncode or 1)

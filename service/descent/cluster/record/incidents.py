@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from descent.cluster.record.run_log import RunLog
+from descent.config.secrets import masked
 from descent.messages import Incident, Notice, StepRecord, WorkerStatus
 
 
@@ -115,11 +116,14 @@ class IncidentLog:
         )
 
     def _add(self, incident: Incident) -> int:
+        # A worker's error may hold what its config read from the environment.
+        incident = Incident(**masked(asdict(incident)))
         self._log.incident(incident)
         self._tell(incident)
         return len(self._log.incidents) - 1
 
     def _replace(self, index: int, incident: Incident) -> None:
+        incident = Incident(**masked(asdict(incident)))
         self._log.amend(index, incident)
 
     # -- goodput ------------------------------------------------------------------------

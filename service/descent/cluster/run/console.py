@@ -126,8 +126,10 @@ def print_warning(console: Console, text: str) -> None:
 
 
 def print_error(error: BaseException) -> None:
-    """The error as one line on stderr."""
-    line = escape(" ".join(str(error).split()))
+    """The error as one line on stderr, without secrets."""
+    from descent.config.secrets import redact
+
+    line = escape(redact(" ".join(str(error).split())))
     Console(stderr=True).print(f"[red]error:[/red] {line}", highlight=False, soft_wrap=True, emoji=False)
 
 

@@ -15,7 +15,8 @@ from descent.cluster.run.left_over import settle_left_over
 from descent.cluster.run.note import as_csv, note_of
 from descent.cluster.run.result import RunResult, last_points
 from descent.config import Composed, flatten
-from descent.config.secrets import is_secret, redact
+from descent.config.overrides import shown_override
+from descent.config.secrets import masked
 from descent.messages import TerminalState
 from descent.storage import Location
 from descent.tracking import Point, Tracker
@@ -80,21 +81,25 @@ class RunRecorder:
         from descent.training.plan import filled_spec
 
         plan, from_overrides = self._prepared.plan, self._composed.sources is not None
-        kept = [o for o in self._composed.overrides if not o.lstrip("+").startswith("resume=")]
+        typed = [shown_override(o) for o in self._composed.overrides if not o.lstrip("+").startswith("resume=")]
+        config = self._composed.without_secrets(self._config)
+        model = filled_spec(self._config.model, self._prepared.train, "model")
         ended = (
-            {"state": result.state, "state_sha256": result.state_sha256, "result": result.to_json()} if result else {}
+            {"state": result.state, "state_sha256": result.state_sha256, "result": masked(result.to_json())}
+            if result
+            else {}
         )
         run_log.write_run_file(
             self._run_dir,
             {
                 "name": self._run_dir.name,
                 "run_id": self.tracker.run_id,
-                "tracking_uri": self._config.tracking.uri,
-                "overrides": kept if from_overrides else None,
+                "tracking_uri": config["tracking"]["uri"],
+                "overrides": typed if from_overrides else None,
                 "config_dirs": list(self._composed.config_dirs),
-                "config": self._config.to_dict(),
+                "config": config,
                 "config_sha256": self._config_sha256,
-                "model": filled_spec(self._config.model, self._prepared.train, "model"),
+                "model": self._composed.without_secrets_in("model", model),
                 "data": self._prepared.data_identities,
                 "slots": plan.slots,
                 "plan": plan.to_dict(),
@@ -125,7 +130,8 @@ class RunRecorder:
             self._describe()
         self.tracker.start(system_metrics=self._config.tracking.system_metrics)
         with self._best_effort("what earlier runs left behind"):
-            for line in settle_left_over(self._output_dir, self._config.tracking.uri, self._uri, besides=self._run_dir):
+            tracked_at = self._composed.without_secrets(self._config)["tracking"]["uri"]
+            for line in settle_left_over(self._output_dir, tracked_at, self._uri, besides=self._run_dir):
                 self._display.line(line)
 
     def _greet(self) -> None:
@@ -152,7 +158,7 @@ class RunRecorder:
 
         prepared, tracker = self._prepared, self.tracker
         tracker.log_params(self._params())
-        tracker.log_text(_without_secrets(self._composed.yaml), "config.yaml")
+        tracker.log_text(self._composed.yaml, "config.yaml")
         tracker.log_dataset(describe(prepared.train), "training")
         if prepared.evaluate is not None:
             tracker.log_dataset(describe(prepared.evaluate), "evaluation")
@@ -178,7 +184,7 @@ class RunRecorder:
         """What was chosen and what decides the result; the whole configuration is the artifact config.yaml."""
         chosen = {o.lstrip("+~").partition("=")[0] for o in self._composed.overrides} - {"resume"}
         params: dict[str, object] = {**self._composed.choices}
-        for key, value in flatten(self._config.to_dict()).items():
+        for key, value in flatten(self._composed.without_secrets(self._config)).items():
             typed = any(key == name or key.startswith(f"{name}.") for name in chosen if name not in params)
             named = key.endswith("_target_") and params.get(key.partition(".")[0]) != "custom"
             set_in_group = key.startswith(_PARAM_GROUPS) and value not in _DEFAULTS and not named
@@ -299,13 +305,3 @@ class RunRecorder:
             return
         self._background.shutdown(wait=True)
         self.tracker.finish("FAILED", deadline_s=5.0)
-
-
-def _without_secrets(yaml: str) -> str:
-    """The YAML with the values of secret-looking keys, and passwords in addresses, blotted out."""
-    lines = []
-    for line in yaml.splitlines():
-        key, colon, value = line.partition(":")
-        hidden = colon and value.strip() not in ("", "null") and is_secret(key.strip("- "))
-        lines.append(f"{key}: '***'" if hidden else redact(line))
-    return "\n".join(lines) + "\n"

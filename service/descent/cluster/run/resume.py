@@ -14,8 +14,11 @@ from descent.checkpoint.reader import newest_checkpoint, verify_checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.run.console import significant
 from descent.cluster.run.result import RunResult
+from descent.cluster.run.trust import overrides_to_repeat, refuse_untyped_trust
 from descent.config import Composed, RunConfig, compose, flatten, groups, recompose
+from descent.config.environment import with_variables
 from descent.config.overrides import parse
+from descent.config.secrets import MASK
 from descent.errors import CheckpointError, ConfigError
 from descent.storage import Location, S3Path, open_store, to_location
 
@@ -135,13 +138,14 @@ def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
     assert wanted is not None
     saved = run_log.read_run_file(run_dir)
     merged = _with_saved(composed, saved)
-    before, now = flatten(recompose(saved["config"]).to_dict()), flatten(merged.config.to_dict())
+    before, now = flatten(config_of_run(saved, merged).to_dict()), flatten(merged.config.to_dict())
     length = "schedule.total_steps"
     if before.get(length) is None and now.get(length) == (saved.get("plan") or {}).get("total_steps"):
         before[length] = now.get(length)  # the length that the schedule has had all along, written out
     differ = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not _may_change(k))
     if differ:
-        shown = ", ".join(f"{k}={now.get(k)} (the run has {before.get(k)})" for k in differ[:5])
+        old, new = flatten(saved["config"]), flatten(merged.without_secrets())
+        shown = ", ".join(f"{k}={new.get(k)} (the run has {old.get(k, before.get(k))})" for k in differ[:5])
         raise CheckpointError(f"resume={wanted}: the config disagrees in {shown}; leave these out, or start a new run")
     root = checkpoint_root(run_dir, merged.config.checkpoint.dir)
     skipped: list[str] = []
@@ -174,12 +178,13 @@ def _with_saved(composed: Composed, saved: Mapping[str, Any]) -> Composed:
     """What a run was made from, with the new overrides after it."""
     if composed.sources is None:  # a whole RunConfig was given
         return composed
+    where = f"resume={composed.config.resume}"
     if saved["overrides"] is not None:
-        return compose(
-            [*saved["overrides"], *composed.overrides],
-            [*saved.get("config_dirs", ()), *composed.config_dirs],
-        )
+        kept = overrides_to_repeat(saved, composed.overrides, composed.config_dirs, where)
+        return compose([*kept, *composed.overrides], composed.config_dirs)
+    refuse_untyped_trust(saved, composed.config.trusted_modules, where)
     tree = copy.deepcopy(saved["config"])
+    tree["trusted_modules"] = list(composed.config.trusted_modules)
     known = groups(composed.config_dirs)
     for override in parse(composed.overrides, known):
         if override.key in known or override.action == "delete":
@@ -216,6 +221,34 @@ def schedule_change(config: RunConfig, resumed: Resumed, total_steps: int) -> st
     )
 
 
+def config_of_run(saved: Mapping[str, Any], merged: Composed) -> RunConfig:
+    """The config that a run was made with, from its run.json.
+
+    run.json shows a value of the environment as `${oc.env:NAME}` and a secret as `***`. `merged` has
+    the values of now. Raises CheckpointError if they are not those that the run had.
+    """
+    same_slots = merged.config.model_copy(update={"slots": saved["config"].get("slots")})
+    now, now_shown = merged.config.to_dict(), flatten(merged.without_secrets())
+    tree = copy.deepcopy(dict(saved["config"]))
+    changed = []
+    for key, value in flatten(tree).items():
+        if isinstance(value, str | list) and ("${oc.env:" in str(value) or MASK in str(value)):
+            *path, last = key.split(".")
+            branch, current = tree, now
+            for part in path:
+                branch, current = branch[part], current.get(part) or {}
+            branch[last] = current.get(last)
+            if value != now_shown.get(key) or (
+                not _may_change(key) and config_sha256(same_slots) != saved["config_sha256"]
+            ):
+                changed.append(key)
+    changed = [key for key in changed if not _may_change(key)]
+    if changed:
+        shown = ", ".join(f"{key}={now_shown.get(key)}" for key in changed[:5])
+        raise CheckpointError(f"resume: {shown}: the run had another value here (from the environment, or a secret)")
+    return recompose(tree)
+
+
 def find_weights(config: RunConfig) -> Location | None:
     """Where `init_from` points: a file or checkpoint on disk or S3, or a run's newest checkpoint.
 
@@ -235,5 +268,5 @@ def find_weights(config: RunConfig) -> Location | None:
         return where
     run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
     of_run = run_log.read_run_file(run_dir)["config"]["checkpoint"]
-    root = checkpoint_root(run_dir, of_run["dir"])
+    root = checkpoint_root(run_dir, with_variables(of_run["dir"], "checkpoint.dir"))
     return newest_checkpoint(root, rescue=rescue_root(run_dir))[0]

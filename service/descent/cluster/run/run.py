@@ -5,7 +5,6 @@ everything that the user could have got wrong has been looked at.
 """
 
 import os
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +34,7 @@ from descent.cluster.run.resume import (
 )
 from descent.cluster.run.signals import StopSignals
 from descent.config import Composed
+from descent.config.import_path import append_current_folder
 from descent.config.secrets import redact
 from descent.errors import CheckpointError, ConfigError
 from descent.messages import WorkerSpec
@@ -72,6 +72,7 @@ class Run:
         self._room = 0
         """How many workers the cluster's GPUs have room for; 0 without GPUs."""
         self._lock: RunLock | None = None
+        self._umask = os.umask(0o077)  # all files of a run are for its owner only
         try:
             self._check(composed)
         except BaseException:
@@ -263,7 +264,7 @@ class Run:
             state=str(outcome.state),
             step=outcome.step,
             run_dir=self.run_dir,
-            reason=outcome.reason,
+            reason=redact(outcome.reason),
             checkpoint=str(outcome.checkpoint) if outcome.checkpoint else None,
             best_checkpoint=best[0] if best else None,
             best_step=best[1] if best else None,
@@ -286,7 +287,7 @@ class Run:
             peak_rss_mb=outcome.peak_rss_mb,
             workers=outcome.workers,
             chaos=outcome.chaos.to_dict() if outcome.chaos else None,
-            traceback=failure.traceback if failure is not None and failure.by_user else "",
+            traceback=redact(failure.traceback) if failure is not None and failure.by_user else "",
             **figures,
             **incident_figures(outcome),
         )
@@ -305,6 +306,7 @@ class Run:
             self._connecting = None
         if self._lock is not None:
             self._lock.release()
+        os.umask(self._umask)
         self._background.shutdown(wait=False)
 
     def end_process_if_ray_is_starting(self, exit_code: int) -> None:
@@ -396,8 +398,6 @@ def _bounds(batch: int, slots: int) -> list[tuple[int, int]]:
 
 
 def import_paths() -> tuple[str, ...]:
-    """Where the workers look for the user's own modules: this process's working directory first."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    return (here, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p))
+    """Where the workers look for the user's own modules: in PYTHONPATH, and last in the current folder."""
+    append_current_folder()
+    return (*(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p), str(Path.cwd()))

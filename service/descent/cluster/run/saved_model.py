@@ -1,6 +1,5 @@
 """The model of a run with its trained weights: `descent.load`."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +8,16 @@ from descent.checkpoint.manifest import MANIFEST, checkpoint_root, rescue_root, 
 from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 from descent.cluster.record import run_log
 from descent.config import RunConfig, recompose
+from descent.config.environment import with_variables
+from descent.config.import_path import append_current_folder
 from descent.errors import CheckpointError
 from descent.storage import Location
 
 if TYPE_CHECKING:
     from torch import nn
+
+_OF_TRAINING = ("tracking", "optimizer", "schedule", "loss", "resume", "init_from", "name", "output_dir")
+"""Groups of the config that the model doesn't depend on: what they read from the environment isn't needed."""
 
 
 def load(
@@ -41,12 +45,13 @@ def load(
     """
     run_dir = run_log.find_run(str(run), Path(output_dir).expanduser(), "run")
     saved = run_log.read_run_file(run_dir)
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    config = recompose(saved["config"]).model_copy(update={"trusted_modules": list(trusted_modules)})
+    append_current_folder()
+    tree = {key: with_variables(value, key) for key, value in saved["config"].items() if key not in _OF_TRAINING}
+    tree |= {key: value for key, value in saved["config"].items() if key in _OF_TRAINING}
+    config = recompose({**tree, "trusted_modules": list(trusted_modules)})
     target = _checkpoint(str(run), run_dir, config, step)
-    model = _model(config, saved.get("model"))
+    spec = saved.get("model")
+    model = _model(config, None if spec is None else with_variables(spec, "model"))
 
     from descent.checkpoint.weights import put_into, read_weights
 

@@ -1,6 +1,5 @@
 """Training from Python: `descent.train`."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from descent.cluster.run.console import SilentConsole, Starting
 from descent.cluster.run.result import RunResult
 from descent.cluster.run.resume import with_implied_length
 from descent.config import Composed, RunConfig, compose
+from descent.config.import_path import append_current_folder
 from descent.config.schema import flatten
 from descent.errors import ConfigError, DescentError
 
@@ -89,9 +89,7 @@ def compose_overrides(overrides: Sequence[str], config_dirs: Sequence[str]) -> C
 
     Raises ConfigError, in one line, for whatever is wrong in it.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    append_current_folder()
     return compose(with_implied_length(overrides), config_dirs)
 
 

@@ -12,7 +12,6 @@ import queue
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import ray
 
+from descent.config.import_path import use_import_paths
 from descent.messages import (
     Acknowledged,
     EvaluationRecord,
@@ -54,9 +54,8 @@ class Worker:
     """One device, one replica. Made a Ray actor by `worker_group`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        for path in reversed(spec.import_paths):
-            if path not in sys.path:
-                sys.path.insert(0, path)
+        os.umask(0o077)  # a run's files are for its owner only
+        use_import_paths(spec.import_paths)
         self._spec = spec
         self._node = ray.get_runtime_context().get_node_id()
         if not spec.loopback:
