@@ -76,7 +76,10 @@ GRAMMAR = {
     "epochs": "needs the form key=value",
     "=3": "needs the form key=value",
     "": "needs the form key=value",
-    "--epochs": "needs the form key=value",
+    "--epochs": "needs the form key=value; settings have no dashes: epochs=…",
+    "--lr=0.1": "needs the form key=value; settings have no dashes: optimizer.lr=0.1",
+    "--batch-size=3": "settings have no dashes: ",
+    "lr=0.1": "there is no key or group 'lr'; did you mean 'optimizer.lr'?",
     "a=[": "can't be read; brackets and quotes must close",
     "'epochs=3'": "can't be read",
     "model.width=1,2": "gives several values, and a run has one",
@@ -92,6 +95,21 @@ def test_an_override_that_cannot_be_is_named_with_what_would_be_right(override):
     line = refusal(override)
     assert line.startswith(f"override {override!r}: ")
     assert {**NAMES, **VALUES, **GRAMMAR}[override] in line
+
+
+SLIPS = {
+    ("--lr", "0.1"): "override '--lr': needs the form key=value; settings have no dashes: optimizer.lr=0.1",
+    ("lr", "=", "0.1"): "override 'lr': needs the form key=value; without spaces around '=': optimizer.lr=0.1",
+    ("epochs", "=3"): "override 'epochs': needs the form key=value; without spaces around '=': epochs=3",
+    ("seed=", "3"): "override 'seed=': needs the form key=value; without spaces around '=': seed=3",
+    ("workers=min:1", "workers=max:2"): "override 'workers=min:1': the shell has taken the braces apart; "
+    "put quotes around it: 'workers={min:1,max:2}'",
+}
+
+
+@pytest.mark.parametrize("words", SLIPS)
+def test_habits_of_other_programs_and_the_shell_get_the_right_words(words):
+    assert refusal(*words) == SLIPS[words]
 
 
 def test_a_run_has_one_length():

@@ -225,7 +225,9 @@ def config(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
 ) -> None:
-    """Print the composed configuration, checked but not run; passwords and secrets are left out.
+    """Print the composed configuration; passwords and secrets are left out.
+
+    The keys, their types and ranges, and the arguments of all classes are checked; loss, optimizer and schedule are built. Data and model are built by a run only.
 
     Examples:
 
@@ -233,13 +235,17 @@ def config(
 
       descent config experiment=digits_resnet optimizer=sgd
     """
-    from descent.config.secrets import masked
-
     if show_groups:
         _print_groups(config_dir, as_json)
         return
     composed = _composed(overrides, config_dir)
-    print(json.dumps(masked(composed.config.to_dict())) if as_json else composed.yaml.rstrip())
+    from descent.training.config_check import check_config
+
+    try:
+        check_config(composed.config)
+    except DescentError as error:
+        _fail(composed.located(error))
+    print(json.dumps(composed.without_secrets()) if as_json else composed.yaml.rstrip())
 
 
 def _print_groups(config_dirs: list[Path] | None, as_json: bool) -> None:

@@ -172,20 +172,54 @@ def _explain(target: Callable[..., Any], kwargs: Mapping[str, Any], error: TypeE
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return f"{where}: {in_one_line(error)}"
-    name = _described(target)
-    valid = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for key in kwargs:
-            if key not in valid:
-                similar = difflib.get_close_matches(key, valid, 1)
-                hint = f"it takes {', '.join(valid) or 'none'}"
-                if similar:
-                    hint = f"did you mean {where}.{similar[0]}?"
-                return f"{where}.{key}: {name} has no such argument; {hint}"
+    if unknown := _unknown_argument(target, kwargs, where):
+        return unknown
+    name, valid = _described(target), _by_name(parameters)
     for key in valid:
         if parameters[key].default is inspect.Parameter.empty and key not in kwargs:
             return f"{where}.{key}: {name} needs it; add +{where}.{key}=…"
     return f"{where}: {name} refused its arguments: {in_one_line(error)}"
+
+
+def _by_name(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _unknown_argument(target: Callable[..., Any], kwargs: Iterable[str], where: str) -> str | None:
+    """The message for the first of `kwargs` that `target` has no argument for; None if there is none."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    valid = _by_name(parameters)
+    for key in kwargs:
+        if key not in valid:
+            similar = difflib.get_close_matches(key, valid, 1)
+            hint = f"did you mean {where}.{similar[0]}?" if similar else f"it takes {', '.join(valid) or 'none'}"
+            return f"{where}.{key}: {_described(target)} has no such argument; {hint}"
+    return None
+
+
+def check_arguments(spec: Any, trusted_modules: Iterable[str], where: str) -> None:
+    """Refuse unknown classes and arguments in `spec`, nested specs included, without building anything.
+
+    Raises ConfigError, as `build` does.
+    """
+    trusted = tuple(trusted_modules)
+    if isinstance(spec, list):
+        for index, item in enumerate(spec):
+            check_arguments(item, trusted, f"{where}[{index}]")
+    if not isinstance(spec, Mapping):
+        return
+    for key, value in spec.items():
+        if key not in ("_target_", "_partial_"):
+            check_arguments(value, trusted, f"{where}.{key}")
+    if "_target_" in spec:
+        target = resolve_target(spec["_target_"], trusted, f"{where}._target_")
+        if unknown := _unknown_argument(target, [key for key in spec if key not in _RESERVED], where):
+            raise ConfigError(unknown)
 
 
 def build(spec: Mapping[str, Any], trusted_modules: Iterable[str], where: str, **extra: Any) -> Any:

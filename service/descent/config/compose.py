@@ -10,8 +10,8 @@ from descent.config.environment import read_variables, shown_tree, with_shown_va
 from descent.config.files import PRIMARY, groups, option_file, search_path, shown
 from descent.config.former_targets import with_current_targets
 from descent.config.origin import Sources
-from descent.config.overrides import Override, check_keys, parse, shown_value, suggest
-from descent.config.schema import Data, RunConfig
+from descent.config.overrides import Override, check_keys, parse, refuse_slips, shown_value, suggest
+from descent.config.schema import Data, RunConfig, flatten
 from descent.config.secrets import hide, is_secret, masked, redact
 from descent.config.validation import validated
 from descent.errors import ConfigError, DescentError
@@ -98,6 +98,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
     search_path(config_dirs)
     known = groups(dirs)
+    refuse_slips(overrides, lambda: flatten(plain_tree([], dirs)))
     parsed = parse(overrides, known)
     try:
         with read_variables():

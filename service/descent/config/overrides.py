@@ -2,15 +2,21 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from descent.config.schema import flatten
 from descent.config.secrets import is_secret, redact
 from descent.errors import ConfigError
 
 SPECS = ("model", "data", "loss", "optimizer", "schedule")
 """Groups whose keys are arguments of a class; a user may add further arguments with `+`."""
+
+
+_INSIDE_BRACES = re.compile(r"[A-Za-z_]\w*:[^{}]*$")
+"""`min:1`, a piece of `{min:1,max:2}`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,55 @@ def parse(texts: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> list[
 
     parser = OverridesParser.create()
     return [_parse_one(parser, text, known) for text in texts]
+
+
+def refuse_slips(texts: Sequence[str], keys: Callable[[], Iterable[str]]) -> None:
+    """Refuse what a habit of other programs, or the shell, has made of an override; the error has the right words.
+
+    These are options with dashes (`--lr 0.1`), spaces around '=' (`lr = 0.1`), and braces that were
+    not quoted, which bash takes apart (`workers={min:1,max:2}` arrives as two words). `keys` gives
+    all keys of a config.
+    """
+    for index, text in enumerate(texts):
+        following = [*texts[index + 1 : index + 3], "", ""]
+        if text.startswith("--"):
+            name, equals, value = text.lstrip("-").partition("=")
+            if not equals and following[0] and "=" not in following[0]:
+                value = following[0]
+            hint = f"settings have no dashes: {_whole_key(name, keys())}={value or '…'}"
+        elif "=" not in text and text[:1] != "~" and following[0].startswith("="):
+            value = following[0].removeprefix("=") or following[1]
+            hint = f"without spaces around '=': {_whole_key(text, keys())}={value or '…'}"
+        elif text.endswith("=") and text.count("=") == 1 and following[0] and "=" not in following[0]:
+            hint = f"without spaces around '=': {_whole_key(text[:-1], keys())}={following[0]}"
+        else:
+            _refuse_taken_apart(texts, index)
+            continue
+        raise ConfigError(f"override {shown_override(text)!r}: needs the form key=value; {redact(hint)}")
+
+
+def _refuse_taken_apart(texts: Sequence[str], index: int) -> None:
+    key, equals, value = texts[index].partition("=")
+    if not equals or not _INSIDE_BRACES.match(value):
+        return
+    parts = [value]
+    for text in texts[index + 1 :]:
+        if text.partition("=")[0] != key or not _INSIDE_BRACES.match(text.partition("=")[2]):
+            break
+        parts.append(text.partition("=")[2])
+    if len(parts) > 1:
+        raise ConfigError(
+            f"override {shown_override(texts[index])!r}: the shell has taken the braces apart; "
+            f"put quotes around it: '{key}={{{','.join(parts)}}}'"
+        )
+
+
+def _whole_key(name: str, keys: Iterable[str]) -> str:
+    """The key that a user means by its last part, such as `optimizer.lr` for `lr`; otherwise `name` itself."""
+    name = name.replace("-", "_")
+    names = list(keys)
+    ends = sorted((key for key in names if key.endswith(f".{name}")), key=lambda key: (key.count("."), key))
+    return name if name in names or not ends else ends[0]
 
 
 def _parse_one(parser: Any, text: str, known: Mapping[str, Mapping[str, str]]) -> Override:
@@ -165,6 +220,9 @@ def _unknown(override: Override, tree: Any, depth: int, groups: set[str]) -> str
     names = set(tree) if depth else set(tree) | groups
     rest = "".join(f".{part}" for part in path[depth + 1 :])
     hint = suggest(path[depth], sorted(names), parent, rest)
+    whole = _whole_key(override.key, flatten(dict(tree))) if depth == 0 else override.key
+    if whole != override.key:
+        hint = f"did you mean '{whole}'?"
     if override.action == "change" and depth > 0 and path[0] in SPECS:
         hint += f" (a new argument: +{shown_override(override.text)})"
     what = "key" if depth or rest else "key or group"

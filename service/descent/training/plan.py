@@ -234,7 +234,7 @@ def worker_range(config: RunConfig, *, cores: float, gpus: float, device: str) -
     return 1, max(1, int(min(room, limit if config.slots == "workers" else config.slots)))
 
 
-def _batch_and_slots(config: RunConfig, num_samples: int, most: int) -> tuple[int, int]:
+def share_out(config: RunConfig, num_samples: int, most: int) -> tuple[int, int]:
     """(global batch, slots) for at most `most` workers. Raises ConfigError for what can't be shared out."""
     batch = num_samples if config.batch.size == "full" else int(config.batch.size)
     slots = most if config.slots == "workers" else int(config.slots)
@@ -274,7 +274,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         raise ConfigError(f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32")
     low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
     train, evaluate = build_data(config)
-    batch, slots = _batch_and_slots(config, len(train), high)
+    batch, slots = share_out(config, len(train), high)
     with own_generators(seed=config.seed):
         objective = Objective.of(build_loss(config))
     refuse_unseeded(objective.as_built, build_loss(config), f"loss._target_={config.loss['_target_']}", config.seed)
