@@ -1,6 +1,7 @@
 """A data set that is no longer what it was is named: before a resume, when a worker joins, and while it is read."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from descent.data.arrays import Arrays
 from descent.data.csv_file import Csv
 from descent.data.digits import Digits
 from descent.data.identity import difference, identity_of
+from descent.data.map_style import MapStyle
 from descent.data.parquet import Parquet
 from descent.data.splits import hold_out
 from descent.data.text import Text
@@ -70,6 +72,30 @@ def test_a_resume_with_changed_data_is_refused_with_what_changed_and_what_to_do(
         refuse_other_data(resumed(other), now)
     with pytest.raises(CheckpointError, match=r"begin a new run from these weights: init_from=run-1$"):
         refuse_other_data(resumed({**now, "evaluate": {**now["evaluate"], "class_names": ["a"]}}), now)
+
+
+class Digest(torch.utils.data.Dataset):
+    """A user's class."""
+
+    digest = "0" * 16
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.zeros(1), index % 2
+
+
+def test_a_users_class_is_compared_where_texts_are_hashed_alike_in_every_process(monkeypatch):
+    data = MapStyle(Digest())
+    for randomized, digest in ((0, "0" * 16), (1, None)):
+        monkeypatch.setattr(
+            "descent.data.identity.sys", SimpleNamespace(flags=SimpleNamespace(hash_randomization=randomized))
+        )
+        assert identity_of(data)["digest"] == digest
+        assert identity_of(Digits())["digest"] == Digits().digest
+    assert difference({**identity_of(data), "digest": "1" * 16}, identity_of(data)) is None
+    assert "it has 4 samples, it had 5" in difference({**identity_of(data), "num_samples": 5}, identity_of(data))
 
 
 def test_the_identities_are_part_of_what_is_prepared():

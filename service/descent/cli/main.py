@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from descent.config import Composed
 
 _STARTED = time.time()
+_is_own_process = False
+"""Whether this process is the command `descent`, and not one that calls it."""
 
 app = typer.Typer(
     name="descent",
@@ -99,6 +101,23 @@ def _composed(
         _fail(error)
 
 
+def _hash_texts_alike(composed: "Composed", starting: "Starting") -> None:
+    """Begin this process anew with PYTHONHASHSEED=0 for a run with a data set of the user's class.
+
+    Python orders a set of texts differently in each process, unless the environment says so when the process
+    starts. The workers are started with 0; with another order here, the data set would look like another one
+    at each resume.
+    """
+    config = composed.config
+    if "PYTHONHASHSEED" in os.environ or not _is_own_process:
+        return
+    if config.resume is None and config.data.train["_target_"].startswith("descent."):
+        return
+    starting.stop()
+    os.environ["PYTHONHASHSEED"] = "0"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 @app.command()
 def train(
     overrides: Overrides = None,
@@ -132,6 +151,7 @@ def train(
     run = None
     try:
         composed = _composed(overrides, config_dir, starting)
+        _hash_texts_alike(composed, starting)
         from descent.cluster.run.run import Run
 
         run = Run(composed, console, _STARTED, starting)
@@ -422,6 +442,8 @@ def main() -> None:
         in_bash(app)
     else:
         if not any(key.endswith("_COMPLETE") and key.startswith("_") for key in os.environ):
+            global _is_own_process
+            _is_own_process = True
             lasting_output()
             _check_options(sys.argv[1:])
         app()

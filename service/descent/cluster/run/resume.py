@@ -86,16 +86,9 @@ def refuse_other_data(resumed: Resumed, now: Mapping[str, Any]) -> None:
     for key, before in (resumed.data or {}).items():
         changed = difference(before or {}, now.get(key) or {})
         if changed is not None:
-            user_class = (now.get(key) or {}).get("user_class")
-            unsorted = (
-                f" (if it is: {user_class} may take texts in the order of a set, which differs in each process: sort them)"
-                if user_class
-                else ""
-            )
             raise CheckpointError(
                 f"resume={resumed.run_dir.name}: data.{key} is not the data set that the run began with: {changed}; put "
-                f"the data back as it was{unsorted}, or begin a new run from these weights: "
-                f"init_from={resumed.run_dir.name}"
+                f"the data back as it was, or begin a new run from these weights: init_from={resumed.run_dir.name}"
             )
 
 
