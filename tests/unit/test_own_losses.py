@@ -152,6 +152,11 @@ def test_a_set_without_a_label_that_counts_is_refused() -> None:
         check_outputs(config, nn.Linear(4, 3), objective, ignored, "data.evaluate")
 
 
+def test_labels_that_have_to_be_read_are_looked_at_too() -> None:
+    with pytest.raises(DataError, match=r"data\.train: all 48 labels are ignored"):
+        prepared(*data("AllIgnored"), "batch.size=12")
+
+
 def test_a_sparse_gradient_is_refused_where_it_can_not_be_added_up() -> None:
     for reduction in ("fast", "exact"):
         run = ["model=custom", "model._target_=tests.own_losses.SparseLookUp", f"reduction={reduction}"]

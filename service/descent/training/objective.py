@@ -105,6 +105,11 @@ class Objective:
         return replace(self, all_count=not bool((_comparable(targets) == self.ignored).any()))
 
     @property
+    def is_known(self) -> bool:
+        """Whether the loss is one of torch's own whose sum and count are known without trying."""
+        return self.reading is Reading.TERMS and type(self.loss) in (*_PER_SAMPLE, *_ELEMENTWISE, *_CLASSES)
+
+    @property
     def by_class(self) -> bool:
         """Whether targets are class numbers or probabilities, so that an accuracy makes sense."""
         return isinstance(self.loss, _CLASSES)
@@ -128,7 +133,7 @@ class Objective:
         value = self.loss(output, target)
         match self.reading:
             case Reading.TERMS:
-                return LossSum(value, self._num_terms(target))
+                return LossSum(value, self.num_terms(target))
             case Reading.SAMPLES:
                 return LossSum(value * target.shape[0], target.shape[0])
             case Reading.TOTAL:
@@ -159,7 +164,7 @@ class Objective:
         fits_torch = target.shape == (output.shape[0], *output.shape[2:])
         return output.dim() - 1 if self.classes_last or (self.classes_last is None and not fits_torch) else 1
 
-    def _num_terms(self, target: Tensor) -> Tensor | float:
+    def num_terms(self, target: Tensor) -> Tensor | float:
         """What torch's mean over `target` divides by.
 
         Labels that are ignored don't count, and each of the others as much as its class weight.

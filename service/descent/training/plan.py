@@ -300,7 +300,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
             if data is not None:
                 check_outputs(config, model, seen.objective, data, name)
         rules = settle_buffers(config, model, seen.changing_buffers, train) if slots > 1 else ()
-        loss = settle_loss(config, model, seen.objective, train, micro, whole=slots == 1 and micro >= batch)
+        loss = settle_loss(config, model, seen, train, micro, whole=slots == 1 and micro >= batch)
     plan = Plan(
         total_steps=total,
         batch_size=batch,

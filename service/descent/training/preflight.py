@@ -24,6 +24,7 @@ from descent.training.objective import Objective, Reading
 
 _SAMPLES = 8
 """Samples on which the meaning of a loss is found out."""
+_LARGE_OUTPUT = 1 << 20
 _ALL_LABELS = 1 << 22
 """Labels up to this many are all checked; of larger data sets an even sample is."""
 _ENTRY_BY_ENTRY = (
@@ -48,6 +49,8 @@ class Seen:
     unused_parameters: bool
     objective: Objective
     """The loss, with the dimension of the outputs that holds the classes."""
+    output_size: int
+    """Entries of a sample's output."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def try_one(
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
     _refuse_sparse(config, model, one_slot)
     model.zero_grad(set_to_none=True)
-    return Seen(written, bool(drawn - {"torch"}), unused, objective)
+    return Seen(written, bool(drawn - {"torch"}), unused, objective, output[0].numel())
 
 
 def settle_buffers(config: RunConfig, model: nn.Module, names: tuple[str, ...], data: Data) -> tuple[Rule, ...]:
@@ -144,16 +147,22 @@ def settle_buffers(config: RunConfig, model: nn.Module, names: tuple[str, ...], 
 
 
 def settle_loss(
-    config: RunConfig, model: nn.Module, objective: Objective, data: Data, micro_size: int, *, whole: bool
+    config: RunConfig, model: nn.Module, seen: Seen, data: Data, micro_size: int, *, whole: bool
 ) -> SettledLoss:
     """Find out on a few samples what the loss's number for a batch means; the model is left as it was.
 
     whole: whether each step's batch is computed in one forward. Raises ConfigError for a loss that would be
     read wrongly.
     """
+    objective = seen.objective
+    most = min(len(data), max(1, micro_size))
+    if objective.is_known:
+        count = min(2, most)
+        targets = read(config, data, np.arange(count), "data.train")[1]
+        return SettledLoss(objective, float(objective.num_terms(targets)) / count or 1.0, False)
     before = ModelSnapshot.of(model)
-    # Samples from everywhere, so that their labels differ.
-    count = min(_SAMPLES, len(data), max(1, micro_size))
+    # Samples from everywhere, so that their labels differ; fewer where each has millions of outputs.
+    count = min(_SAMPLES if seen.output_size < _LARGE_OUTPUT else 2, most)
     inputs, targets = read(config, data, np.linspace(0, len(data) - 1, count), "data.train")
     with torch.no_grad(), own_generators(seed=0) as drew:
         output = _forward(config, model, inputs)
@@ -242,11 +251,7 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
         if root is not data and stored.dim() == 1:
             stored = stored[torch.from_numpy(indices_in_root(data, np.arange(len(data))))]
         _labels_in_range(objective, stored, classes, where)
-        if objective.num_labels(stored) == 0:
-            raise DataError(
-                f"{where}: all {stored.numel()} labels are ignored (ignore_index={objective.ignored}), so there is "
-                "nothing to compute a loss from; mend the labels, or set loss.ignore_index to another value"
-            )
+        _refuse_all_ignored(objective, stored, where)
         return
     # where a sample must be read, decoded or fetched, few are looked at; of shards, the first ones
     most = min(_ALL_LABELS, 65536 if root.in_memory else 256)
@@ -254,7 +259,10 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
     indices = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
     if data.layout is not None:
         indices = np.arange(wanted, dtype=np.int64)
-    _labels_in_range(objective, read(config, data, indices, where)[1], classes, where, indices)
+    found = read(config, data, indices, where)[1]
+    _labels_in_range(objective, found, classes, where, indices)
+    if wanted == len(data):
+        _refuse_all_ignored(objective, found, where)
 
 
 def check_keep_best(config: RunConfig, objective: Objective, evaluate: Data | None) -> None:
@@ -268,6 +276,14 @@ def check_keep_best(config: RunConfig, objective: Objective, evaluate: Data | No
     if not objective.by_class:
         name = config.loss["_target_"]
         raise ConfigError(f"{key}: the evaluations of this run have no accuracy (loss {name}), only eval/loss")
+
+
+def _refuse_all_ignored(objective: Objective, labels: Tensor, where: str) -> None:
+    if objective.num_labels(labels) == 0:
+        raise DataError(
+            f"{where}: all {labels.numel()} labels are ignored (ignore_index={objective.ignored}), so there is "
+            "nothing to compute a loss from; mend the labels, or set loss.ignore_index to another value"
+        )
 
 
 def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:
