@@ -207,7 +207,7 @@ class WorkerStatus:
     phase_age_s: float
     """How long the training thread has been in `phase`."""
     records: tuple[TrainingRecord, ...] = ()
-    parts: tuple[ShareWritten, ...] = ()
+    shares: tuple[ShareWritten, ...] = ()
     notices: tuple[Notice, ...] = ()
     failure: WorkerFailure | None = None
     out_of_memory: bool = False

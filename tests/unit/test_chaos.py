@@ -29,13 +29,13 @@ class Played:
         self.injected: list[tuple[float, str, Fault]] = []
 
     def turn(self, settled: bool = True) -> list[tuple[str, Fault]]:
-        given = self.chaos.tick(self.now, self.members, self.dead, self.generation, self.step, settled)
+        given = self.chaos.due_faults(self.now, self.members, self.dead, self.generation, self.step, settled)
         self.injected += [(self.now, *one) for one in given]
         return given
 
     def commit(self) -> None:
         self.now, self.step = self.now + 0.1, self.step + 1
-        self.chaos.observe(StepRecord(self.step, {"train/loss": 1.0}, int(self.now * 1000)))
+        self.chaos.step_committed(StepRecord(self.step, {"train/loss": 1.0}, int(self.now * 1000)))
 
     def suffer(self, worker: str, fault: Fault) -> None:
         if fault.kind in ("kill", "stop"):
@@ -44,7 +44,7 @@ class Played:
             self.members = [w for w in self.members if w != worker] + [f"n{len(self.dead)}"]
             self.generation += 1
         else:
-            self.chaos.notice(Notice("injected", self.step + 1, self.generation, detail=fault.kind), worker)
+            self.chaos.struck(Notice("injected", self.step + 1, self.generation, detail=fault.kind), worker)
             self.generation += fault.kind == "partition"
         self.turn(settled=False)
 

@@ -19,48 +19,48 @@ def committed(step: int, incident: Incident, after_s: float) -> StepRecord:
 
 
 def test_a_fault_is_over_with_the_first_step_of_the_next_generation(log: RunLog) -> None:
-    told: list[Incident] = []
-    ledger = IncidentLog(log, told.append, batch_size=32)
-    ledger.open("worker lost", 7, unheard_s=0.1, worker="w1")
-    (incident,) = told
+    shown: list[Incident] = []
+    incidents = IncidentLog(log, shown.append, batch_size=32)
+    incidents.open("worker lost", 7, detected_in_s=0.1, worker="w1")
+    (incident,) = shown
     # A record of the old generation that comes late says nothing about the new one.
-    assert ledger.committed(committed(8, incident, 0.1)) is None
-    ledger.regrouped(8)
-    assert ledger.committed(committed(8, incident, 0.2)) is None
-    assert ledger.recovering
-    assert ledger.committed(committed(9, incident, 0.5)) == 0.5
-    assert not ledger.recovering
+    assert incidents.committed(committed(8, incident, 0.1)) is None
+    incidents.regrouped(8)
+    assert incidents.committed(committed(8, incident, 0.2)) is None
+    assert incidents.recovering
+    assert incidents.committed(committed(9, incident, 0.5)) == 0.5
+    assert not incidents.recovering
     kept = log.incidents[0]
     assert (kept.recovered_in_s, kept.detected_in_s) == (0.5, 0.1)
     assert (kept.steps_lost, kept.samples_replayed) == (0, 32)
 
 
 def test_two_at_once_replay_one_step(log: RunLog) -> None:
-    ledger = IncidentLog(log, lambda _: None, batch_size=32)
-    ledger.open("worker lost", 7, worker="w1")
-    ledger.open("worker lost", 7, worker="w2")
-    ledger.regrouped(7)
-    ledger.committed(committed(8, log.incidents[0], 1.0))
+    incidents = IncidentLog(log, lambda _: None, batch_size=32)
+    incidents.open("worker lost", 7, worker="w1")
+    incidents.open("worker lost", 7, worker="w2")
+    incidents.regrouped(7)
+    incidents.committed(committed(8, log.incidents[0], 1.0))
     assert [i.samples_replayed for i in log.incidents] == [32, 0]
     assert all(i.recovered_in_s is not None for i in log.incidents)
 
 
 def test_a_goodbye_replays_nothing_and_all_gone_counts_the_lost_steps(log: RunLog) -> None:
-    ledger = IncidentLog(log, lambda _: None, batch_size=32)
-    ledger.open("preempted", 7, interrupts=False)
-    ledger.regrouped(7)
-    ledger.committed(committed(8, log.incidents[0], 0.5))
-    ledger.open("worker lost", 20)
-    ledger.lost(5)
+    incidents = IncidentLog(log, lambda _: None, batch_size=32)
+    incidents.open("preempted", 7, interrupts=False)
+    incidents.regrouped(7)
+    incidents.committed(committed(8, log.incidents[0], 0.5))
+    incidents.open("worker lost", 20)
+    incidents.lost(5)
     assert [(i.steps_lost, i.samples_replayed) for i in log.incidents] == [(0, 0), (5, 6 * 32)]
 
 
-def test_what_all_ranks_tell_is_kept_once(log: RunLog) -> None:
-    ledger = IncidentLog(log, lambda _: None, batch_size=32)
+def test_what_all_ranks_report_is_kept_once(log: RunLog) -> None:
+    incidents = IncidentLog(log, lambda _: None, batch_size=32)
     notice = Notice("step repeated", 4, 2, rank=1, detail="rank 1")
     for _ in range(3):
-        if ledger.is_new(notice):
-            ledger.notice(notice, {0: ("w0", "here"), 1: ("w5", "there")})
+        if incidents.is_new(notice):
+            incidents.notice(notice, {0: ("w0", "here"), 1: ("w5", "there")})
     (kept,) = log.incidents
     assert (kept.kind, kept.worker, kept.host, kept.samples_replayed) == (
         "step repeated",
@@ -71,16 +71,16 @@ def test_what_all_ranks_tell_is_kept_once(log: RunLog) -> None:
 
 
 def test_useful_time_is_the_reporters(log: RunLog) -> None:
-    ledger = IncidentLog(log, lambda _: None, batch_size=32)
+    incidents = IncidentLog(log, lambda _: None, batch_size=32)
 
-    def hear(worker: str, useful_s: float, reporter: bool) -> None:
-        ledger.hear(
+    def receive(worker: str, useful_s: float, reporter: bool) -> None:
+        incidents.add_useful_time(
             WorkerStatus(worker, WorkerState.RUNNING, 1, 0, -1, "step", 0.0, useful_s=useful_s),
-            reporter,
+            is_reporter=reporter,
         )
 
     for useful_s in (1.0, 2.0):
-        hear("w0", useful_s, True)
-        hear("w1", useful_s, False)
-    hear("w1", 3.5, True)  # w0 is gone: from here on the other one's time counts
-    assert ledger.useful_s == 3.5
+        receive("w0", useful_s, True)
+        receive("w1", useful_s, False)
+    receive("w1", 3.5, True)  # w0 is gone: from here on the other one's time counts
+    assert incidents.useful_s == 3.5

@@ -1,4 +1,4 @@
-"""A run's folder as a door: its status, and the request to scale it."""
+"""A run's control files: its status, and the request to scale it."""
 
 import os
 import threading
@@ -18,7 +18,7 @@ def test_a_request_is_answered_through_the_folder(tmp_path: Path) -> None:
 
     def controller() -> None:
         while not done.is_set():
-            request = live.asked()
+            request = live.next_request()
             if request is not None:
                 live.answer(request, request.high <= 4, f"{request.low} to {request.high}")
             done.wait(0.01)
@@ -56,4 +56,4 @@ def test_what_is_no_request_is_no_request(tmp_path: Path) -> None:
     for content in ("", "{", "[]", '{"number": 1}', '{"number": 1, "low": "x", "high": 2}'):
         live = ControlFile(tmp_path)
         (tmp_path / "scale.json").write_text(content)
-        assert live.asked() is None
+        assert live.next_request() is None

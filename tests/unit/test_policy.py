@@ -27,11 +27,11 @@ S = WorkerState
 
 
 def member(state: WorkerState, step: int = 0, evaluated: int = -1, *, dead: bool = False) -> WorkerView:
-    return WorkerView(state, dead, 1, (step, evaluated), joined=True)
+    return WorkerView(state, dead, 1, (step, evaluated), holds_state=True)
 
 
 def failed(kind: str, step: int) -> WorkerView:
-    return WorkerView(S.FAILED, False, 1, (step - 1, -1), joined=True, failure=(kind, step))
+    return WorkerView(S.FAILED, False, 1, (step - 1, -1), holds_state=True, failure=(kind, step))
 
 
 def leaving(state: WorkerState, step: int = 0) -> WorkerView:
@@ -289,8 +289,8 @@ def views(draw: st.DrawFn) -> View:
     members = tuple(draw(st.permutations(names))[: draw(st.integers(0, len(names)))])
     workers = {}
     for name in names:
-        joined = name in members or draw(st.booleans())
-        progress = (draw(st.integers(0, 3)), draw(st.integers(-1, 3))) if joined else (0, -1)
+        holds_state = name in members or draw(st.booleans())
+        progress = (draw(st.integers(0, 3)), draw(st.integers(-1, 3))) if holds_state else (0, -1)
         state = draw(st.sampled_from(list(WorkerState)))
         failure = ("ValueError", progress[0] + 1) if state is S.FAILED else None
         workers[name] = WorkerView(
@@ -298,7 +298,7 @@ def views(draw: st.DrawFn) -> View:
             draw(st.booleans()),
             draw(st.integers(-1, 3)),
             progress,
-            joined,
+            holds_state,
             draw(st.booleans()),
             draw(st.booleans()),
             draw(st.booleans()),
@@ -332,18 +332,18 @@ def test_whatever_the_situation(situation: View) -> None:
         assert chosen and len(set(decision.workers)) == len(chosen) <= situation.max_workers
         assert all(w.idle for w in chosen) and not running
         source = chosen[0]
-        if any(w.joined for w in chosen):
-            assert source.joined
-            assert source.progress == max(w.progress for w in workers.values() if w.idle and w.joined)
+        if any(w.holds_state for w in chosen):
+            assert source.holds_state
+            assert source.progress == max(w.progress for w in workers.values() if w.idle and w.holds_state)
         else:
             # Nobody's step is thrown away: it is in the checkpoint that they begin with.
             assert decision.restore == (situation.saved_step >= 0)
-            assert all(w.progress[0] <= situation.saved_step for w in workers.values() if w.idle and w.joined)
-        assert not (decision.restore and source.joined)
+            assert all(w.progress[0] <= situation.saved_step for w in workers.values() if w.idle and w.holds_state)
+        assert not (decision.restore and source.holds_state)
         if decision.save_only:
             assert len(chosen) == 1 and source.progress[0] > situation.saved_step
-        level = [i for i, w in enumerate(chosen) if w.joined and w.progress == source.progress]
-        assert set(decision.behind).isdisjoint(level) or not source.joined
+        level = [i for i, w in enumerate(chosen) if w.holds_state and w.progress == source.progress]
+        assert set(decision.behind).isdisjoint(level) or not source.holds_state
         assert set(decision.behind) | set(level) | {0} == set(range(len(chosen)))
         assert 0 not in decision.behind
     if isinstance(decision, Abort):
@@ -366,7 +366,7 @@ def test_whatever_the_situation(situation: View) -> None:
         assert not set(decision.workers) & set(running)
         assert not any(workers[w].dead for w in decision.workers)
     if isinstance(decision, Restore):
-        assert not any(w.idle and w.joined for w in workers.values())
+        assert not any(w.idle and w.holds_state for w in workers.values())
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

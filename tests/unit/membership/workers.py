@@ -3,11 +3,16 @@
 from collections.abc import Iterator
 
 from descent.messages import WorkerState
+from tests.unit.membership.machine import Seen
 from tests.unit.membership.world import Join, Rules, S, Scenario, Violation, Worker, World
 
 
+def put(workers: tuple[Worker, ...], index: int, worker: Worker) -> tuple[Worker, ...]:
+    return (*workers[:index], worker, *workers[index + 1 :])
+
+
 def delivered(world: World, rules: Rules) -> World:
-    """All but wishes for a pause taken up at once."""
+    """All messages but requests for a pause, taken up at once."""
     for index in range(len(world.workers)):
         while (worker := world.workers[index]).life == "up":
             if worker.inbox and worker.inbox[0][0] != "pause":
@@ -68,7 +73,7 @@ def moves(world: World, index: int, scenario: Scenario, rules: Rules) -> Iterato
         elif worker.votes:
             yield "commits and pauses", _leave(after, index, S.PAUSED)
         else:
-            yield "commits", _save(after, index) if step % scenario.save_every == 0 else after
+            yield "commits", _write(after, index) if step % scenario.save_every == 0 else after
 
 
 def _is_talking(worker: Worker, scenario: Scenario) -> bool:
@@ -82,19 +87,19 @@ def _has_lost_a_peer(world: World, here: Join) -> bool:
     return any(not p.alive or p.generation != here.generation or p.state == S.BROKEN.value for p in peers)
 
 
-def _save(world: World, index: int) -> World:
+def _write(world: World, index: int) -> World:
     worker = world.workers[index]
     here = worker.membership
     assert here is not None
-    part = (here.generation, worker.step, here.rank, len(here.members))
-    return world.with_worker(index, parts=(*worker.parts, part))
+    share = (here.generation, worker.step, here.rank, len(here.members))
+    return world.with_worker(index, shares=(*worker.shares, share))
 
 
 def _leave(world: World, index: int, state: WorkerState) -> World:
-    return _save(world, index).with_worker(index, state=state.value, at="", asked=False)
+    return _write(world, index).with_worker(index, state=state.value, at="", asked=False)
 
 
-def meetings(world: World, scenario: Scenario) -> Iterator[tuple[str, World]]:
+def meetings(world: World, seen: Seen, scenario: Scenario) -> Iterator[tuple[str, World]]:
     """What happens between all members of a generation at once: they meet, or a reduction is whole."""
     for worker in world.workers:
         here = worker.membership
@@ -113,7 +118,7 @@ def meetings(world: World, scenario: Scenario) -> Iterator[tuple[str, World]]:
         if worker.at == "meet":
             yield f"generation {here.generation} meets", _meet(world, here)
         elif worker.at == "compute" and worker.step < scenario.steps:
-            yield f"generation {here.generation} reduces", _reduce(world, here, peers)
+            yield f"generation {here.generation} reduces", _reduce(world, seen, here, peers)
 
 
 def _meet(world: World, here: Join) -> World:
@@ -130,12 +135,11 @@ def _meet(world: World, here: Join) -> World:
     return world
 
 
-def _reduce(world: World, here: Join, peers: list[Worker]) -> World:
-    c = world.control
+def _reduce(world: World, seen: Seen, here: Join, peers: list[Worker]) -> World:
     if len({p.step for p in peers}) > 1:
         raise Violation(f"replicas of steps {[p.step for p in peers]} reduce together")
-    if here.generation < c.generation and any(m not in c.dead for m in here.members):
-        raise Violation(f"generation {here.generation} takes a step after {c.generation} was formed")
+    if here.generation < seen.generation and any(m not in seen.dead for m in here.members):
+        raise Violation(f"generation {here.generation} takes a step after {seen.generation} was formed")
     votes = any(p.pause for p in peers)
     if any(p.asked for p in peers) and not votes:
         raise Violation("a pause was asked for and forgotten")

@@ -1,17 +1,15 @@
-"""The membership protocol as a state machine that is small enough to be explored whole.
+"""The membership protocol as a world that is small enough to be explored whole.
 
-The policy is the real one (`descent.cluster.control.policy.decide`); around it the controller's
-acting on its decisions and the workers' side are written down as pure functions of one
-immutable `World`, with every message and every thread's next move as a step of its own
-that can come late. `explore` visits all worlds that can be reached, breadth first, and
-so finds the shortest way to whatever is wrong.
+The controller is the real `Controller` (see `machine`); the workers are written down here as pure functions
+of one immutable `World`, with every message and every thread's next move as a step of its own that can come
+late. `explore` visits all worlds that can be reached, breadth first, and so finds the shortest way to
+whatever is wrong.
 
-A message from the controller waits in the worker's inbox (in order, as with Ray's
-actors) until it is delivered; a status is heard some time after it became true. What
-takes place between several workers (meeting in the store, a reduction) happens at once
-when all are there; how each of them fares afterwards is its own step, so that a peer's
-death leaves survivors at most one step apart. A replica's state is a function of its
-step, so the number stands for the tensors.
+A message from the controller waits in the worker's inbox (in order, as with Ray's actors) until it is
+delivered; a status reaches the controller some time after it became true. What takes place between several
+workers (meeting in the store, a reduction) happens at once when all are there; how each of them fares
+afterwards is its own step, so that a peer's death leaves survivors at most one step apart. A replica's state
+is a function of its step, so the number stands for the tensors.
 """
 
 import dataclasses
@@ -31,24 +29,20 @@ class Violation(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The policy, and the protocol's rules outside of it; tests break one at a time."""
+    """The rules of the protocol; tests break one at a time."""
 
     decide: Callable[[View], Decision] = policy.decide
-    told_is_running: bool = True
-    """A member that was told to join counts as running until it is heard of there."""
+    mutate: tuple[tuple[type, str, Any], ...] = ()
+    """(class of the controller's, method, what replaces it)."""
     refuses_older: bool = True
     """A worker takes part in newer generations than its last only."""
     obeys_abort: bool = True
-    holds_when_told: bool = False
-    """A newcomer counts as a holder of the state as soon as it is told to receive it."""
     clears_pause_late: bool = False
-    """The wish for a pause is reset when the thread takes up a membership, not when it is told."""
-    only_reporter_tells: bool = False
-    """A worker that has left its generation keeps its records to itself until it is asked for them."""
-    waits_for_first_answer: bool = False
-    """A worker that never answered is waited for without a deadline."""
+    """A requested pause is reset when the training thread begins a membership, not when that arrives."""
+    only_reporter_sends_records: bool = False
+    """A worker that has left its generation keeps its records until it is asked for them."""
     receives: bool = True
-    """Who is behind receives the state."""
+    """Members that are behind receive the state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +62,11 @@ class Scenario:
     prompt: bool = False
     """Leave out what can't matter, where there would be too much of it: the order in which the
     first workers come up, memberships and aborts that are taken up late (they move nothing but
-    their own worker), news of progress while all is well, and with it the records."""
+    their own worker), answers that only show progress, and with them the records."""
 
 
 class Join(NamedTuple):
-    """A membership, as told to one member."""
+    """A membership, as sent to one member."""
 
     generation: int
     rank: int
@@ -81,6 +75,15 @@ class Join(NamedTuple):
     restore: int
     """The step of the checkpoint that all begin with; -1: none."""
     save_only: bool
+
+
+class Status(NamedTuple):
+    """The answer to a poll."""
+
+    state: str
+    generation: int
+    step: int
+    leaving: bool
 
 
 class Worker(NamedTuple):
@@ -98,13 +101,13 @@ class Worker(NamedTuple):
     abort: bool = False
     pause: bool = False
     asked: bool = False
-    """For the property: it was asked for a pause in the generation that it was last told of."""
+    """For the property: it was asked for a pause in the generation whose membership it got last."""
     leaving: bool = False
     inbox: tuple[Any, ...] = ()
     queue: tuple[Join, ...] = ()
     records: tuple[int, ...] = ()
-    parts: tuple[tuple[int, int, int, int], ...] = ()
-    """Shares of checkpoints not yet told: (generation, step, rank, world size)."""
+    shares: tuple[tuple[int, int, int, int], ...] = ()
+    """Shares of checkpoints that the controller doesn't know of: (generation, step, rank, world size)."""
 
     @property
     def generation(self) -> int:
@@ -115,41 +118,18 @@ class Worker(NamedTuple):
         return self.life != "gone"
 
     @property
-    def told(self) -> tuple[str, int, int, bool]:
-        """Its status, as a poll tells it."""
-        return (self.state, self.generation, self.step, self.leaving)
+    def status(self) -> Status:
+        return Status(self.state, self.generation, self.step, self.leaving)
 
 
 GONE = Worker("gone", "")
 
 
-class Control(NamedTuple):
-    """The controller's memory."""
-
-    members: tuple[int, ...] = ()
-    generation: int = 0
-    joined: frozenset[int] = frozenset()
-    receiving: tuple[tuple[int, int], ...] = ()
-    """(worker, the step that it will have when it holds the state)."""
-    heard: tuple[tuple[str, int, int, bool] | None, ...] = ()
-    dead: frozenset[int] = frozenset()
-    aborting: bool = False
-    stalled: frozenset[int] = frozenset()
-    """Members whose status tells of no progress for too long."""
-    pausing: bool = False
-    saving: bool = False
-    saved: int = -1
-    parts: frozenset[tuple[int, int, int, int]] = frozenset()
-    logged: int = 0
-    asked: frozenset[int] = frozenset()
-    """Whose outstanding poll asks for records."""
-    stopping: bool = False
-    ended: str = ""
-
-
 class World(NamedTuple):
+    """All workers as they are, and the controller's memory by its number (see `machine.Machine.memory`)."""
+
     workers: tuple[Worker, ...]
-    control: Control
+    controller: int
     room: int
     faults: int
 
@@ -157,6 +137,3 @@ class World(NamedTuple):
         workers = list(self.workers)
         workers[index] = workers[index]._replace(**changes)
         return self._replace(workers=tuple(workers))
-
-    def with_control(self, **changes: Any) -> "World":
-        return self._replace(control=self.control._replace(**changes))

@@ -60,6 +60,8 @@ class Chaos:
 
     def _draw_kinds(self) -> list[str]:
         """Each kind once in a random order, then by weight."""
+        if not self._config.faults:
+            return []
         weights = {kind: w for kind, w in self._config.kinds.items() if w > 0}
         once = sorted(weights)
         self._random.shuffle(once)
@@ -73,7 +75,7 @@ class Chaos:
         # A regroup may also need a second try, where the fault came while it was under way.
         return 2 * len(self.strikes)
 
-    def tick(
+    def due_faults(
         self,
         now: float,
         members: Sequence[str],
@@ -141,7 +143,7 @@ class Chaos:
         elif not strike.struck and now - strike.sent > _MISSED_S:
             self._open = None
 
-    def notice(self, notice: Notice, worker: str) -> None:
+    def struck(self, notice: Notice, worker: str) -> None:
         """A worker that lives on tells that its fault has struck."""
         strike = self._open
         if strike is None or strike.struck or worker != strike.worker:
@@ -150,7 +152,7 @@ class Chaos:
         if not strike.regroups:
             strike.resumed_at = notice.step - 1
 
-    def observe(self, record: StepRecord) -> None:
+    def step_committed(self, record: StepRecord) -> None:
         """A step was committed."""
         strike = self._open
         if strike is None or strike.resumed_at is None or record.step <= strike.resumed_at:
@@ -164,7 +166,10 @@ class Chaos:
         if self._open is not None and self._open.struck:
             self._open.survived = ok
 
-    def verdict(self, steps_lost: int) -> "Verdict":
+    def verdict(self, steps_lost: int) -> "Verdict | None":
+        """How the run took its faults; None where none was wanted."""
+        if not self._config.faults:
+            return None
         kinds = {k: [s for s in self.strikes if s.kind == k and s.struck] for k in self._kinds}
         return Verdict(
             wanted=self._config.faults,

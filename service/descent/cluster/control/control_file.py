@@ -1,7 +1,7 @@
-"""A running run's folder as a door: `status.json` says how it stands, `scale.json` asks it to change its size.
+"""Two files in a run's folder: the controller writes its status into one, and reads requests to scale from the other.
 
-Files, because they need no port and no rights beyond the folder's own. The controller
-looks for a request twice a second and writes the status once a second.
+Files need no port, and no rights beyond the folder's own. The controller reads requests twice a second
+and writes its status once a second.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from descent.cluster.clock import SYSTEM_CLOCK, Clock
 from descent.config import WorkerRange
 from descent.errors import ClusterError
 from descent.storage.atomic import PRIVATE, write_atomic
@@ -29,7 +30,7 @@ _STALE_S = 15.0
 
 @dataclass(frozen=True)
 class ScaleRequest:
-    """Somebody wants between `low` and `high` workers."""
+    """`descent scale` wants between `low` and `high` workers."""
 
     number: str
     low: int
@@ -37,21 +38,22 @@ class ScaleRequest:
 
 
 class ControlFile:
-    """The controller's side of the door."""
+    """The controller's side of the two files. No method raises: a folder that can't be written to ends no training."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._looked = self._shown = 0.0
-        self._last: dict[str, Any] = {}
+    def __init__(self, run_dir: Path, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._run_dir, self._clock = run_dir, clock
+        self._looked_at = self._shown_at = 0.0
+        self._shown: dict[str, Any] = {}
         for name in (_REQUEST_FILE, _ANSWER_FILE):
-            (run_dir / name).unlink(missing_ok=True)  # of an earlier process of this run
+            with contextlib.suppress(OSError):
+                (run_dir / name).unlink(missing_ok=True)  # of an earlier process of this run
 
-    def asked(self) -> ScaleRequest | None:
+    def next_request(self) -> ScaleRequest | None:
         """A request that has not been answered yet."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_EVERY_S:
+        now = self._clock.monotonic()
+        if now - self._looked_at < _LOOK_EVERY_S:
             return None
-        self._looked = now
+        self._looked_at = now
         try:
             found = json.loads((self._run_dir / _REQUEST_FILE).read_text(encoding="utf-8"))
             (self._run_dir / _REQUEST_FILE).unlink()
@@ -59,19 +61,19 @@ class ControlFile:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def answer(self, request: ScaleRequest, accepted: bool, words: str) -> None:
-        """Tell whoever asked."""
-        content = {"number": request.number, "accepted": accepted, "words": words}
-        _write(self._run_dir / _ANSWER_FILE, content)
+    def answer(self, request: ScaleRequest, accepted: bool, message: str) -> None:
+        """Answer the process that wrote the request."""
+        content = {"number": request.number, "accepted": accepted, "message": message}
+        with contextlib.suppress(OSError):
+            _write(self._run_dir / _ANSWER_FILE, content)
 
     def show(self, **status: Any) -> None:
-        """Write the status when it is due; at once when the state or the world has changed."""
-        now = time.monotonic()
-        urgent = any(status.get(k) != self._last.get(k) for k in ("state", "generation"))
-        if not urgent and now - self._shown < _SHOW_EVERY_S:
+        """Write the status when it is due; at once when a state or the generation has changed."""
+        now = self._clock.monotonic()
+        urgent = any(status.get(k) != self._shown.get(k) for k in ("state", "controller", "generation"))
+        if not urgent and now - self._shown_at < _SHOW_EVERY_S:
             return
-        self._shown, self._last = now, status
-        # A full disk must not end a training; the status is then simply old.
+        self._shown_at, self._shown = now, status
         with contextlib.suppress(OSError):
             _write(
                 self._run_dir / STATUS_FILE,
@@ -79,7 +81,7 @@ class ControlFile:
                     **status,
                     "pid": os.getpid(),
                     "host": socket.gethostname(),
-                    "updated": time.time(),
+                    "updated": self._clock.time(),
                 },
             )
 
@@ -89,7 +91,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """How a run stands. Raises ClusterError if it isn't running."""
+    """The status of a run. Raises ClusterError if the run isn't running."""
     try:
         status: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,7 +107,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def ask_to_scale(run_dir: Path, workers: int | WorkerRange, wait_s: float) -> str:
-    """Ask a running run for another number of workers; what it answers.
+    """Ask a running run for another number of workers; its answer.
 
     Raises ClusterError if it isn't running, refuses, or doesn't answer within `wait_s`.
     """
@@ -119,8 +121,8 @@ def ask_to_scale(run_dir: Path, workers: int | WorkerRange, wait_s: float) -> st
             answer = json.loads((run_dir / _ANSWER_FILE).read_text(encoding="utf-8"))
             if answer["number"] == number:
                 if not answer["accepted"]:
-                    raise ClusterError(f"{run_dir.name}: {answer['words']}")
-                return str(answer["words"])
+                    raise ClusterError(f"{run_dir.name}: {answer['message']}")
+                return str(answer["message"])
         read_status(run_dir)
         time.sleep(0.1)
     raise ClusterError(f"{run_dir.name}: no answer within {wait_s:g} s; is its process stopped?")

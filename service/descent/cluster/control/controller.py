@@ -1,34 +1,49 @@
-"""The controller: owns one run. Poll, decide, act, until the run is over."""
+"""The controller: owns one run. Poll, decide, act, until the run is over; then fetch what the workers still have."""
 
-import time
 from collections.abc import Callable
+from typing import Any
 
 from descent.cluster.chaos.injector import Chaos
+from descent.cluster.clock import SYSTEM_CLOCK, Clock
 from descent.cluster.control import policy
 from descent.cluster.control.checkpoints import CheckpointCommitter
 from descent.cluster.control.control_file import ControlFile
-from descent.cluster.control.ending import SAVE_S, Ending, Outcome
-from descent.cluster.control.generation import Generation, StateHolders
 from descent.cluster.control.health import WorkerHealth
+from descent.cluster.control.journal import Journal
+from descent.cluster.control.outcome import Outcome
 from descent.cluster.control.policy import View
-from descent.cluster.control.reports import POLL_S, Reports
+from descent.cluster.control.run_state import ControllerState, RunState
 from descent.cluster.control.scaling import Scaling
-from descent.cluster.record.incidents import IncidentLog
 from descent.cluster.record.listener import Listener
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.workers.group import WorkerGroup
 from descent.config import RunConfig
-from descent.messages import Membership, TerminalState, WorkerState
+from descent.messages import (
+    Notice,
+    StepRecord,
+    TerminalState,
+    WorkerFailure,
+    WorkerState,
+    WorkerStatus,
+)
+from descent.storage import Location
 from descent.training.collectives import Store
 from descent.training.plan import Plan
-from descent.training.slot_balancer import assign_slots
 
+_POLL_S = 0.2
+"""A poll without an answer returns after about this long."""
 _ABORT_S = 10.0
-"""A member that is told to leave its generation and doesn't within this time is replaced."""
+"""A member that was asked to leave its generation and hasn't after this time is ended: it is the one that is stuck."""
+_LAST_CHECKPOINT_S = 120.0
+"""How long the last checkpoint may take."""
+_LAST_RECORDS_S = 5.0
+"""How long the last records are fetched when no checkpoint is to come: the run has failed."""
+_NODES_EVERY_S = 1.0
+"""Between two looks at the cluster for nodes that are going away."""
 
 
 class Controller:
-    """One run's state machine around the pure `policy.decide`."""
+    """One run's state machine: `RunState` holds what is known, the pure `policy.decide` says what to do."""
 
     def __init__(
         self,
@@ -37,299 +52,399 @@ class Controller:
         group: WorkerGroup,
         store: Store,
         log: RunLog,
-        commits: CheckpointCommitter,
+        committer: CheckpointCommitter,
         listener: Listener,
         *,
         first_step: int = 0,
         check_health: Callable[[], None] = lambda: None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        """first_step: of the checkpoint that the run begins with. check_health: called in each turn; may raise."""
         self._config, self._plan, self._group, self._store = config, plan, group, store
-        self._log, self._listener, self._check_health = log, listener, check_health
-        self._commits = commits
-        self._ledger = IncidentLog(log, listener.incident, plan.batch_size)
-        self._roll = WorkerHealth(config, group, self._ledger)
-        self._live = ControlFile(log.run_dir)
-        chaotic = config.chaos.faults > 0
-        self._chaos = Chaos(config.chaos, plan.total_steps, first_step) if chaotic else None
-        self._scaling = Scaling(plan, config.spares, group, self._live, listener.note)
-        self._generation, self._holders = Generation(), StateHolders()
-        self._reports = Reports(
-            config,
-            group,
-            log,
-            commits,
-            listener,
-            ledger=self._ledger,
-            roll=self._roll,
-            chaos=self._chaos,
-            generation=self._generation,
-            holders=self._holders,
-            first_step=first_step,
-            micro_size=plan.micro_size,
-        )
-        self._ending = Ending(
-            plan, group, store, log, commits, reports=self._reports, generation=self._generation, holders=self._holders
-        )
-        self._formed_at: tuple[int, int] | None = None
-        self._stuck = self._in_vain = 0
-        """Regroups that got nowhere."""
-        self._abort_sent: float | None = None
-        self._pause_sent = False
-        self._saving = False
+        self._committer, self._clock, self._check_health = committer, clock, check_health
         self._first_step = first_step
-        self._stopping = False
-        self._idle_since: float | None = None
+        self._state = RunState(first_step=first_step, micro_size=plan.micro_size, now=clock.monotonic())
+        self._health = WorkerHealth(config.regroup)
+        control_file = ControlFile(log.run_dir, clock)
+        self._journal = Journal(log, listener, control_file, plan.batch_size, clock)
+        self._scaling = Scaling(plan, config.spares, group, control_file, self._journal.listener.note, clock)
+        self._chaos = Chaos(config.chaos, plan.total_steps, first_step)
+        self._nodes_looked_at = 0.0
 
     def stop(self) -> None:
-        """Ask for a clean end at the current step's end; safe in a signal handler."""
-        self._stopping = True
+        """Ask for a clean end at the end of the current step; safe in a signal handler."""
+        self._state.request_stop()
 
-    # -- the loop ---------------------------------------------------------------------
+    # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Until the run is over. Never raises for a fault of a worker."""
-        if not self._group.handles:
-            self._scaling.start(self._scaling.high + self._config.spares)
+        """Train until the run is over. Never raises for a fault of a worker."""
+        self.start()
         while True:
-            self._reports.poll(self._reports.reporter, POLL_S)
-            self._log.flush()
-            self._check_health()
-            self._roll.call(self._generation.members, self._reports.committed)
-            self._ask_for_checkpoint()
-            self._scaling.hear(len(self._generation.members))
-            self._reports.hear_of_saves()
-            if self._reports.unsaved:
-                return self._end(policy.End(TerminalState.FAILED, self._reports.unsaved), patience_s=5.0)
-            if not (self._saving and self._commits.committing):
-                decision = policy.decide(self._view())
-                if isinstance(decision, policy.End):
-                    return self._end(decision)
-                self._act(decision)
-            self._disturb()
-            self._show("RUNNING")
-            self._listener.tick()
+            decision = self.turn()
+            if decision is not None:
+                return self._end(decision)
 
-    # -- what is known ----------------------------------------------------------------
+    def start(self) -> None:
+        """Start the first workers, unless that has been done."""
+        if not self._group.workers:
+            self._scaling.start(self._scaling.high + self._scaling.spares)
+
+    def turn(self) -> policy.End | None:
+        """Poll, decide and act once; the decision to end the run, where that is what comes next."""
+        self._poll(self._reporter, _POLL_S)
+        self._journal.log.flush()
+        self._check_health()
+        self._check_workers()
+        self._request_due_checkpoint()
+        self._scaling.answer_requests(len(self._state.generation.members))
+        self._take_checkpoint_results()
+        if self._state.required_checkpoint_error:
+            return policy.End(TerminalState.FAILED, self._state.required_checkpoint_error)
+        # A checkpoint that was to be written before the run ends, or goes on elsewhere, is waited for.
+        if not (self._state.generation.save_only and self._committer.committing):
+            decision = policy.decide(self._view())
+            if isinstance(decision, policy.End):
+                return decision
+            self._act(decision)
+        self._inject_faults()
+        self._show("RUNNING")
+        self._journal.listener.tick()
+        return None
+
+    # -- poll -----------------------------------------------------------------------------------
+
+    @property
+    def _reporter(self) -> str | None:
+        """The worker whose records are fetched: all members have the same ones, so the first living one's."""
+        return next((w for w in self._state.generation.members if not self._group.workers[w].dead), None)
+
+    def _poll(self, reporter: str | None, wait_s: float) -> set[str]:
+        """Take in new answers, as soon as there is one, else after about `wait_s`; the ids of those that answered."""
+        statuses = self._group.poll(acknowledged=self._journal.log.acknowledged, reporter=reporter, wait_s=wait_s)
+        for status in statuses:
+            self._receive(status)
+        return {status.worker_id for status in statuses}
+
+    def _receive(self, status: WorkerStatus) -> None:
+        state, journal = self._state, self._journal
+        for share in status.shares:
+            self._committer.add_share(share)
+        for notice in status.notices:
+            self._receive_notice(notice, status.worker_id)
+        for record in journal.add_records(status.records, state.generation):
+            if isinstance(record, StepRecord):
+                self._chaos.step_committed(record)
+        micro_size = state.micro_size
+        state.receive(status, self._now_ms())
+        if state.micro_size < micro_size:
+            journal.listener.note(
+                f"out of memory: going on with batch.micro_size={state.micro_size}, which rounds differently; "
+                "a run that is to have these bits again sets it from the start"
+            )
+        journal.incidents.add_useful_time(status, is_reporter=status.worker_id == self._reporter)
+        if status.leaving:
+            self._let_leave(status.worker_id, "asked to end (SIGTERM)")
+
+    def _receive_notice(self, notice: Notice, worker_id: str) -> None:
+        generation = self._state.generation
+        if notice.kind == "injected":
+            self._chaos.struck(notice, worker_id)
+        elif notice.generation == generation.number:
+            new = self._journal.add_notice(notice, generation, self._group.workers)
+            if new and notice.kind == "checkpoint unusable":
+                self._committer.reject_newest(notice.detail)
+            if new and notice.kind == "straggler" and self._config.straggler.replace:
+                if notice.rank is not None and notice.rank < len(generation.members):
+                    self._state.mark_slow(generation.members[notice.rank])
+
+    # -- workers that hang, die or go ---------------------------------------------------------------
+
+    def _check_workers(self) -> None:
+        """End workers that hang, note which are dead, and which will go away soon."""
+        group = self._group
+        for worker_id, worker in group.workers.items():
+            if worker.dead:
+                continue
+            is_member = worker_id in self._state.generation.members
+            if why := self._health.not_started(worker, group.since_answer_s(worker_id)):
+                self._release(worker_id, why)
+            elif why := self._health.hangs(worker, group.unanswered_s(worker_id), is_member=is_member):
+                group.kill(worker_id, why)
+        for worker_id, worker in group.workers.items():
+            if worker.dead and self._state.worker_lost(worker):
+                is_member = worker_id in self._state.generation.members
+                since_s = group.since_answer_s(worker_id) if is_member else None
+                self._journal.add_loss(worker, self._state.committed, since_s)
+        now = self._clock.monotonic()
+        if now - self._nodes_looked_at > _NODES_EVERY_S:
+            self._nodes_looked_at = now
+            draining = group.draining_nodes()
+            for worker_id, worker in group.workers.items():
+                if not worker.dead and worker.status is not None and worker.status.node in draining:
+                    self._let_leave(worker_id, "its node is being drained")
+
+    def _let_leave(self, worker_id: str, why: str) -> None:
+        """A worker will go away soon: the others go on without it after a pause, and no step is lost."""
+        if not self._state.start_leaving(worker_id) or worker_id not in self._state.generation.members:
+            return
+        host = self._group.workers[worker_id].host
+        self._journal.incidents.open(
+            "preempted", self._state.committed, interrupts=False, worker=worker_id, host=host, detail=why
+        )
+        self._group.request_checkpoint(worker_id)  # in case the worker is gone before another one has its state
+
+    def _release(self, worker_id: str, why: str) -> None:
+        self._state.worker_released(worker_id)
+        self._group.release(worker_id, why)
+
+    # -- decide ---------------------------------------------------------------------------------
 
     def _view(self) -> View:
-        now = time.monotonic()
+        now, state = self._clock.monotonic(), self._state
         workers = {
-            w: self._roll.view(w, self._generation.members, self._generation.number, w in self._holders)
-            for w in self._group.handles
+            worker_id: state.view(worker, stalled=self._health.stalled(worker.status))
+            for worker_id, worker in self._group.workers.items()
         }
-        idle = not any(
-            workers[w].state is WorkerState.RUNNING and not workers[w].dead for w in self._generation.members
-        )
-        self._idle_since = (self._idle_since or now) if idle else None
+        members = state.generation.members
+        if not any(workers[w].state is WorkerState.RUNNING and not workers[w].dead for w in members):
+            state.members_stopped(now)
+        waiting = state.state in (ControllerState.STARTING, ControllerState.REGROUPING)
         regroup = self._config.regroup
         return View(
             workers=workers,
-            members=self._generation.members,
-            generation=self._generation.number,
+            members=members,
+            generation=state.generation.number,
             min_workers=self._scaling.low,
             max_workers=self._scaling.high,
-            failures=self._roll.failures + self._stuck,
-            max_failures=regroup.max_failures + (self._chaos.allowance if self._chaos else 0),
-            stopping=self._stopping,
-            waited_s=now - self._idle_since if self._idle_since else 0.0,
+            failures=state.failures,
+            max_failures=regroup.max_failures + self._chaos.allowance,
+            stopping=state.stop_requested,
+            waited_s=state.in_state_s(now) if waiting else 0.0,
             patience_s=regroup.wait_s,
-            startable=self._scaling.startable(now, workers),
-            spares=self._config.spares,
-            saved_step=self._commits.step,
-            save_tried=self._saving,
-            earlier=frozenset(self._roll.earlier),
+            startable=self._scaling.startable(workers),
+            spares=self._scaling.spares,
+            saved_step=self._committer.step,
+            save_tried=state.generation.save_only,
+            earlier=state.raised,
         )
 
-    # -- acting -----------------------------------------------------------------------
+    # -- act --------------------------------------------------------------------------------------
 
     def _act(self, decision: policy.Decision) -> None:
         if isinstance(decision, policy.Abort):
             self._abort(decision.workers)
         elif isinstance(decision, policy.Pause):
-            if not self._pause_sent:
-                self._pause_sent = True
-                for worker_id in self._generation.members:
-                    self._group.pause(worker_id)
+            self._pause()
         elif isinstance(decision, policy.Form):
             self._form(decision)
         elif isinstance(decision, policy.Start):
             self._scaling.start(decision.count)
         elif isinstance(decision, policy.Retire):
             for worker_id in decision.workers:
-                self._roll.retire(worker_id)
+                self._retire(worker_id)
         elif isinstance(decision, policy.Restore):
             self._restore()
 
-    def _abort(self, workers: tuple[str, ...]) -> None:
-        now = time.monotonic()
-        if self._abort_sent is None:
-            self._abort_sent = now
-            seen = self._roll.standstill(workers)
-            if seen and self._reports.broke_at is None:
-                self._reports.broke_at = ("standstill", int(time.time() * 1000), seen)
-            for worker_id in workers:
-                self._group.abort(worker_id, self._generation.number)
-        elif now - self._abort_sent > _ABORT_S:
-            for worker_id in workers:
-                self._roll.dislodge(worker_id)
+    def _pause(self) -> None:
+        # Members that were asked to leave at once, or to pause, stop anyway.
+        if self._state.state in (ControllerState.TRAINING, ControllerState.SAVING):
+            self._state.pause_requested(self._clock.monotonic())
+            for worker_id in self._state.generation.members:
+                self._group.request_pause(worker_id)
 
-    def _form(self, decision: policy.Form) -> None:
-        # Regroups that get nowhere must end: a network that always fails, an error in the
-        # user's code that looks like a lost peer. Where a worker is gone, that was counted.
-        world = len(decision.workers)
-        here = (self._reports.committed, self._reports.micro_size)
-        if here == self._formed_at and set(decision.workers) == set(self._generation.members):
-            self._stuck += 1
-            self._in_vain += 1
-            if self._in_vain >= 2 and world > 1:
-                # Somebody here can't be reached any more, and nobody can tell who: one leaves,
-                # the others try; at the latest the last one goes on alone, and grows again.
-                self._in_vain = 0
-                suspect, why = decision.workers[0], "the members could not connect"
-                self._roll.leaves(suspect, why, self._generation.members, self._reports.committed)
-                return
-        else:
-            self._in_vain = 0
-        self._formed_at = here
-        if self._reports.broke_at is not None and not self._ledger.recovering:
-            why, at, seen = self._reports.broke_at
-            self._ledger.open(why, self._reports.committed, at_ms=at, detail=seen)
-        self._generation.number += 1
-        self._generation.members, self._saving = decision.workers, decision.save_only
-        source = str(self._commits.newest) if decision.restore else None
-        for rank, worker_id in enumerate(decision.workers):
-            self._group.join(
-                worker_id,
-                Membership(
-                    generation=self._generation.number,
-                    rank=rank,
-                    world_size=world,
-                    store_host=self._store.host,
-                    store_port=self._store.port,
-                    slots=assign_slots(self._plan.slots, world),
-                    micro_size=self._reports.micro_size,
-                    behind=decision.behind,
-                    restore_from=source,
-                    save_only=decision.save_only,
-                ),
-            )
-        self._holders.expect(decision, self._group.handles, self._commits.step)
-        self._abort_sent, self._pause_sent, self._reports.broke_at = None, False, None
-        self._commits.forget()
-        self._ledger.regrouped(self._reports.committed)
-        if not decision.save_only:
-            self._listener.world(self._generation.number, world, self._reports.committed)
+    def _abort(self, workers: tuple[str, ...]) -> None:
+        state, now = self._state, self._clock.monotonic()
+        if state.state is not ControllerState.ABORTING:
+            state.abort_requested(now)
+            standstill = self._health.standstill([self._group.workers[w] for w in workers])
+            if standstill:
+                state.generation_broke("standstill", standstill, self._now_ms())
+            for worker_id in workers:
+                self._group.abort(worker_id, state.generation.number)
+        elif state.in_state_s(now) > _ABORT_S:
+            for worker_id in workers:
+                status = self._group.workers[worker_id].status
+                stuck = f", stuck in '{status.phase}'" if status is not None else ""
+                self._group.kill(worker_id, f"could not be brought to leave its generation{stuck}")
+
+    def _retire(self, worker_id: str) -> None:
+        """End a worker that isn't needed, or that alone raised an exception."""
+        status = self._group.workers[worker_id].status
+        failure = status.failure if status is not None else None
+        if failure is None:
+            self._release(worker_id, "no longer needed")
+            return
+        # No other worker has raised it, and it was raised for the first time: perhaps the machine is at fault.
+        self._state.worker_raised(failure)
+        self._group.kill(worker_id, f"{failure.kind}: {failure.message}"[:300])
+
+    def _form(self, form: policy.Form) -> None:
+        state = self._state
+        if not state.begin_regroup(form.workers):
+            # One of them can't be reached by the others, and nobody knows which: one leaves and the others
+            # try. At the latest the last one goes on alone, and the run grows again from there.
+            self._let_leave(form.workers[0], "the members could not connect")
+            return
+        self._journal.add_breakage(state.breakage, state.committed)
+        source = self._committer.newest if form.restore else None
+        state.form(form, self._group.workers, self._committer.step, self._clock.monotonic())
+        self._send_memberships(behind=form.behind, restore_from=source)
+        self._committer.drop_incomplete()
+        self._journal.generation_formed(state.generation, state.committed)
+
+    def _send_memberships(self, **given: Any) -> None:
+        for worker_id, membership in self._state.memberships(self._plan, self._store, **given).items():
+            self._group.join(worker_id, membership)
 
     def _restore(self) -> None:
-        """All replicas are gone: the run goes on from its last checkpoint, or from its start."""
-        members = [self._group.handles[w] for w in self._generation.members]
-        if self._formed_at == (self._reports.committed, self._reports.micro_size):
-            # A checkpoint that verifies here and can't be read there, again and again, is an end.
-            self._stuck += all(not member.dead for member in members)
-        for reason in self._commits.go_back():
-            self._listener.note(f"skipped checkpoint: {reason}")
-        source = self._commits.newest
-        line = f"going on from {source.name}" if source else "starting again: no checkpoint yet"
-        self._listener.note(f"no worker holds the state any more: {line}")
-        if not self._ledger.recovering:
-            self._ledger.open("state lost", self._reports.committed)
-        self._ledger.lost(self._reports.committed - max(self._commits.step, 0))
+        """No worker holds the state: the run goes on from its newest checkpoint, or from its start."""
+        state, committer = self._state, self._committer
+        state.lose_state(self._group.workers.values())
+        for reason in committer.return_to_newest():
+            self._journal.listener.note(f"skipped checkpoint: {reason}")
+        source = committer.newest
+        self._journal.state_lost(state.committed, source.name if source else None, committer.step)
         if source is None:
-            # A replica that was in use can't be made new again.
-            for worker_id, handle in self._group.handles.items():
-                if not handle.dead and handle.status and handle.status.step > 0:
-                    self._roll.retire(worker_id)
-        self._generation.members = ()
-        self._holders.lose_all()
-        self._generation.number += 1  # whoever might still be alive of the old one is fenced off
+            # A replica that has taken steps can't go back to the initial state.
+            for worker_id, worker in self._group.workers.items():
+                if not worker.dead and worker.status is not None and worker.status.step > 0:
+                    self._retire(worker_id)
 
-    def _disturb(self) -> None:
-        """Inject what chaos has in store for this moment."""
-        if self._chaos is None:
-            return
-        handles = self._group.handles
-        settled = (
-            bool(self._generation.members)
-            and not self._ledger.recovering
-            and not self._pause_sent
+    def _inject_faults(self) -> None:
+        """Inject the faults that chaos has in store for this moment."""
+        workers, generation = self._group.workers, self._state.generation
+        undisturbed = (
+            self._state.state is ControllerState.TRAINING
+            and not self._journal.incidents.recovering
             and all(
-                not (h := handles[w]).dead
-                and h.status is not None
-                and (h.status.state, h.status.generation) == (WorkerState.RUNNING, self._generation.number)
-                for w in self._generation.members
+                not (w := workers[m]).dead
+                and w.status is not None
+                and (w.status.state, w.status.generation) == (WorkerState.RUNNING, generation.number)
+                for m in generation.members
             )
         )
-        dead = {w for w, handle in handles.items() if handle.dead}
-        for worker_id, fault in self._chaos.tick(
-            time.time(),
-            self._generation.members,
-            dead,
-            self._generation.number,
-            self._reports.committed,
-            settled,
+        dead = {worker_id for worker_id, worker in workers.items() if worker.dead}
+        for worker_id, fault in self._chaos.due_faults(
+            self._clock.time(), generation.members, dead, generation.number, self._state.committed, undisturbed
         ):
             self._group.inject(worker_id, fault)
             if fault.phase == "save":
-                self._group.save(worker_id)
+                self._group.request_checkpoint(worker_id)
 
-    def _ask_for_checkpoint(self) -> None:
-        now, reporter = time.monotonic(), self._reports.reporter
-        if reporter is None or self._commits.waiting or not self._commits.cadence.due(now):
+    def _request_due_checkpoint(self) -> None:
+        now, reporter = self._clock.monotonic(), self._reporter
+        if reporter is None or self._committer.unfinished or not self._committer.cadence.due(now):
             return
-        self._commits.cadence.requested(now)
-        self._group.save(reporter)
+        self._committer.cadence.requested(now)
+        self._group.request_checkpoint(reporter)
 
-    def _show(self, state: str) -> None:
-        handles = self._group.handles
-        living = {w: handles[w].host for w in self._generation.members if not handles[w].dead}
-        self._live.show(
-            state=state,
-            step=self._reports.committed,
-            total_steps=self._plan.total_steps,
-            generation=self._generation.number,
-            world_size=len(living),
-            members=living,
-            workers={"min": self._scaling.low, "max": self._scaling.high},
-            incidents=len(self._log.incidents),
-            goodput=round(self._ledger.goodput, 4),
-        )
+    def _take_checkpoint_results(self) -> None:
+        """A checkpoint that failed is an incident, and is tried again soon; where one is required, the run ends."""
+        for result in self._committer.take_results():
+            self._state.checkpoint_ended(result.error, required=self._config.checkpoint.required)
+            if result.error is not None:
+                self._journal.incidents.add("checkpoint failed", result.step, detail=result.error)
 
-    # -- the end ----------------------------------------------------------------------
+    def _show(self, run_state: str) -> None:
+        bounds = {"min": self._scaling.low, "max": self._scaling.high}
+        total_steps = self._plan.total_steps
+        self._journal.show(run_state, self._state, self._group.workers, total_steps=total_steps, workers=bounds)
 
-    def _end(self, decision: policy.End, patience_s: float = SAVE_S) -> Outcome:
-        statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
-        failures = [s.failure for s in statuses.values() if s.failure]
-        self._ending.drain(5.0 if failures else patience_s)
-        rescued = self._ending.rescue()
-        if self._reports.unsaved:
-            decision = policy.End(TerminalState.FAILED, self._reports.unsaved)
-        statuses = {w: h.status for w, h in self._group.handles.items() if h.status}
-        members = {w: s for w, s in statuses.items() if w in self._generation.members}
-        hashes = {s.state_sha256 for s in members.values() if s.state_sha256}
-        reason = decision.reason
-        failure = failures[-1] if failures else self._roll.last_failure
-        if failures and decision.state is TerminalState.FAILED:
-            reason = f"{failures[-1].kind}: {failures[-1].message}"
-        if len(hashes) > 1:
-            self._listener.note("the replicas ended with different bits: please report this")
+    def _now_ms(self) -> int:
+        return int(self._clock.time() * 1000)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _end(self, decision: policy.End) -> Outcome:
+        """Fetch the last records and checkpoint, rescue the state where it could not be written, and sum up."""
+        state = self._state
+        state.end_begun(self._clock.monotonic())
+        failures = [w.status.failure for w in self._group.workers.values() if w.status and w.status.failure]
+        no_checkpoint_comes = bool(failures or state.required_checkpoint_error)
+        members = state.generation.members
+        self._drain(members, _LAST_RECORDS_S if no_checkpoint_comes else _LAST_CHECKPOINT_S)
+        unsaved_at = self._rescue(members)
+        if state.required_checkpoint_error:
+            decision = policy.End(TerminalState.FAILED, state.required_checkpoint_error)
+        state.ended(self._clock.monotonic())
+        outcome = self._outcome(decision, members, failures)
+        outcome.unsaved_at = unsaved_at
         self._show(str(decision.state))
-        verdict = None
-        if self._chaos is not None:
-            self._chaos.finished(decision.state is TerminalState.FINISHED)
-            verdict = self._chaos.verdict(sum(i.steps_lost for i in self._log.incidents))
+        return outcome
+
+    def _outcome(self, decision: policy.End, members: tuple[str, ...], failures: list[WorkerFailure]) -> Outcome:
+        state, incidents = self._state, self._journal.incidents
+        statuses = {w: worker.status for w, worker in self._group.workers.items() if worker.status}
+        last = {w: s for w, s in statuses.items() if w in members}
+        hashes = {s.state_sha256 for s in last.values() if s.state_sha256}
+        if len(hashes) > 1:
+            self._journal.listener.note("the replicas ended with different bits: please report this")
+        failed = decision.state is TerminalState.FAILED
+        self._chaos.finished(decision.state is TerminalState.FINISHED)
         return Outcome(
-            decision.state,
-            reason,
-            self._reports.committed,
-            failure if decision.state is TerminalState.FAILED else None,
-            self._commits.newest,
-            min(hashes) if len(hashes) == 1 else None,
-            self._ledger.wall_s,
-            self._ledger.useful_s,
-            (self._reports.committed - self._first_step) * self._plan.batch_size,
-            self._log.incidents,
-            max((s.peak_rss_mb for s in statuses.values()), default=0.0),
-            {w: s.node for w, s in members.items()},
-            verdict,
-            rescued,
+            state=decision.state,
+            reason=f"{failures[-1].kind}: {failures[-1].message}" if failures and failed else decision.reason,
+            step=state.committed,
+            failure=(failures[-1] if failures else state.last_failure) if failed else None,
+            checkpoint=self._committer.newest,
+            state_sha256=min(hashes) if len(hashes) == 1 else None,
+            wall_s=incidents.wall_s,
+            useful_s=incidents.useful_s,
+            samples=(state.committed - self._first_step) * self._plan.batch_size,
+            incidents=self._journal.log.incidents,
+            peak_rss_mb=max((s.peak_rss_mb for s in statuses.values()), default=0.0),
+            workers={w: s.node for w, s in last.items()},
+            chaos=self._chaos.verdict(sum(i.steps_lost for i in self._journal.log.incidents)),
         )
+
+    def _drain(self, members: tuple[str, ...], patience_s: float) -> None:
+        """Fetch what the members still have: the last records, and their shares of the last checkpoint."""
+        deadline = self._clock.monotonic() + patience_s
+        living = lambda: {w for w in members if not self._group.workers[w].dead}  # noqa: E731
+        waiting = living()
+        quiet_rounds = 0
+        while waiting and quiet_rounds < 2 and self._clock.monotonic() < deadline:
+            before = self._journal.log.acknowledged
+            waiting -= self._poll(self._reporter, wait_s=0.02)
+            waiting &= living()
+            if waiting or self._committer.unfinished:
+                quiet_rounds = 0
+            else:  # all have answered: twice without anything new is the end
+                quiet_rounds = quiet_rounds + 1 if before == self._journal.log.acknowledged else 0
+                waiting = living()
+        self._committer.wait(deadline - self._clock.monotonic())
+        self._take_checkpoint_results()
+        self._journal.log.flush()
+
+    def _rescue(self, members: tuple[str, ...]) -> Location | None:
+        """Write the last state into the run's own folder when it could not be written where it belongs.
+
+        Returns the place that didn't take it; None where nothing had to be, or could be, rescued.
+        """
+        state, workers, wanted = self._state, self._group.workers, self._committer.root
+        holders = [
+            w
+            for w in members
+            if state.holds_state(w)
+            and not workers[w].dead
+            and (status := workers[w].status) is not None
+            and status.step == state.committed
+            and status.state in policy.ALIVE_IDLE
+        ]
+        if not state.checkpoint_failed or self._committer.step >= state.committed or not holders:
+            return None
+        folder = self._committer.use_rescue_folder()
+        if folder is None:
+            return None
+        holder = workers[holders[0]]
+        generation = state.form_rescue(holder.worker_id)
+        self._send_memberships(save_to=folder)
+        deadline = self._clock.monotonic() + _LAST_CHECKPOINT_S
+        while self._clock.monotonic() < deadline and not holder.dead:
+            self._poll(reporter=None, wait_s=_POLL_S)
+            now = holder.status
+            if now is not None and now.generation == generation.number and now.state is not WorkerState.RUNNING:
+                break
+        self._drain(generation.members, deadline - self._clock.monotonic())
+        return wanted if self._committer.step == state.committed else None

@@ -19,7 +19,7 @@ class WorkerView:
     generation: int = -1
     progress: tuple[int, int] = (0, -1)
     """(last committed step, last evaluated step)."""
-    joined: bool = False
+    holds_state: bool = False
     """Whether it holds the run's state: it was a member of a generation, or has got the checkpoint's."""
     leaving: bool = False
     """Its process or node was told to go away: a goodbye, not a fault."""
@@ -206,7 +206,7 @@ def _while_idle(view: View, alive: Mapping[str, WorkerView]) -> Decision:
     if failed:
         return Retire(failed)
     idle = {w: v for w, v in alive.items() if v.idle}
-    holders = [w for w, v in idle.items() if v.joined]
+    holders = [w for w, v in idle.items() if v.holds_state]
     best = max(holders, key=lambda w: (idle[w].progress, w), default="")
     unsaved = bool(holders) and idle[best].progress[0] > view.saved_step
     if view.stopping:
@@ -214,17 +214,17 @@ def _while_idle(view: View, alive: Mapping[str, WorkerView]) -> Decision:
         if interrupted and unsaved and not view.save_tried:
             return Form((best,), (), save_only=True)
         return End(TerminalState.KILLED, "stopped on request")
-    if view.members and not any(v.joined for v in alive.values()):
+    if view.members and not any(v.holds_state for v in alive.values()):
         return Restore()  # everyone who held the state is gone
     chosen = [w for w, v in idle.items() if v.staying]
-    if holders and not any(idle[w].joined for w in chosen):
+    if holders and not any(idle[w].holds_state for w in chosen):
         # Only workers that are about to go hold the state: they hand it on through a checkpoint.
         if chosen and not unsaved:
             return _form(view, chosen)
         if chosen and not view.save_tried:
             return Form((best,), (), save_only=True)
         chosen += holders
-    elif holders and idle[best].progress > max(idle[w].progress for w in chosen if idle[w].joined):
+    elif holders and idle[best].progress > max(idle[w].progress for w in chosen if idle[w].holds_state):
         chosen = [best, *(w for w in chosen if w != best)]  # what it alone has committed counts
     if len(chosen) < view.min_workers:
         chosen = list(idle)  # as long as they are there
@@ -253,7 +253,7 @@ def _form(view: View, chosen: Sequence[str]) -> Form:
     by_rank = sorted(
         chosen,
         key=lambda w: (
-            not view.workers[w].joined,
+            not view.workers[w].holds_state,
             tuple(-p for p in view.workers[w].progress),
             order.get(w, len(order)),
             w,
@@ -263,6 +263,6 @@ def _form(view: View, chosen: Sequence[str]) -> Form:
     behind = tuple(
         rank
         for rank, w in enumerate(by_rank)
-        if rank and (view.workers[w].progress < source.progress or not view.workers[w].joined)
+        if rank and (view.workers[w].progress < source.progress or not view.workers[w].holds_state)
     )
-    return Form(tuple(by_rank), behind, restore=not source.joined and view.saved_step >= 0)
+    return Form(tuple(by_rank), behind, restore=not source.holds_state and view.saved_step >= 0)

@@ -10,7 +10,7 @@ from descent.config import Composed
 from descent.messages import Incident
 
 if TYPE_CHECKING:
-    from descent.cluster.control.ending import Outcome
+    from descent.cluster.control.outcome import Outcome
     from descent.training.plan import Plan
 
 _SHOWN = 10

@@ -22,7 +22,7 @@ from descent.storage import Location
 from descent.tracking import Point, Tracker
 
 if TYPE_CHECKING:
-    from descent.cluster.control.ending import Outcome
+    from descent.cluster.control.outcome import Outcome
     from descent.cluster.run.display import Display
     from descent.training.plan import Prepared
 

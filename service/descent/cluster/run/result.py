@@ -11,7 +11,7 @@ from descent.errors import CheckpointError, StoreError
 from descent.messages import StepRecord
 
 if TYPE_CHECKING:
-    from descent.cluster.control.ending import Outcome
+    from descent.cluster.control.outcome import Outcome
     from descent.config.schema import KeepBest
     from descent.storage import Location
     from descent.tracking import Point

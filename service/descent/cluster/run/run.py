@@ -42,7 +42,7 @@ from descent.tracking.check import check_tracking
 
 if TYPE_CHECKING:
     from descent.cluster.control.checkpoints import CheckpointCommitter
-    from descent.cluster.control.ending import Outcome
+    from descent.cluster.control.outcome import Outcome
     from descent.cluster.workers.ray_cluster import Cluster
     from descent.training.plan import Plan, Prepared
 
@@ -164,7 +164,7 @@ class Run:
     def _train(self, prepared: "Prepared", cluster: "Cluster") -> RunResult:
         """Start the workers, give them to the controller, and record what comes of it."""
         from descent.cluster.control.controller import Controller
-        from descent.cluster.workers.group import WorkerGroup
+        from descent.cluster.workers.ray_group import RayWorkerGroup
         from descent.training.collectives import Store
 
         plan, resumed = prepared.plan, self.resumed
@@ -177,7 +177,7 @@ class Run:
         display = Display(self.console, title, plan.total_steps, plan.batch_size, first_step, plan.steps_per_epoch)
         recorder = self._recorder(prepared, display)
         listeners = ListenerGroup(display, recorder.tracker)
-        group = WorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
+        group = RayWorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
         group.start(plan.max_workers + self.config.spares)
         try:
             committer = self._committer()
@@ -197,11 +197,11 @@ class Run:
                 with display:
                     outcome = controller.run()
                 signals.training = False
-                group.release()
+                group.release_all()
                 committer.close()
                 return self._result(recorder, outcome, listeners, log)
         except BaseException:
-            group.release()
+            group.release_all()
             recorder.abandon()
             raise
         finally:

@@ -208,8 +208,8 @@ def disconnect() -> None:
     _remove_private_folder()
 
 
-def placeable(cpus: float, gpus: float) -> int:
-    """How many workers of this size the nodes that there are can hold when nothing else runs."""
+def capacity(cpus: float, gpus: float) -> int:
+    """How many workers of this size the cluster's living nodes hold when nothing else runs."""
     import ray
 
     room = 0
@@ -225,7 +225,7 @@ def check_fits(*, workers: int, cpus: float, gpus: float, wanted: str) -> None:
     """Raise ClusterError if `workers` of this size can't ever be placed on the nodes there are."""
     import ray
 
-    room = placeable(cpus, gpus)
+    room = capacity(cpus, gpus)
     if workers > room:
         nodes: list[dict[str, Any]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         total = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)

@@ -1,7 +1,7 @@
-"""The worker actor: training on a thread of its own, while the event loop answers.
+"""The worker actor: it trains on a thread of its own, while its event loop answers the controller.
 
-The actor never calls anyone. The controller polls it, and the poll returns early when
-there is something to say, so that a fault is known within milliseconds.
+The actor never calls another process. The controller polls it, and a poll returns early when something
+has happened, so that a fault is known within milliseconds.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -27,12 +27,17 @@ from descent.messages import (
     EvaluationRecord,
     Fault,
     Membership,
+    Notice,
+    ShareWritten,
     TrainingRecord,
     WorkerFailure,
     WorkerSpec,
     WorkerState,
     WorkerStatus,
 )
+
+if TYPE_CHECKING:
+    from descent.training.trainer import Control, Trainer
 
 _RECORDS_PER_POLL = 4000
 
@@ -51,7 +56,7 @@ def _bind_interface(address: str) -> None:
 
 
 class Worker:
-    """One device, one replica. Made a Ray actor by `worker_group`."""
+    """One device and one replica; `ray_group.RayWorkerGroup` makes it a Ray actor."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         os.umask(0o077)  # a run's files are for its owner only
@@ -62,28 +67,29 @@ class Worker:
             _bind_interface(ray.util.get_node_ip_address())
         else:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        self._state = WorkerState.STARTING
-        self._generation = -1
+        self._position = (WorkerState.STARTING, -1)
+        """(state, generation): one value, so that no poll sees the state of one generation with another's number."""
         self._failure: WorkerFailure | None = None
         self._out_of_memory = False
         self._broken_by = ""
         self._sha256: str | None = None
         self._leaving = False
-        self._control: Any = None
-        self._commands: queue.Queue[Membership | None] = queue.Queue()
+        self._control: Control | None = None
+        """None until the replica is built."""
+        self._memberships: queue.Queue[Membership | None] = queue.Queue()
         self._changed = threading.Event()
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._say_goodbye_on_sigterm()
+        self._leave_on_sigterm()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
 
-    def _say_goodbye_on_sigterm(self) -> None:
-        """A SIGTERM announces the end: tell the controller, which pauses the others and lets us go.
+    def _leave_on_sigterm(self) -> None:
+        """On a SIGTERM report that this process will end soon; the controller then goes on without it.
 
-        Only the main thread could set a handler, and an actor never gets to run there; but
-        the handler that Ray has set there ends in this function of its, which we replace.
-        Where Ray has no such function any more, a SIGTERM stays what it was: a crash, survived.
+        Only the main thread can set a signal handler, and an actor's code never runs there. But Ray has
+        set a handler there that calls the function replaced here. Where a later Ray has no such function,
+        a SIGTERM is a crash, which the others survive.
         """
         internals = ray._private.worker
         if hasattr(internals, "raise_sys_exit_with_custom_error_message"):
@@ -102,12 +108,12 @@ class Worker:
             trainer = self._build()
             gc.freeze()  # imports and model stay: no collection of cycles looks through them again
             self._become(WorkerState.READY)
-            while (membership := self._commands.get()) is not None:
-                self._serve(trainer, membership)
+            while (membership := self._memberships.get()) is not None:
+                self._run_generation(trainer, membership)
         except BaseException as error:
             self._fail(error)
 
-    def _build(self) -> Any:
+    def _build(self) -> "Trainer":
         import torch
 
         from descent.config import recompose
@@ -115,33 +121,33 @@ class Worker:
         from descent.training.trainer import Control, Trainer
 
         plan = Plan.from_dict(self._spec.plan)
-        self._control = Control(notify=self._notify)
+        control = self._control = Control(notify=self._notify)
         device = torch.device("cuda", 0) if plan.device == "cuda" else torch.device("cpu")
-        trainer = Trainer(recompose(self._spec.config), plan, Path(self._spec.run_dir), device, self._control)
-        return trainer
+        return Trainer(recompose(self._spec.config), plan, Path(self._spec.run_dir), device, control)
 
-    def _serve(self, trainer: Any, membership: Membership) -> None:
+    def _run_generation(self, trainer: "Trainer", membership: Membership) -> None:
+        """Be a member of one generation until it ends; how it ended is the state afterwards."""
         from descent.training.checkpointing.restoring import NotRestored
         from descent.training.collectives import PeerLost
         from descent.training.trainer import OutOfMemory
 
-        self._control.diverged = ()
-        self._generation = membership.generation
+        control, generation = trainer.control, membership.generation
+        control.diverged = ()
         self._out_of_memory, self._broken_by = False, ""
-        self._become(WorkerState.RUNNING)
+        self._become(WorkerState.RUNNING, generation)
         try:
             outcome = trainer.run(membership)
-            self._control.enter("finish")
+            control.enter("finish")
             trainer.finish_saving()
             if outcome == "finished":
                 self._sha256 = trainer.sha256()
-            self._become(WorkerState.FINISHED if outcome == "finished" else WorkerState.PAUSED)
+            self._become(WorkerState.FINISHED if outcome == "finished" else WorkerState.PAUSED, generation)
         except OutOfMemory:
             self._out_of_memory = True
-            self._become(WorkerState.BROKEN)
+            self._become(WorkerState.BROKEN, generation)
         except (PeerLost, NotRestored) as lost:
-            self._broken_by = f"in {self._control.phase}: {lost}"
-            self._become(WorkerState.BROKEN)
+            self._broken_by = f"in {control.phase}: {lost}"
+            self._become(WorkerState.BROKEN, generation)
 
     def _fail(self, error: BaseException) -> None:
         from descent.errors import DescentError
@@ -155,10 +161,10 @@ class Worker:
         )
         self._become(WorkerState.FAILED)
 
-    def _become(self, state: WorkerState) -> None:
+    def _become(self, state: WorkerState, generation: int | None = None) -> None:
         if self._control is not None:
             self._control.enter(str(state))
-        self._state = state
+        self._position = (state, self._position[1] if generation is None else generation)
         self._notify()
 
     def _notify(self) -> None:
@@ -170,7 +176,7 @@ class Worker:
     # -- the event loop ---------------------------------------------------------------
 
     async def poll(self, acknowledged: Acknowledged, with_records: bool, wait_s: float) -> WorkerStatus:
-        """How things stand; returns at once when something happened, else after `wait_s`.
+        """The worker's status, at once when something has happened since the last poll, else after `wait_s`.
 
         acknowledged: the records that the controller has logged; they are kept no longer.
         """
@@ -185,29 +191,30 @@ class Worker:
 
     def _status(self, acknowledged: Acknowledged, with_records: bool) -> WorkerStatus:
         control = self._control
-        state = self._state  # read first: what follows is at least as new
+        state, generation = self._position  # read first: what follows is at least as new
         records: tuple[TrainingRecord, ...] = ()
-        parts = notices = ()
+        shares: tuple[ShareWritten, ...] = ()
+        notices: tuple[Notice, ...] = ()
         if control is not None:
             kept = control.records
             while kept and _is_acknowledged(kept[0], acknowledged):
                 kept.popleft()
-            parts = tuple(control.parts.popleft() for _ in range(len(control.parts)))
-            # What the run will go on from must be logged before it does: this may be the last
-            # who has the records of the state that it hands on, or of a checkpoint.
-            if with_records or parts or state is not WorkerState.RUNNING:
+            shares = tuple(control.parts.popleft() for _ in range(len(control.parts)))
+            # A state that the run goes on from must be logged before it does. This worker may be the last
+            # that has the records of the state that it broadcasts, or of a checkpoint.
+            if with_records or shares or state is not WorkerState.RUNNING:
                 records = tuple(kept[i] for i in range(min(len(kept), _RECORDS_PER_POLL)))
             notices = tuple(control.notices.popleft() for _ in range(len(control.notices)))
         return WorkerStatus(
             worker_id=self._spec.worker_id,
             state=state,
-            generation=self._generation,
+            generation=generation,
             step=control.step if control else 0,
             evaluated=control.evaluated if control else -1,
             phase=control.phase if control else "import",
             phase_age_s=time.monotonic() - control.phase_since if control else 0.0,
             records=records,
-            parts=parts,
+            shares=shares,
             notices=notices,
             failure=self._failure,
             out_of_memory=self._out_of_memory,
@@ -224,25 +231,25 @@ class Worker:
 
     async def join(self, membership: Membership) -> None:
         """Become a member of a newer generation; an older one is refused."""
-        if membership.generation <= self._generation:
+        if membership.generation <= self._position[1]:
             return
         if self._control is not None:
             self._control.abort.clear()
-            # Here and not when the thread takes it up: a wish that comes in between counts.
+            # Here, and not when the training thread begins: a pause that is requested in between counts.
             self._control.pause = False
-        self._commands.put(membership)
+        self._memberships.put(membership)
 
     async def abort(self, generation: int) -> None:
-        """Leave a generation whose peers are gone, at the next slice of a wait."""
-        if self._control is not None and generation >= self._generation:
+        """Leave `generation`, or an older one, at the next slice of a wait for its peers."""
+        if self._control is not None and generation >= self._position[1]:
             self._control.abort.set()
 
-    async def pause(self) -> None:
+    async def request_pause(self) -> None:
         """Vote for all to stop at the step's end."""
         if self._control is not None:
             self._control.pause = True
 
-    async def save(self) -> None:
+    async def request_checkpoint(self) -> None:
         """Vote for a checkpoint at the step's end."""
         if self._control is not None:
             self._control.save = True

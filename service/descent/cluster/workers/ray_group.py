@@ -1,0 +1,174 @@
+"""The worker group of a run: Ray actors. It starts, polls, commands and ends them, and decides nothing."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from descent.cluster.workers.group import WorkerInfo
+from descent.cluster.workers.ray_cluster import capacity
+from descent.cluster.workers.worker import Worker
+from descent.messages import Acknowledged, Fault, Membership, WorkerSpec, WorkerStatus
+
+
+@dataclass
+class _Handle:
+    """One actor, and the poll that it has not answered yet."""
+
+    actor: Any  # a Ray actor handle: its methods exist only remotely, so Ray types them as Any
+    answered_at: float
+    """Monotonic time of the last answer; before the first: of the start."""
+    poll: Any = None
+    """The reference of the unanswered poll."""
+    unanswered_s: float = 0.0
+    """Seconds since that poll was sent, without the time in which the controller was busy."""
+
+
+class RayWorkerGroup:
+    """All workers of a run, of every generation, as Ray actors; see `group.WorkerGroup` for what each method means."""
+
+    def __init__(self, template: WorkerSpec, *, cpus: float, gpus: float) -> None:
+        """template: each worker's spec but for its id. cpus, gpus: of one worker."""
+        self._template, self._cpus, self._gpus = template, cpus, gpus
+        self._workers: dict[str, WorkerInfo] = {}
+        self._handles: dict[str, _Handle] = {}
+
+    @property
+    def workers(self) -> Mapping[str, WorkerInfo]:
+        return self._workers
+
+    def start(self, count: int) -> list[str]:
+        started = []
+        for _ in range(count):
+            worker_id = f"w{len(self._workers)}"
+            spec = replace(self._template, worker_id=worker_id)
+            # The name is for people: in Ray's dashboard, `ray list actors`, `ray kill-actor`.
+            name = f"{Path(spec.run_dir).name}/{worker_id}"
+            options: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0}
+            if not spec.loopback:  # the workers of a private cluster inherit this from the driver
+                options["runtime_env"] = {"env_vars": {"PYTHONHASHSEED": "0"}}
+            actor = ray.remote(Worker).options(name=name, **options).remote(spec)
+            self._handles[worker_id] = _Handle(actor, answered_at=time.monotonic())
+            self._workers[worker_id] = WorkerInfo(worker_id)
+            started.append(worker_id)
+        return started
+
+    def room(self) -> int:
+        free = ray.available_resources()
+        room = float(free.get("CPU", 0)) / self._cpus
+        if self._gpus:
+            room = min(room, float(free.get("GPU", 0)) / self._gpus)
+        return int(room + 1e-9)
+
+    def capacity(self) -> int:
+        return capacity(self._cpus, self._gpus)
+
+    def draining_nodes(self) -> set[str]:
+        # Ray has no public way to ask; its own Train library reads the same place.
+        with contextlib.suppress(RayError, AttributeError, RuntimeError):
+            return set(ray._private.state.state.get_draining_nodes())
+        return set()
+
+    def poll(self, *, acknowledged: Acknowledged, reporter: str | None, wait_s: float) -> list[WorkerStatus]:
+        pending = {}
+        for worker_id, worker in self._workers.items():
+            if worker.dead:
+                continue
+            handle = self._handles[worker_id]
+            if handle.poll is None:
+                handle.poll = handle.actor.poll.remote(acknowledged, worker_id == reporter, wait_s)
+                handle.unanswered_s = 0.0
+            pending[handle.poll] = worker_id
+        if not pending:
+            time.sleep(min(wait_s, 0.05))
+            return []
+        began = time.monotonic()
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=wait_s + 0.2)
+        # Answers that came in the meantime are taken along without a wait of their own.
+        more, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        # Only the time of this wait counts: while the controller was busy elsewhere the answers may have
+        # been there already, and no worker may be taken for dead because of that.
+        waited_s = min(time.monotonic() - began, 2 * wait_s + 0.4)
+        for worker_id in pending.values():
+            self._handles[worker_id].unanswered_s += waited_s
+        answers = ((pending[reference], self._answer(pending[reference], reference)) for reference in {*ready, *more})
+        return [status for _, status in answers if status is not None]
+
+    def _answer(self, worker_id: str, reference: Any) -> WorkerStatus | None:
+        """The status that a worker has sent; None, and the worker marked as dead, where it can't send one."""
+        worker, handle = self._workers[worker_id], self._handles[worker_id]
+        handle.poll = None
+        try:
+            status: WorkerStatus = ray.get(reference, timeout=5)
+        except GetTimeoutError:
+            return None
+        except RayError as error:
+            worker.dead, worker.cause = True, _cause(error)
+            worker.excused |= "node has died" in str(error)
+            return None
+        worker.status, handle.answered_at = status, time.monotonic()
+        return status
+
+    def since_answer_s(self, worker_id: str) -> float:
+        return time.monotonic() - self._handles[worker_id].answered_at
+
+    def unanswered_s(self, worker_id: str) -> float:
+        worker, handle = self._workers[worker_id], self._handles[worker_id]
+        if worker.dead or worker.status is None or handle.poll is None:
+            return 0.0
+        return handle.unanswered_s
+
+    def join(self, worker_id: str, membership: Membership) -> None:
+        self._handles[worker_id].actor.join.remote(membership)
+
+    def abort(self, worker_id: str, generation: int) -> None:
+        self._handles[worker_id].actor.abort.remote(generation)
+
+    def request_pause(self, worker_id: str) -> None:
+        self._handles[worker_id].actor.request_pause.remote()
+
+    def request_checkpoint(self, worker_id: str) -> None:
+        self._handles[worker_id].actor.request_checkpoint.remote()
+
+    def inject(self, worker_id: str, fault: Fault) -> None:
+        self._handles[worker_id].actor.inject.remote(fault)
+
+    def kill(self, worker_id: str, cause: str) -> None:
+        worker = self._workers[worker_id]
+        worker.dead, worker.cause = True, cause
+        status = worker.status
+        if status is not None and status.host == socket.gethostname() and status.pid:
+            # A stopped process doesn't answer Ray either; the signal reaches it at once.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(status.pid, signal.SIGKILL)
+        self._end_actor(worker_id)
+
+    def release(self, worker_id: str, cause: str) -> None:
+        worker = self._workers[worker_id]
+        worker.dead, worker.cause, worker.excused = True, cause, True
+        self._end_actor(worker_id)
+
+    def _end_actor(self, worker_id: str) -> None:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(self._handles[worker_id].actor, no_restart=True)
+
+    def release_all(self) -> None:
+        for worker_id, worker in self._workers.items():
+            if not worker.dead:
+                self.release(worker_id, "released")
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if "exit" in line.lower() or "killed" in line.lower()),
+        lines[0] if lines else "died",
+    )[:300]
