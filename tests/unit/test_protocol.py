@@ -119,7 +119,7 @@ BROKEN: dict[str, tuple[Rules, Scenario, str]] = {
     "survivors are not waited for": (
         Rules(decide=_survivors_are_not_waited_for),
         Scenario(1, 3, faults=1, prompt=True),
-        "going on from step",
+        "no such step of the controller",
     ),
     "back to the checkpoint while somebody lives": (Rules(decide=_restores_too_early), TWO, "living worker"),
     "the checkpoint is not restored": (Rules(decide=_never_restores_the_checkpoint), TWO, "going on from step 0"),

@@ -141,7 +141,8 @@ class Explorer:
             yield what, after, False
         if self.scenario.stop and not seen.stopping:
             yield "the user asks for the end", self.react(world, ("stop",)), True
-        if not count:  # messages take milliseconds, patience a minute
+        if not count and seen.state in (ControllerState.STARTING, ControllerState.REGROUPING):
+            # Messages take milliseconds, patience a minute.
             after = self.react(world, ("wait", LONG_S))
             if after != world:
                 yield "patience ends", after, False
@@ -161,7 +162,7 @@ class Explorer:
                     yield "an abort is not followed", after
         stuck = any(world.workers[m].life == "wedged" for m in seen.members)
         said = [m for m in running if seen.statuses[m].state == S.RUNNING.value]  # type: ignore[union-attr]
-        if stuck and said and not seen.stalled:
+        if stuck and said and not seen.stalled & set(running):
             yield "the members stand still", self.react(world, ("still", tuple(said)))
 
     def _counts_as_running(self, status: Any, seen: Seen) -> bool:
@@ -171,7 +172,8 @@ class Explorer:
         worker, seen = world.workers[index], self.machine.seen(world.controller)
         if index not in seen.dead and (how := self._can_be_found(worker, index, seen)):
             event = ("still", (index,)) if how == "still" else ("lost", index, how)
-            yield "is found to be lost", self.react(world, event)
+            if (after := self.react(world, event)) != world:
+                yield "is found to be lost", after
         if worker.life in ("up", "wedged"):
             if index not in seen.dead and self._has_news(worker, index, seen):
                 yield f"answers: {worker.state}", self.receive(world, index)

@@ -25,7 +25,7 @@ from descent.messages import Incident, ShareWritten, StepRecord, TrainingRecord,
 from descent.training.collectives import Store
 from descent.training.plan import Plan
 from tests.unit.membership.double import ManualClock, ScriptedGroup
-from tests.unit.membership.world import Rules, S, Scenario, Status
+from tests.unit.membership.world import Rules, S, Scenario, Status, Violation
 
 LONG_S = 1e9
 ABORT_S = 11.0
@@ -206,7 +206,10 @@ class Machine:
             self.controller._scaling._looked_at = -LONG_S
             self._decisions.clear()
             at = self._clock.now
-            end = self.controller.turn()
+            try:
+                end = self.controller.turn()
+            except AssertionError as error:
+                raise Violation(f"no such step of the controller: {error}") from error
             self._clock.now = at
             actions += [("decision", d) for d in self._decisions]
             actions += [(command, (index(w), argument)) for command, w, argument in self._group.sent]

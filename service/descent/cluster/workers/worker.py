@@ -56,17 +56,13 @@ def _bind_interface(address: str) -> None:
 
 
 class Worker:
-    """One device and one replica; `ray_group.RayWorkerGroup` makes it a Ray actor."""
+    """One device and one replica, in a process of its own; `ray_group` makes `RayWorker` a Ray actor."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, node: str = "") -> None:
+        """node: the cluster's id of the machine."""
         os.umask(0o077)  # a run's files are for its owner only
         use_import_paths(spec.import_paths)
-        self._spec = spec
-        self._node = ray.get_runtime_context().get_node_id()
-        if not spec.loopback:
-            _bind_interface(ray.util.get_node_ip_address())
-        else:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        self._spec, self._node = spec, node
         self._position = (WorkerState.STARTING, -1)
         """(state, generation): one value, so that no poll sees the state of one generation with another's number."""
         self._failure: WorkerFailure | None = None
@@ -80,26 +76,13 @@ class Worker:
         self._changed = threading.Event()
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._leave_on_sigterm()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
 
-    def _leave_on_sigterm(self) -> None:
-        """On a SIGTERM report that this process will end soon; the controller then goes on without it.
-
-        Only the main thread can set a signal handler, and an actor's code never runs there. But Ray has
-        set a handler there that calls the function replaced here. Where a later Ray has no such function,
-        a SIGTERM is a crash, which the others survive.
-        """
-        internals = ray._private.worker
-        if hasattr(internals, "raise_sys_exit_with_custom_error_message"):
-
-            def leave(*_: object, **__: object) -> None:
-                self._leaving = True
-                self._notify()
-
-            internals.raise_sys_exit_with_custom_error_message = leave
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    def leave(self) -> None:
+        """Report that this process will end soon; the controller then goes on without it."""
+        self._leaving = True
+        self._notify()
 
     # -- the training thread ----------------------------------------------------------
 
@@ -270,3 +253,27 @@ def _is_acknowledged(record: TrainingRecord, acknowledged: Acknowledged) -> bool
     if isinstance(record, EvaluationRecord):
         return record.step <= acknowledged.evaluation
     return record.step <= acknowledged.step
+
+
+class RayWorker(Worker):
+    """A worker as a Ray actor: it knows its node, and a SIGTERM makes it leave."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        if spec.loopback:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        else:
+            _bind_interface(ray.util.get_node_ip_address())
+        super().__init__(spec, ray.get_runtime_context().get_node_id())
+        self._leave_on_sigterm()
+
+    def _leave_on_sigterm(self) -> None:
+        """On a SIGTERM report that this process will end soon.
+
+        Only the main thread can set a signal handler, and an actor's code never runs there. But Ray has
+        set a handler there that calls the function replaced here. Where a later Ray has no such function,
+        a SIGTERM is a crash, which the others survive.
+        """
+        internals = ray._private.worker
+        if hasattr(internals, "raise_sys_exit_with_custom_error_message"):
+            internals.raise_sys_exit_with_custom_error_message = lambda *_, **__: self.leave()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
