@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.conductor import RUN
+from tests.distributed.led import RUN
 from tests.distributed.replicas import Case, Crew, Told, crew
 
 

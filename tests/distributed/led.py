@@ -8,7 +8,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from descent.checkpoint import manifest as checkpoint
+from descent.checkpoint.manifest import read_manifest
 from descent.cluster.control.checkpoints import CheckpointCommitter
 from descent.cluster.control.controller import Controller
 from descent.cluster.control.outcome import Outcome
@@ -222,7 +222,7 @@ class LedRun:
         config = case.config.model_copy(update={"spares": 4 if most else 0})
         self.log = RunLog(Path(tempfile.mkdtemp(dir=case.run_dir)))
         self.committer = CheckpointCommitter(root, "r", "0" * 64, config.checkpoint, resumed)
-        first_step = checkpoint.read_manifest(resumed).step if resumed else 0
+        first_step = read_manifest(resumed).step if resumed else 0
         self.controller = Controller(
             config, plan, self.group, Store("127.0.0.1"), self.log, self.committer, self.kept, first_step=first_step
         )

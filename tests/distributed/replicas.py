@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from descent.config import RunConfig, compose, recompose
-from descent.messages import Fault, Membership, Notice, ShareWritten, TrainingRecord
+from descent.messages import Fault, Membership, Notice, ShareWritten, TrainingRecord, WorkerSpec
 from descent.training.collectives import Store
 from descent.training.faults import PHASES
 from descent.training.plan import Plan, prepare
@@ -141,6 +141,7 @@ class _Side:
         self.trainer: Any = None
         self.control: Any = None
         self.leaving = False
+        self.worker: Any = None
 
     def serve(self) -> None:
         signal.signal(signal.SIGTERM, self.leave)
@@ -158,10 +159,24 @@ class _Side:
                 threading.Thread(target=self.run, args=(membership,), daemon=True).start()
             elif command == "abort":
                 self.control.abort.set()
+            elif command == "work":
+                self.work(*argument)
 
     def leave(self, *_: object) -> None:
         """SIGTERM is a pause and a goodbye."""
-        self.leaving = self.control.pause = True
+        if self.worker is not None:
+            self.worker.leave()
+        else:
+            self.leaving = self.control.pause = True
+
+    def work(self, spec: WorkerSpec, faults: tuple[Fault, ...], tamper: Callable[[Any], None] | None) -> None:
+        """Be a worker that a controller leads (see `led`), until it lets go."""
+        from tests.distributed.worker_process import TestedWorker, serve, wait_until_built
+
+        self.worker = TestedWorker(spec, faults, tamper)
+        wait_until_built(self.worker)
+        serve(self.pipe, self.worker)
+        self.worker = None
 
     def build(
         self,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from descent.messages import Membership
 from descent.training.slot_balancer import assign_slots
-from tests.distributed.conductor import Conductor
+from tests.distributed.led import LedRun
 from tests.distributed.replicas import Case, Crew, Replica, Told, cut
 
 
@@ -49,18 +49,22 @@ def test_no_thread_of_a_generation_that_broke_goes_on_computing(pool: Crew, case
         for w in (0, 1, 2)
         for _ in range(8)
     ]
-    conductor = Conductor(pool, case)
-    conductor.start(3, *faults)
-    while not conductor.members or any(conductor.told[w].state != "finished" for w in conductor.members):
-        conductor.generation()
-        before = {w: _computed_s(conductor.replicas[w]) for w in conductor.members}
+    run = LedRun(pool, case)
+    run.start(3, *faults)
+    spinning: list[dict[str, float]] = []
+
+    def look() -> None:
+        """Between two generations, when all members have left the one that broke."""
+        before = {w: _computed_s(replica) for w, replica in run.group.replicas.items()}
         time.sleep(0.5)
-        after = {w: _computed_s(conductor.replicas[w]) for w in conductor.members}
-        # They look about them a hundred times a second, which takes some milliseconds.
-        assert all(after[w] - before[w] < 0.1 for w in before), (before, after)
-    assert len(conductor.formed) > 6
-    assert {conductor.told[w].sha256 for w in conductor.members} == {undisturbed.sha256}
-    pool.give(list(conductor.replicas.values()))
+        spinning.append({w: _computed_s(replica) - before[w] for w, replica in run.group.replicas.items()})
+
+    run.group.before_join = look
+    outcome = run.finish()
+    # They look about them a hundred times a second, which takes some milliseconds.
+    assert all(computed < 0.1 for found in spinning for computed in found.values()), spinning
+    assert len(run.formed) > 6 and len(spinning) == len(run.formed)
+    assert outcome.state_sha256 == undisturbed.sha256
 
 
 def _computed_s(replica: Replica) -> float:

@@ -16,8 +16,8 @@ from xxhash import xxh128_hexdigest
 
 from descent.checkpoint.manifest import MANIFEST, commit_checkpoint, read_manifest
 from descent.checkpoint.reader import files_of_rank, verify_checkpoint
-from tests.distributed.conductor import RUN, Conductor, parts_of
-from tests.distributed.replicas import Case, Crew, Told, fail
+from tests.distributed.led import RUN, LedRun, assert_metrics_after, shares_of
+from tests.distributed.replicas import Case, Crew, Injected, Told, fail
 from tests.distributed.test_equal_for_any_world import MODELS
 
 
@@ -25,14 +25,13 @@ def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Told],
     """The whole run by `before` replicas, and its checkpoints of these steps."""
     whole = pool.train(case, before)
     root = case.run_dir / "checkpoints"
-    return whole, [commit_checkpoint(root, parts_of(whole, step), run="r", config_sha256="0" * 64) for step in steps]
+    return whole, [commit_checkpoint(root, shares_of(whole, step), run="r", config_sha256="0" * 64) for step in steps]
 
 
-def resumed(pool: Crew, case: Case, target: Path, after: int, *faults) -> Conductor:  # type: ignore[no-untyped-def]
-    conductor = Conductor(pool, case)
-    conductor.start(after, *faults)
-    conductor.saved = target
-    return conductor
+def resumed(pool: Crew, case: Case, target: Path, after: int, *faults: Injected) -> LedRun:
+    run = LedRun(pool, case, resumed=target)
+    run.start(after, *faults)
+    return run
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
@@ -42,11 +41,11 @@ def test_resumed_from_a_checkpoint_by_other_replicas(
 ) -> None:
     case = Case.of([*RUN, "checkpoint.every=5", f"schedule={schedule}"], tmp_path)
     whole, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), before, 10)
-    conductor = resumed(pool, case, target, after)
-    last = conductor.finish()
-    assert [form.restore for form in conductor.formed] == [True]
-    assert last.sha256 == whole[0].sha256
-    assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 10]
+    run = resumed(pool, case, target, after)
+    last = run.finish()
+    assert len(run.formed) == 1 and run.group.memberships[1]["w0"].restore_from == str(target)
+    assert last.state_sha256 == whole[0].sha256
+    assert_metrics_after(run, whole[0], 10)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -54,9 +53,10 @@ def test_every_model_is_resumed_unchanged(pool: Crew, tmp_path: Path, model: lis
     common = ["batch.size=24", "steps=8", "epochs=null", "checkpoint.every=4", "reduction=exact"]
     case = Case.of([*model, *common], tmp_path, 4)
     whole, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 4)
-    last = resumed(pool, case, target, 3).finish()
-    assert (last.step, last.sha256) == (8, whole[0].sha256)
-    assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 4]
+    run = resumed(pool, case, target, 3)
+    last = run.finish()
+    assert (last.step, last.state_sha256) == (8, whole[0].sha256)
+    assert_metrics_after(run, whole[0], 4)
 
 
 def test_each_rank_reads_its_files_and_all_have_the_state(pool: Crew, tmp_path: Path) -> None:
@@ -92,14 +92,13 @@ def test_a_share_that_can_not_be_read_takes_all_back_to_the_checkpoint_before(
         victim.unlink()
     else:
         victim.write_bytes(content if harm == "flip" else content[:-1])
-    conductor = resumed(pool, case, target, 2)
-    conductor.generation()
-    assert [told.state for told in conductor.told.values()] == ["broken"] * 2
-    assert [n.rank for n in conductor.notices if n.kind == "restore failed"] == [1]
-    last = conductor.finish()
-    assert len(conductor.skipped) == 1 and victim.name in conductor.skipped[0]
-    assert last.sha256 == whole[0].sha256
-    assert last.metrics == [(step, m) for step, m in whole[0].metrics if step > 5]
+    run = resumed(pool, case, target, 2)
+    last = run.finish()
+    assert [i.worker for i in run.kept.incidents if i.kind == "restore failed"] == ["w1"]
+    skipped = [line for line in run.kept.notes if line.startswith("skipped checkpoint")]
+    assert len(skipped) == 1 and victim.name in skipped[0]
+    assert last.state_sha256 == whole[0].sha256
+    assert_metrics_after(run, whole[0], 5)
 
 
 def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(pool: Crew, tmp_path: Path) -> None:
@@ -117,9 +116,9 @@ def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(pool: Cre
 def test_a_member_that_dies_in_the_exchange_is_survived(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "checkpoint.every=5"], tmp_path)
     whole, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 2, 10)
-    conductor = resumed(pool, case, target, 3, fail(worker=0).at(step=1, phase="receive"))
-    last = conductor.finish()
-    assert conductor.lost == 1 and last.sha256 == whole[0].sha256
+    run = resumed(pool, case, target, 3, fail(worker=0).at(step=1, phase="receive"))
+    last = run.finish()
+    assert run.lost == 1 and last.state_sha256 == whole[0].sha256
 
 
 def reseal(target: Path, change: Callable[[dict[str, Tensor]], None], group: str) -> None:

@@ -1,4 +1,4 @@
-"""A fault of each kind in each phase; the survivors go on, and nothing tells afterwards.
+"""A fault of each kind in each phase; the survivors go on, and nothing shows afterwards.
 
 Nothing: the hash of the final state, the figures of every step and evaluation, each
 logged once, are those of the undisturbed run.
@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from descent.checkpoint.manifest import commit_checkpoint
 from descent.checkpoint.reader import read_checkpoint
 from tests.distributed import tally
-from tests.distributed.conductor import (
-    RUN,
-    Conductor,
-    assert_nothing_tells,
-    assert_survives,
-    parts_of,
-)
+from tests.distributed.led import RUN, LedRun, assert_nothing_shows, assert_survives
 from tests.distributed.replicas import (
     Case,
     Crew,
@@ -118,21 +111,21 @@ def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Inject
 def test_a_worker_is_cut_off_from_the_others_and_stays(
     pool: Crew, case: Case, undisturbed: Told, fault: Injected
 ) -> None:
-    conductor = assert_survives(pool, case, undisturbed, 3, fault)
-    assert conductor.lost == 0
-    assert len(conductor.members) == 3
+    run = assert_survives(pool, case, undisturbed, 3, fault)
+    assert run.lost == 0
+    assert len(run.members) == 3
 
 
 def test_a_slow_worker_is_waited_for(pool: Crew, case: Case, undisturbed: Told) -> None:
     fault = slow_down(worker=1, seconds=0.05, count=5).at(step=4)
-    conductor = assert_survives(pool, case, undisturbed, 3, fault)
-    assert conductor.lost == 0 and len(conductor.formed) == 1
+    run = assert_survives(pool, case, undisturbed, 3, fault)
+    assert run.lost == 0 and len(run.formed) == 1
 
 
 @each("fault", [leave(0).at(1, "forward"), leave(1).at(7, "reduce"), leave(2).at(10, "evaluate")], ids=str)
 def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
-    conductor = assert_survives(pool, case, undisturbed, 3, fault)
-    assert (conductor.lost, conductor.left, len(conductor.members)) == (0, 1, 2)
+    run = assert_survives(pool, case, undisturbed, 3, fault)
+    assert (run.lost, run.left, len(run.members)) == (0, 1, 2)
 
 
 def test_an_error_in_the_users_code_is_no_fault_to_survive(pool: Crew, case: Case) -> None:
@@ -161,7 +154,7 @@ def test_two_at_once(pool: Crew, case: Case, undisturbed: Told, faults: list[Inj
 
 
 def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturbed: Told) -> None:
-    conductor = assert_survives(
+    run = assert_survives(
         pool,
         case,
         undisturbed,
@@ -170,8 +163,8 @@ def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturb
         hang(worker=2).at(step=8, phase="reduce"),
         crash(worker=1).at(step=12, phase="forward"),
     )
-    assert conductor.lost == 3
-    assert [len(f.workers) for f in conductor.formed] == [4, 3, 2, 1]
+    assert run.lost == 3
+    assert [len(members) for members in run.formed] == [4, 3, 2, 1]
 
 
 @each(
@@ -194,30 +187,28 @@ def test_a_second_fault_during_the_regroup_after_the_first(
 
 
 def test_the_source_dies_while_a_newcomer_receives(pool: Crew, case: Case, undisturbed: Told) -> None:
-    conductor = Conductor(pool, case)
-    conductor.start(2)
-    conductor.generation(pausing=0)
-    here = conductor.told["w0"].step
-    assert 0 < here < undisturbed.step
-    conductor.start(1, fail(worker=0).at(step=here + 1, phase="receive", delay_s=0.001))
-    assert_nothing_tells(conductor, undisturbed)
+    run = LedRun(pool, case)
+    run.start(2, fail(worker=0).at(step=2, phase="receive", delay_s=0.001))
+    run.until_formed(1, pausing=0)
+    run.start(1)
+    assert_nothing_shows(run, undisturbed)
+    assert run.formed[1] == ("w0", "w1", "w2") and "w0" not in run.members
+    assert run.lost == 1
 
 
 def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
     pool: Crew, case: Case, undisturbed: Told
 ) -> None:
-    conductor = Conductor(pool, case)
-    conductor.start(1)
-    conductor.generation(pausing=0)
-    assert 0 < conductor.told["w0"].step < undisturbed.step
-    # w0 dies as soon as it has handed on its state and taken one more step.
-    conductor.start(2)
-    grown = conductor.generation(pausing=1)
-    assert grown.workers[0] == "w0" and grown.behind == (1, 2)
-    conductor.replicas["w0"].kill()
-    shrunk = conductor.generation()
-    assert shrunk.workers == ("w1", "w2") and shrunk.behind == ()
-    assert_nothing_tells(conductor, undisturbed)
+    run = LedRun(pool, case)
+    # w0 dies as soon as the newcomers have its state and one more step is taken.
+    run.start(1, fail(worker=0).at(step=3, phase="forward"))
+    run.until_formed(1, pausing=0)
+    run.start(2)
+    grown = run.until_formed(2)
+    assert list(grown) == ["w0", "w1", "w2"] and grown["w1"].behind == (1, 2)
+    shrunk = run.until_formed(3)
+    assert list(shrunk) == ["w1", "w2"] and shrunk["w1"].behind == ()
+    assert_nothing_shows(run, undisturbed)
 
 
 @each("model", MODELS.values(), ids=MODELS.keys())
@@ -229,18 +220,17 @@ def test_every_model_goes_through_a_kill_growth_and_shrinkage_unchanged(
         [*model, "batch.size=24", "steps=16", "epochs=null", "evaluate.every=5", "reduction=exact"], tmp_path, 4
     )
     undisturbed = pool.train(case, 1)[0]
-    conductor = Conductor(pool, case)
-    conductor.start(2, fail(worker=1).at(step=4, phase="reduce"))
-    conductor.generation()
+    run = LedRun(pool, case)
+    run.start(2, fail(worker=1).at(step=4, phase="reduce"))
     faults = [
         cut(worker=0).at(step=8, phase="forward"),
         leave(worker=1).at(step=12, phase="reduce"),
     ]
-    conductor.start(2, *faults)
-    assert_nothing_tells(conductor, undisturbed)
-    grown = next(form for form in conductor.formed if len(form.workers) == 3)
-    assert grown.workers[0] == "w0" and grown.behind == (1, 2)
-    assert (conductor.lost, conductor.left, len(conductor.members)) == (1, 1, 2)
+    run.group.at_loss.append(lambda: run.start(2, *faults))
+    grown = run.until_formed(2)
+    assert list(grown) == ["w0", "w2", "w3"] and grown["w0"].behind == (1, 2)
+    assert_nothing_shows(run, undisturbed)
+    assert (run.lost, run.left, len(run.members)) == (1, 1, 2)
 
 
 @each("model", MODELS.values(), ids=MODELS.keys())
@@ -250,12 +240,11 @@ def test_every_model_is_handed_to_a_spare_unchanged(pool: Crew, tmp_path: Path, 
         [*model, "batch.size=24", "steps=8", "epochs=null", "evaluate.every=5", "reduction=exact"], tmp_path, 4
     )
     undisturbed = pool.train(case, 1)[0]
-    conductor = Conductor(pool, case, room=2)
-    conductor.start(3, fail(worker=0).at(step=4, phase="reduce"))
-    assert_nothing_tells(conductor, undisturbed)
-    before, after = conductor.formed
-    assert before.workers == ("w0", "w1")
-    assert after.workers == ("w1", "w2") and after.behind == (1,)
+    run = LedRun(pool, case, most=2)
+    run.start(3, fail(worker=0).at(step=4, phase="reduce"))
+    assert_nothing_shows(run, undisturbed)
+    assert run.formed == [("w0", "w1"), ("w1", "w2")]
+    assert run.group.memberships[2]["w1"].behind == (1,)
 
 
 @each("seed", range(12))
@@ -274,8 +263,8 @@ def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Told, see
 def test_each_sample_of_an_epoch_is_spent_once(pool: Crew, tmp_path: Path) -> None:
     steps = 3 * tally.SAMPLES // tally.BATCH
     case = Case.of([*tally.OVERRIDES, f"steps={steps}", "epochs=null"], tmp_path)
-    conductor = Conductor(pool, case)
-    conductor.start(
+    run = LedRun(pool, case)
+    run.start(
         4,
         fail(worker=0).at(step=9, phase="reduce"),
         cut(worker=2).at(step=17, phase="reduce"),
@@ -283,11 +272,10 @@ def test_each_sample_of_an_epoch_is_spent_once(pool: Crew, tmp_path: Path) -> No
         cut(worker=1).at(step=31, phase="forward"),
         leave(worker=2).at(step=38, phase="reduce"),
     )
-    conductor.finish()
-    assert (conductor.lost, conductor.left, len(conductor.members)) == (2, 1, 1)
-    parts = parts_of([conductor.told[w] for w in conductor.members], steps)
-    saved = commit_checkpoint(tmp_path / "checkpoints", parts, run="r", config_sha256="0" * 64)
-    tensors, _ = read_checkpoint(saved)
+    outcome = run.finish()
+    assert (run.lost, run.left, len(run.members)) == (2, 1, 1)
+    assert outcome.step == steps and outcome.checkpoint is not None
+    tensors, _ = read_checkpoint(outcome.checkpoint)
     assert tensors["model/spent"].tolist() == [3.0] * tally.SAMPLES  # three epochs
 
 
@@ -309,8 +297,8 @@ def test_with_the_fast_reduction_no_step_is_lost_either(
 ) -> None:
     case = Case.of([*RUN, "reduction=fast", "optimizer.lr=1e-3"], tmp_path)
     undisturbed = pool.train(case, world)[0]
-    conductor = Conductor(pool, case)
-    conductor.start(world, fault)
-    assert conductor.finish().step == undisturbed.step
-    losses = [m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated]
+    run = LedRun(pool, case)
+    run.start(world, fault)
+    assert run.finish().step == undisturbed.step
+    losses = [m["train/loss"] for (_, evaluated), m in sorted(run.metrics.items()) if not evaluated]
     assert losses == pytest.approx(undisturbed.losses, rel=1e-4)

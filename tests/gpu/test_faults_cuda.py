@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.conductor import RUN, Conductor, assert_survives
+from tests.distributed.led import RUN, LedRun, assert_survives
 from tests.distributed.replicas import Case, Crew, Injected, crew, cut, fail
 from tests.distributed.test_equal_for_any_world import MODELS
 
@@ -51,8 +51,8 @@ def test_every_model_has_the_same_bits_for_one_worker_and_for_two_of_which_one_d
     run = [*model, "batch.size=24", "steps=8", "epochs=null", "evaluate.every=3", "reduction=exact"]
     case = Case.of([*run, f"resources.gpus={_SHARES['gloo']}"], tmp_path, device="cuda")
     undisturbed = pool.train(case, 1)[0]
-    conductor = assert_survives(pool, case, undisturbed, 2, fail(1).at(4, "reduce"))
-    assert conductor.lost == 1
+    survived = assert_survives(pool, case, undisturbed, 2, fail(1).at(4, "reduce"))
+    assert survived.lost == 1
 
 
 @pytest.mark.parametrize("fault", [fail(1).at(7, "forward"), cut(0).at(7, "reduce")], ids=str)
@@ -60,13 +60,13 @@ def test_with_torchs_own_reducer_no_step_is_lost_either(pool: Crew, tmp_path: Pa
     run = [*RUN, "reduction=fast", f"resources.gpus={_SHARES['gloo']}"]
     case = Case.of(run, tmp_path, device="cuda")
     undisturbed = pool.train(case, 1)[0]
-    conductor = Conductor(pool, case)
-    conductor.start(2, fault)
-    last = conductor.finish()
-    assert last.step == 20 and sorted(conductor.metrics) == sorted(
+    led = LedRun(pool, case)
+    led.start(2, fault)
+    last = led.finish()
+    assert last.step == 20 and sorted(led.metrics) == sorted(
         (step, "eval/loss" in m) for step, m in undisturbed.metrics
     )
-    for key, metrics in conductor.metrics.items():
+    for key, metrics in led.metrics.items():
         expected = next(m for s, m in undisturbed.metrics if (s, "eval/loss" in m) == key)
         for name in metrics.keys() & {"train/loss", "eval/loss"}:
             assert metrics[name] == pytest.approx(expected[name], rel=1e-2)
