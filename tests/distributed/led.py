@@ -99,6 +99,12 @@ class ProcessGroup:
     def capacity(self) -> int:
         return len(self._workers)
 
+    def cluster_failure(self) -> str | None:
+        return None
+
+    def restart_cluster(self) -> None:
+        raise AssertionError("it isn't lost")
+
     def draining_nodes(self) -> set[str]:
         return set()
 
@@ -203,6 +209,8 @@ class _Kept:
 
     def note(self, line: str) -> None:
         self.notes.append(line)
+
+    def line(self, line: str) -> None: ...
 
     def tick(self) -> None: ...
 

@@ -56,6 +56,24 @@ def test_nothing_moves_where_it_is_off_or_there_are_no_slots_to_spare() -> None:
         assert d.ratio == 5.0
 
 
+def test_ranks_that_take_turns_at_being_slow_do_not_pass_slots_to_and_fro() -> None:
+    d = balancer(4, 2)
+    moves = 0
+    for look in range(400):
+        seconds = [1.0, 3.0] if look % 2 else [3.0, 1.0]
+        moves += sum(shares is not None for shares in observed(d, 5, seconds, 5.0 * look))
+    assert moves <= 2
+
+
+def test_speeds_that_change_now_and_then_are_followed_ever_more_slowly() -> None:
+    d = balancer(4, 2)
+    moves = 0
+    for look in range(400):
+        seconds = [1.0, 3.0] if look // 10 % 2 else [3.0, 1.0]
+        moves += sum(shares is not None for shares in observed(d, 5, seconds, 5.0 * look))
+    assert 2 <= moves <= 6
+
+
 @given(st.integers(0, 2**31))
 def test_noise_moves_nothing(seed: int) -> None:
     import random

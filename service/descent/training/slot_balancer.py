@@ -13,6 +13,8 @@ _WINDOW, _WINDOW_S = 5, 0.25
 """At least so many steps, and so many seconds, between two decisions; a speed is a median over these steps."""
 _GAIN = 0.85
 """The slots are assigned anew where the slowest rank is expected to need at most this share of its time."""
+_MOST_LOOKS = 64
+"""At most so many looks in a row must ask for other shares before they change."""
 
 
 def assign_slots(slots: int, world_size: int) -> Shares:
@@ -70,6 +72,9 @@ class SlotBalancer:
     _named: set[int] = field(default_factory=set)
     _since: float = 0.0
     _warm: bool = False
+    _asked: int = 0
+    """Looks in a row that have asked for other shares."""
+    _looks_needed: int = 1
 
     def observe(self, seconds: Sequence[float], now: float) -> Shares | None:
         """Take in a step's times; returns the new shares where assigning the slots anew pays, else None.
@@ -107,9 +112,19 @@ class SlotBalancer:
                     self.straggler = rank
 
     def _moved(self, speeds: Sequence[float]) -> Shares | None:
+        """The shares that pay at these speeds, once enough looks in a row have asked for a change.
+
+        The first change needs one look, each later one twice as many as the one before: ranks whose speeds
+        take turns would otherwise pass the same slots to and fro for the whole run.
+        """
         wanted = assign_by_speed(self.slots, speeds)
         if slowest_time(wanted, speeds) > _GAIN * slowest_time(self.shares, speeds):
+            self._asked = 0
             return None
+        self._asked += 1
+        if self._asked < self._looks_needed:
+            return None
+        self._asked, self._looks_needed = 0, min(2 * self._looks_needed, _MOST_LOOKS)
         self.shares = wanted
         return wanted
 

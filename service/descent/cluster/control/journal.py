@@ -41,7 +41,7 @@ class Journal:
         took_s = self.incidents.committed(record)
         if took_s is not None:
             world_size = len(generation.members)
-            self.listener.note(
+            self.listener.line(
                 f"recovered in {took_s:.2f} s: generation {generation.number}, {world_size} "
                 f"worker{'s' if world_size != 1 else ''}, at step {record.step}"
             )
@@ -51,7 +51,7 @@ class Journal:
         if not self.incidents.is_new(notice):
             return False
         if notice.kind == "slots dealt":  # a measure, not a fault
-            self.listener.note(f"step {notice.step}: {notice.detail}")
+            self.listener.line(f"step {notice.step}: {notice.detail}")
         else:
             self.incidents.notice(notice, {rank: (w, workers[w].host) for rank, w in enumerate(generation.members)})
         return True

@@ -27,6 +27,10 @@ class Listener(Protocol):
         """One line that the user should read."""
         ...
 
+    def line(self, line: str) -> None:
+        """One line of news that is no cause for concern."""
+        ...
+
     def tick(self) -> None:
         """The controller has finished one turn; called several times a second."""
         ...
@@ -54,6 +58,9 @@ class GuardedListener:
 
     def note(self, line: str) -> None:
         self._guarded(lambda: self._listener.note(line))
+
+    def line(self, line: str) -> None:
+        self._guarded(lambda: self._listener.line(line))
 
     def tick(self) -> None:
         self._guarded(self._listener.tick)

@@ -52,6 +52,10 @@ class ListenerGroup:
         """One line that the user should read."""
         self.display.note(line)
 
+    def line(self, line: str) -> None:
+        """One line of news that is no cause for concern."""
+        self.display.line(line)
+
     def tick(self) -> None:
         """The controller has finished one round."""
         self.display.tick()
