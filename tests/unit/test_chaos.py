@@ -80,6 +80,61 @@ def test_in_a_short_run_the_faults_come_closer_together() -> None:
     assert len(played.injected) == 12
 
 
+class Fast:
+    """A run whose steps take a millisecond, on two workers; the controller looks 50 times a second."""
+
+    def __init__(self, chaos: Chaos, steps: int) -> None:
+        self.chaos, self.steps = chaos, steps
+        self.now, self.step, self.generation, self.started = 0.0, 0, 1, 2
+        self.members, self.dead = ["w0", "w1"], set[str]()
+        self.sent: list[tuple[str, Fault]] = []
+
+    def play(self) -> "Fast":
+        while self.step < self.steps:
+            self.sent += self.chaos.due_faults(self.now, self.members, self.dead, self.generation, self.step, True)
+            for _ in range(20):
+                self.now, self.step = self.now + 0.001, self.step + 1
+                for worker, fault in [f for f in self.sent if f[1].step <= self.step]:
+                    self.sent.remove((worker, fault))
+                    self.strike(worker, fault)
+                if self.step == self.steps:
+                    break
+            self.chaos.step_committed(StepRecord(self.step, {}, int(self.now * 1000)))
+        self.chaos.finished(True)
+        return self
+
+    def strike(self, worker: str, fault: Fault) -> None:
+        if fault.kind in ("kill", "stop"):
+            self.dead.add(worker)
+            self.members.remove(worker)
+            self.generation += 1
+            self.chaos.due_faults(self.now, self.members, self.dead, self.generation, self.step - 1, False)
+            if self.chaos.needs_peer(self.step - 1):  # nothing is computed until a replacement is there
+                self.now += 4.0
+                self.members.append(f"w{self.started}")
+                self.started += 1
+        else:
+            self.chaos.struck(Notice("injected", self.step, self.generation, detail=fault.kind), worker)
+            self.generation += fault.kind == "partition"
+            self.chaos.due_faults(self.now, self.members, self.dead, self.generation, self.step - 1, False)
+
+
+@pytest.mark.parametrize("steps", [80, 200, 758, 3000])
+@pytest.mark.parametrize("seed", range(5))
+def test_in_a_run_that_ends_within_a_second_or_two_all_faults_strike(seed: int, steps: int) -> None:
+    faults = min(20, steps // 40)  # each needs two of the controller's looks
+    chaos = Chaos(settings(faults=faults, seed=seed, every_s=5.0), steps)
+    verdict = Fast(chaos, steps).play().chaos.verdict(steps_lost=0)
+    assert verdict is not None and (verdict.struck, verdict.survived) == (faults, faults)
+
+
+def test_a_lone_survivor_of_a_long_run_is_not_held_up() -> None:
+    chaos = Chaos(settings(every_s=5.0), 100_000)
+    for turn in range(100):
+        chaos.due_faults(turn * 0.2, MEMBERS, (), 1, turn * 2, True)
+    assert not chaos.needs_peer(200)
+
+
 def test_nothing_comes_while_the_run_is_unsettled_or_would_be_left_without_a_survivor() -> None:
     deadly = settings(kinds={"kill": 1.0, "partition": 1.0}, every_s=0.1)
     played = Played(Chaos(deadly, 100))

@@ -1,6 +1,6 @@
-"""A run under chaos against the same run without: the reference, the disturbed run, and whether anything tells.
+"""A run with injected faults against the same run without: whether the two differ in a single bit.
 
-Each is a `descent train` of its own, so that neither knows of the other.
+Each is a `descent train` in a process of its own, so that neither can influence the other.
 """
 
 import json
@@ -21,8 +21,8 @@ from descent.config import Composed, RunConfig, compose
 from descent.config.overrides import shown_override
 from descent.errors import ConfigError
 
-FAULTS = 20
-"""Unless chaos.faults says otherwise."""
+FAULTS, STEPS_EACH = 20, 4
+"""Unless chaos.faults says otherwise: so many faults, but at most one in so many steps."""
 _TRAIN = "import json, sys; sys.argv[1:] = json.load(sys.stdin); from descent.cli.main import main; main()"
 """The arguments come by stdin: they may hold what other users of the machine must not see in its list of processes."""
 
@@ -52,6 +52,7 @@ class ChaosComparison:
             self.summary["state"] == "FINISHED"
             and self.equal is not False
             and faults.get("survived") == faults.get("struck")
+            and faults.get("struck") != 0
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def of_run(
     again = overrides_to_repeat(saved, overrides, config_dirs, f"RUN={run}")
     kept = [o for o in again if o.lstrip("+").split("=")[0] not in ours]
     given = [*kept, f"slots={saved['slots']}", *overrides]
-    composed = _with_faults(given, config_dirs, f"{run_dir.name}-chaos")
+    steps = int(saved["plan"]["total_steps"])
+    composed = _with_faults(given, config_dirs, f"{run_dir.name}-chaos", steps)
     before = config_of_run(saved, composed).model_copy(update={"slots": saved["slots"]})
     if config_sha256(composed.config) != config_sha256(before):
         raise ConfigError(
@@ -113,7 +115,7 @@ def of_overrides(composed: Composed) -> tuple[Reference, Composed]:
     if config.slots == "workers":
         overrides.append(f"slots={_slots(config)}")
     name = config.name or f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
-    disturbed = _with_faults(overrides, dirs, name)  # refused now rather than after the reference
+    _with_faults(overrides, dirs, name)  # refused now rather than after the reference
     quiet = [
         "workers=1",
         "spares=0",
@@ -123,6 +125,7 @@ def of_overrides(composed: Composed) -> tuple[Reference, Composed]:
     summary = train([*overrides, *quiet], dirs)
     if summary["state"] != "FINISHED":
         raise Ended(1)
+    disturbed = _with_faults(overrides, dirs, name, int(summary["step"]))
     return Reference(Path(summary["run_dir"]), summary["state_sha256"]), disturbed
 
 
@@ -144,10 +147,14 @@ def _slots(config: RunConfig) -> int:
     return worker_range(config, cores=ray_cluster.local_cores(), gpus=1.0, device=device)[1]
 
 
-def _with_faults(overrides: Sequence[str], dirs: Sequence[str], name: str) -> Composed:
-    """The training with faults and a name of its own. Raises ConfigError where none could be survived."""
+def _with_faults(overrides: Sequence[str], dirs: Sequence[str], name: str, total_steps: int | None = None) -> Composed:
+    """The training with faults and a name of its own. Raises ConfigError where no worker could survive them.
+
+    total_steps: of the run, where that is known: a short one gets fewer faults, so that all of them strike.
+    """
     named = {o.lstrip("+").split("=")[0] for o in overrides}
-    faults = [] if "chaos.faults" in named else [f"chaos.faults={FAULTS}"]
+    count = FAULTS if total_steps is None else max(1, min(FAULTS, total_steps // STEPS_EACH))
+    faults = [] if "chaos.faults" in named else [f"chaos.faults={count}"]
     config = compose([*overrides, *faults], dirs).config
     if config.chaos.faults == 0:
         raise ConfigError("chaos.faults=0: nothing to inject; say how many, such as chaos.faults=20")

@@ -1,10 +1,11 @@
-"""Faults injected into a live run at seeded random moments, and the verdict on how it took them.
+"""Faults injected into a live run at seeded random moments, and the verdict on how the run survived them.
 
-The controller asks in each of its turns what to inject, and tells what it sees. One fault
-at a time: the next comes only when a step was committed after the last. What is drawn
-(kinds, victims, phases, pauses) depends on the seed; when it strikes, also on the run.
+The controller asks in each of its turns which faults to inject, and reports what becomes of them. One fault
+at a time: the next is sent only when a step was committed after the last one. The seed decides the kinds,
+victims, phases and pauses; when a fault strikes depends on the run, too.
 """
 
+import math
 import random
 import statistics
 from collections.abc import Collection, Sequence
@@ -20,7 +21,11 @@ NEED_PEERS = (*DEADLY, "partition")
 """With one worker alone these would test the checkpoint, not the survivors."""
 _PHASES = ("step", "forward", "reduce", "update")
 _MISSED_S = 120.0
-"""What hasn't struck by then won't: there may be no checkpoint to be killed in."""
+"""A fault that hasn't struck by then won't: there may be no checkpoint to be killed in."""
+_AHEAD_S = 1.0
+"""A fault is sent this long before its step: a fast run takes hundreds of steps between two of the controller's turns."""
+_SECONDS_EACH = 10.0
+"""A run whose rest would last less than this for each fault to come is a short one."""
 
 
 @dataclass
@@ -47,12 +52,16 @@ class Strike:
 
 
 class Chaos:
-    """Decides what to inject where and when, and remembers what became of it."""
+    """Decides which fault strikes which worker when, and keeps what became of it."""
 
     def __init__(self, config: ChaosConfig, total_steps: int, first_step: int = 0) -> None:
         self._config = config
         self._random = random.Random(config.seed)
         self._first, self._total = first_step, total_steps
+        self._watched: tuple[float, int] | None = None
+        """(time, committed step) since which the run was undisturbed."""
+        self._steps_per_s = math.inf
+        """The speed that was seen last; until one is seen, a run counts as fast."""
         self._kinds = self._draw_kinds()
         self._next: float | None = None
         self.strikes: list[Strike] = []
@@ -71,9 +80,18 @@ class Chaos:
 
     @property
     def allowance(self) -> int:
-        """How many failures are ours: they don't count towards regroup.max_failures."""
+        """How many failures chaos has caused: they don't count towards regroup.max_failures."""
         # A regroup may also need a second try, where the fault came while it was under way.
         return 2 * len(self.strikes)
+
+    def needs_peer(self, committed: int) -> bool:
+        """Whether a lone survivor should wait for a replacement, since the run would end before the faults could strike.
+
+        In a longer run the replacement joins in time, and the survivor goes on alone until then.
+        """
+        to_come = self._kinds[len(self.strikes) :]
+        rest_s = (self._total - committed) / self._steps_per_s
+        return any(kind in NEED_PEERS for kind in to_come) and rest_s < _SECONDS_EACH * len(to_come)
 
     def due_faults(
         self,
@@ -84,35 +102,47 @@ class Chaos:
         committed: int,
         settled: bool,
     ) -> list[tuple[str, Fault]]:
-        """What to inject now, and into whom.
+        """The faults to inject now, each with its worker.
 
-        members: the current generation's, by rank. settled: all of them take steps and
-        nothing is being recovered from.
+        now: Unix time. members: of the current generation, by rank. settled: all of them take steps, and
+        the run is not recovering from a fault.
         """
         self._follow(now, members, dead, generation, committed)
+        self._measure(now, committed, settled)
         count = len(self.strikes)
         if self._open is not None or not settled or count == len(self._kinds):
             return []
         if self._next is None:
             self._next = now + self._random.expovariate(1.0 / self._config.every_s)
-        # Sooner where the run would end before all have struck.
+        # Sooner where the run would end before all have struck: the faults then share its steps evenly.
         share = (count + 1) / (len(self._kinds) + 1)
-        if now < self._next and committed < self._first + share * (self._total - self._first):
+        latest = self._first + round(share * (self._total - self._first))
+        if now < self._next and committed + _AHEAD_S * self._steps_per_s < latest:
             return []
-        # While only one is left, until a replacement has joined, what it can take alone comes first.
+        # While only one worker is left, until a replacement has joined, the faults that it survives come first.
         fit = [k for k in self._kinds[count:] if len(members) > 1 or k not in NEED_PEERS]
         if not fit:
             return []
         kind = fit[0]
         self._kinds.insert(count, self._kinds.pop(self._kinds.index(kind, count)))
-        self._next = None
+        due, self._next = self._next, None
         worker = members[self._random.randrange(len(members))]
         self._open = Strike(kind, worker, committed, now, generation)
         self.strikes.append(self._open)
-        return [(worker, self._fault(kind, committed + 1))]
+        at = committed + 1 if now >= due else max(committed + 1, latest)
+        return [(worker, self._fault(kind, at, committed + 1))]
 
-    def _fault(self, kind: str, step: int) -> Fault:
-        if kind == "kill_in_save":
+    def _measure(self, now: float, committed: int, settled: bool) -> None:
+        if not settled:
+            self._watched = None
+        elif self._watched is None:
+            self._watched = (now, committed)
+        elif now - self._watched[0] >= _AHEAD_S / 4:
+            self._steps_per_s = max(committed - self._watched[1], 1) / (now - self._watched[0])
+
+    def _fault(self, kind: str, step: int, next_step: int) -> Fault:
+        if kind == "kill_in_save":  # the checkpoint is requested now
+            step = next_step
             return Fault("kill", step, "save", delay_s=self._random.uniform(0.0, 0.02))
         if kind == "nan":
             return Fault("nan", step, "forward")
@@ -144,7 +174,7 @@ class Chaos:
             self._open = None
 
     def struck(self, notice: Notice, worker: str) -> None:
-        """A worker that lives on tells that its fault has struck."""
+        """A worker that lives on has reported that its fault has struck."""
         strike = self._open
         if strike is None or strike.struck or worker != strike.worker:
             return
@@ -162,12 +192,12 @@ class Chaos:
         self._open = None
 
     def finished(self, ok: bool) -> None:
-        """The run is over; what has struck its last moments was survived if it finished."""
+        """The run is over; a fault that has struck in its last moments was survived if the run finished."""
         if self._open is not None and self._open.struck:
             self._open.survived = ok
 
     def verdict(self, steps_lost: int) -> "Verdict | None":
-        """How the run took its faults; None where none was wanted."""
+        """How the run survived its faults; None where none was wanted."""
         if not self._config.faults:
             return None
         kinds = {k: [s for s in self.strikes if s.kind == k and s.struck] for k in self._kinds}
@@ -190,7 +220,7 @@ class Chaos:
 
 @dataclass(frozen=True)
 class KindVerdict:
-    """How one kind of fault was taken."""
+    """How the run survived one kind of fault."""
 
     struck: int
     survived: int
@@ -204,7 +234,7 @@ class KindVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run took its faults."""
+    """How a run survived its faults."""
 
     wanted: int
     struck: int
@@ -233,7 +263,7 @@ def _times(seconds: list[float]) -> dict[str, float | None]:
 
 
 def check(config: ChaosConfig, max_workers: int) -> None:
-    """Whether the faults leave somebody to survive them. Raises ConfigError."""
+    """Refuse faults that no worker would survive. Raises ConfigError."""
     asked = [kind for kind in NEED_PEERS if config.kinds.get(kind, 0) > 0]
     if config.faults and asked and max_workers < 2:
         without = " ".join(f"chaos.kinds.{kind}=0" for kind in asked)
