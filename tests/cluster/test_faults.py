@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.runs import (
@@ -94,6 +95,22 @@ def test_all_workers_killed_the_run_goes_on_from_its_last_checkpoint(folder: Pat
     assert summary["steps_lost"] == sum(i["steps_lost"] for i in incidents_of(folder, "all")) < 30
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert logged_steps(folder, "all") == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_private_cluster_that_dies_is_started_again_and_the_run_goes_on(
+    folder: Path, undisturbed: dict[str, Any], victim: str
+) -> None:
+    process = start(folder, victim, "Slow", f"steps={STEPS}", "checkpoint.every=10")
+    wait_for_step(process, folder, victim, 25)
+    (found,) = [c for c in psutil.Process(process.pid).children(recursive=True) if c.name() == victim]
+    found.kill()
+    code, summary, err = end(process)
+    assert code == 0, err
+    assert "cluster lost" in err and "starting the private cluster again" in err
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert summary["steps_lost"] < 30
+    assert logged_steps(folder, victim) == list(range(1, STEPS + 1))
 
 
 def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(folder: Path) -> None:

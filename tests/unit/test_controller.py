@@ -1,12 +1,16 @@
 """The real controller, led through its states by a worker group that a test speaks for."""
 
 import dataclasses
+import hashlib
 import json
 import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import xxhash
+from safetensors.torch import save
 
 from descent.cluster.control import policy
 from descent.cluster.control.checkpoints import CheckpointCommitter
@@ -15,8 +19,10 @@ from descent.cluster.control.controller import Controller
 from descent.cluster.control.outcome import Outcome
 from descent.cluster.control.run_state import ControllerState
 from descent.cluster.record.run_log import RunLog
+from descent.errors import ClusterError
 from descent.messages import (
     EvaluationRecord,
+    FileWritten,
     Incident,
     Membership,
     Notice,
@@ -55,6 +61,8 @@ class Heard:
     def note(self, line: str) -> None:
         self.notes.append(line)
 
+    def line(self, line: str) -> None: ...
+
     def tick(self) -> None: ...
 
 
@@ -64,7 +72,7 @@ class Broken:
     def _fail(self, *_: object) -> None:
         raise BrokenPipeError("the terminal is closed")
 
-    record = incident = world = note = tick = _fail
+    record = incident = world = note = line = tick = _fail
 
 
 class Play:
@@ -367,8 +375,14 @@ def test_too_few_workers_write_a_checkpoint_before_the_run_gives_up(tmp_path: Pa
 
 
 def written(play: Play, step: int, generation: int, error: str | None = None) -> ShareWritten:
-    (play.committer.root / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)  # type: ignore[operator]
-    return ShareWritten(step, 0, 1, generation, error=error)
+    """A share that is on disk: rank 0 of 1."""
+    folder = Path(str(play.committer.root)) / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save({"model/weight": torch.zeros(3)})
+    (folder / "model-00000-of-00001.safetensors").write_bytes(content)
+    digests = hashlib.sha256(content).hexdigest(), xxhash.xxh3_128_hexdigest(content)
+    file = FileWritten("model-00000-of-00001.safetensors", len(content), *digests)
+    return ShareWritten(step, 0, 1, generation, (file,), error=error)
 
 
 def test_the_last_records_and_the_checkpoint_are_fetched_at_the_end(tmp_path: Path) -> None:
@@ -423,6 +437,80 @@ def test_an_exception_that_one_member_raises_once_is_perhaps_its_machines_fault(
     assert play.ended is not None and play.ended.state is TerminalState.FAILED
     outcome = play.end()
     assert outcome.reason == "ValueError: bad" and outcome.failure == failure
+
+
+@pytest.mark.parametrize("outlive", [False, True], ids=["workers die with it", "workers outlive it"])
+def test_a_lost_cluster_is_started_again_and_the_run_goes_on(tmp_path: Path, outlive: bool) -> None:
+    play = Play(tmp_path).training()
+    shares = [dataclasses.replace(written(play, 2, 1), rank=rank, world_size=2) for rank in range(2)]
+    play.answer("w0", S.RUNNING, 3, shares=(shares[0],)).answer("w1", S.RUNNING, 3, shares=(shares[1],)).turn()
+    play.committer.wait(60.0)
+    play.group.lost_cluster = "Ray's raylet has ended"
+    play.turn()
+    # Whoever still trains writes a checkpoint before everything is started anew.
+    assert play.sent("checkpoint") == [("w0", None)] and not play.sent("restart")
+    step = 2
+    if outlive:
+        step = 5
+        shares = [dataclasses.replace(written(play, 5, 1), rank=rank, world_size=2) for rank in range(2)]
+        play.answer("w0", S.RUNNING, 5, shares=(shares[0],)).answer("w1", S.RUNNING, 5, shares=(shares[1],)).turn()
+        play.committer.wait(60.0)
+    else:
+        play.group.die("w0")
+        play.group.die("w1")
+    play.turn()
+    assert len(play.sent("restart")) == 1 and list(play.group.workers) == ["w0", "w1", "w2", "w3"]
+    play.turn()
+    play.all_answer("w2 w3", S.READY).turn()
+    (first, second) = play.sent("join")[-2:]
+    assert (first[0], second[0]) == ("w2", "w3")
+    assert first[1].restore_from == str(tmp_path / "checkpoints" / f"step-{step:08d}")
+    play.all_answer("w2 w3", S.RUNNING, step + 1).turn()
+    assert play.state is C.TRAINING
+    (incident,) = play.log.incidents
+    assert (incident.kind, incident.detail) == ("cluster lost", "Ray's raylet has ended")
+    assert play.controller._state.failures == 1
+
+
+def test_workers_that_outlive_their_cluster_and_write_nothing_are_not_waited_for_long(tmp_path: Path) -> None:
+    play = Play(tmp_path).training()
+    play.group.lost_cluster = "Ray's gcs_server has ended"
+    play.turn()
+    play.clock.now += 9.0
+    play.all_answer("w0 w1", S.RUNNING, 3).turn()
+    assert not play.sent("restart")
+    play.clock.now += 2.0
+    play.all_answer("w0 w1", S.RUNNING, 3).turn()
+    assert len(play.sent("restart")) == 1
+
+
+def test_a_cluster_that_can_not_be_started_again_ends_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ClusterError("a local Ray cluster: can't start")
+
+    play = Play(tmp_path).training()
+    monkeypatch.setattr(play.group, "restart_cluster", refuse)
+    play.group.lost_cluster = "Ray's raylet has ended"
+    play.group.die("w0")
+    play.group.die("w1")
+    play.turn(2)
+    assert play.ended == policy.End(TerminalState.FAILED, "a local Ray cluster: can't start")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_ends_with_the_reason(tmp_path: Path) -> None:
+    play = Play(tmp_path, 1, 1).training("w0")
+    play.answer("w0", S.RUNNING, 3, shares=(written(play, 2, 1),)).turn()
+    play.committer.wait(60.0)
+    play.turn()
+    (tmp_path / "checkpoints" / "step-00000002" / "model-00000-of-00001.safetensors").write_bytes(b"")
+    play.group.die("w0")
+    play.turn()
+    assert play.ended is None
+    play.turn()
+    assert play.ended is not None and play.ended.state is TerminalState.FAILED
+    assert "no complete checkpoint" in play.ended.reason
 
 
 def test_what_all_ranks_report_is_one_incident(tmp_path: Path) -> None:

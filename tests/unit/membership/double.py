@@ -43,6 +43,7 @@ class ScriptedGroup:
         self.answered_at: dict[str, float] = {}
         self.on_poll: Callable[[], None] = lambda: None
         """Called before each poll: a test may answer there."""
+        self.lost_cluster: str | None = None
         self.draining: set[str] = set()
         """Ids of nodes."""
 
@@ -64,6 +65,16 @@ class ScriptedGroup:
 
     def capacity(self) -> int:
         return self.free + sum(not worker.dead for worker in self.known.values())
+
+    def cluster_failure(self) -> str | None:
+        return self.lost_cluster
+
+    def restart_cluster(self) -> None:
+        self.lost_cluster = None
+        for worker_id, worker in self.known.items():
+            if not worker.dead:
+                self.die(worker_id, "its cluster was lost", excused=True)
+        self.sent.append(("restart", "", None))
 
     def draining_nodes(self) -> set[str]:
         return self.draining

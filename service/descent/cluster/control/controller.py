@@ -18,6 +18,7 @@ from descent.cluster.record.listener import Listener
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.workers.group import WorkerGroup
 from descent.config import RunConfig
+from descent.errors import CheckpointError, ClusterError, StoreError
 from descent.messages import (
     Notice,
     StepRecord,
@@ -32,6 +33,10 @@ from descent.training.plan import Plan
 
 _POLL_S = 0.2
 """A poll without an answer returns after about this long."""
+_CHAOS_POLL_S = 0.02
+"""The same while faults are to be injected, whose moments depend on how far the run is."""
+_PEER_S = 30.0
+"""At most so long a lone survivor waits for a peer, where `Chaos.needs_peer`."""
 _ABORT_S = 10.0
 """A member that was asked to leave its generation and hasn't after this time is ended: it is the one that is stuck."""
 _LAST_CHECKPOINT_S = 120.0
@@ -92,15 +97,16 @@ class Controller:
 
     def turn(self) -> policy.End | None:
         """Poll, decide and act once; the decision to end the run, where that is what comes next."""
-        self._poll(self._reporter, _POLL_S)
+        self._poll(self._reporter, _CHAOS_POLL_S if self._config.chaos.faults else _POLL_S)
         self._journal.log.flush()
         self._check_health()
+        self._check_cluster()
         self._check_workers()
         self._request_due_checkpoint()
         self._scaling.answer_requests(len(self._state.generation.members))
         self._take_checkpoint_results()
-        if self._state.required_checkpoint_error:
-            return policy.End(TerminalState.FAILED, self._state.required_checkpoint_error)
+        if self._state.fatal_error:
+            return policy.End(TerminalState.FAILED, self._state.fatal_error)
         # A checkpoint that was to be written before the run ends, or goes on elsewhere, is waited for.
         if not (self._state.generation.save_only and self._committer.committing):
             decision = policy.decide(self._view())
@@ -194,6 +200,28 @@ class Controller:
         )
         self._group.request_checkpoint(worker_id)  # in case the worker is gone before another one has its state
 
+    def _check_cluster(self) -> None:
+        """A private cluster that is gone: whoever still trains is asked for a checkpoint to go on from."""
+        failure = self._group.cluster_failure()
+        if failure is None or not self._state.cluster_lost(self._clock.monotonic()):
+            return
+        self._journal.incidents.open("cluster lost", self._state.committed, detail=failure)
+        reporter = self._reporter
+        if reporter is not None:
+            self._group.request_checkpoint(reporter)
+
+    def _restart_cluster(self) -> None:
+        self._journal.listener.note("starting the private cluster again")
+        try:
+            self._group.restart_cluster()
+        except ClusterError as error:
+            self._state.fail(str(error))
+            return
+        for worker_id in self._group.workers:
+            self._state.worker_released(worker_id)
+        self._state.cluster_restarted()
+        self._scaling.start(self._scaling.high + self._scaling.spares)
+
     def _release(self, worker_id: str, why: str) -> None:
         self._state.worker_released(worker_id)
         self._group.release(worker_id, why)
@@ -209,13 +237,14 @@ class Controller:
         members = state.generation.members
         if not any(workers[w].state is WorkerState.RUNNING and not workers[w].dead for w in members):
             state.members_stopped(now)
+        lost_s, lost_at_step = state.cluster_lost_since(now)
         waiting = state.state in (ControllerState.STARTING, ControllerState.REGROUPING)
         regroup = self._config.regroup
         return View(
             workers=workers,
             members=members,
             generation=state.generation.number,
-            min_workers=self._scaling.low,
+            min_workers=self._least_workers(state.in_state_s(now) if waiting else 0.0),
             max_workers=self._scaling.high,
             failures=state.failures,
             max_failures=regroup.max_failures + self._chaos.allowance,
@@ -227,7 +256,14 @@ class Controller:
             saved_step=self._committer.step,
             save_tried=state.generation.save_only,
             earlier=state.raised,
+            cluster_lost_s=lost_s,
+            cluster_lost_at_step=lost_at_step,
         )
+
+    def _least_workers(self, waited_s: float) -> int:
+        low, high = self._scaling.low, self._scaling.high
+        wait_for_peer = waited_s < _PEER_S and self._chaos.needs_peer(self._state.committed)
+        return max(low, min(2, high)) if wait_for_peer else low
 
     # -- act --------------------------------------------------------------------------------------
 
@@ -245,6 +281,8 @@ class Controller:
                 self._retire(worker_id)
         elif isinstance(decision, policy.Restore):
             self._restore()
+        elif isinstance(decision, policy.RestartCluster):
+            self._restart_cluster()
 
     def _pause(self) -> None:
         # Members that were asked to leave at once, or to pause, stop anyway.
@@ -301,7 +339,12 @@ class Controller:
         """No worker holds the state: the run goes on from its newest checkpoint, or from its start."""
         state, committer = self._state, self._committer
         state.lose_state(self._group.workers.values())
-        for reason in committer.return_to_newest():
+        try:
+            skipped = committer.return_to_newest()
+        except (CheckpointError, StoreError) as error:  # the run must not begin again in silence
+            state.fail(str(error))
+            return
+        for reason in skipped:
             self._journal.listener.note(f"skipped checkpoint: {reason}")
         source = committer.newest
         self._journal.state_lost(state.committed, source.name if source else None, committer.step)
@@ -361,12 +404,12 @@ class Controller:
         state = self._state
         state.end_begun(self._clock.monotonic())
         failures = [w.status.failure for w in self._group.workers.values() if w.status and w.status.failure]
-        no_checkpoint_comes = bool(failures or state.required_checkpoint_error)
+        no_checkpoint_comes = bool(failures or state.fatal_error)
         members = state.generation.members
         self._drain(members, _LAST_RECORDS_S if no_checkpoint_comes else _LAST_CHECKPOINT_S)
         unsaved_at = self._rescue(members)
-        if state.required_checkpoint_error:
-            decision = policy.End(TerminalState.FAILED, state.required_checkpoint_error)
+        if state.fatal_error:
+            decision = policy.End(TerminalState.FAILED, state.fatal_error)
         state.ended(self._clock.monotonic())
         outcome = self._outcome(decision, members, failures)
         outcome.unsaved_at = unsaved_at

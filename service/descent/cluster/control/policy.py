@@ -64,6 +64,10 @@ class View:
     """Whether the last generation was there only to save."""
     earlier: frozenset[Failure] = frozenset()
     """What workers have raised before."""
+    cluster_lost_s: float | None = None
+    """Seconds since the cluster that can be started again was found to be gone; None while it is there."""
+    cluster_lost_at_step: int = 0
+    """The last step that was committed by then."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ class Restore:
 
 
 @dataclass(frozen=True)
+class RestartCluster:
+    """Start the private cluster again: it is gone, with all workers that it had."""
+
+
+@dataclass(frozen=True)
 class End:
     """The run is over."""
 
@@ -127,7 +136,9 @@ class End:
     reason: str = ""
 
 
-Decision = Wait | Abort | Pause | Form | Start | Retire | Restore | End
+Decision = Wait | Abort | Pause | Form | Start | Retire | Restore | RestartCluster | End
+_CLUSTER_GRACE_S = 10.0
+"""How long workers that outlive their cluster may take for a checkpoint."""
 
 
 def decide(view: View) -> Decision:
@@ -141,6 +152,8 @@ def decide(view: View) -> Decision:
     members = [view.workers.get(w) for w in view.members]
     if members and all(m is not None and not m.dead and m.state is WorkerState.FINISHED for m in members):
         return End(TerminalState.FINISHED)
+    if view.cluster_lost_s is not None and not view.stopping:
+        return _without_cluster(view, alive)
     running = [w for w in view.members if w in alive and alive[w].state is WorkerState.RUNNING]
     broken = any(
         m is None or m.dead or m.stalled or m.state in (WorkerState.BROKEN, WorkerState.FAILED) for m in members
@@ -152,6 +165,15 @@ def decide(view: View) -> Decision:
     if _users_error(view, alive):
         return End(TerminalState.FAILED, "a worker's code failed")
     return _while_idle(view, alive)
+
+
+def _without_cluster(view: View, alive: Mapping[str, WorkerView]) -> Decision:
+    """Workers that still train have a moment for the checkpoint that the run then goes on from."""
+    assert view.cluster_lost_s is not None
+    running = any(w in alive and alive[w].state is WorkerState.RUNNING for w in view.members)
+    if running and view.cluster_lost_s < _CLUSTER_GRACE_S and view.saved_step < view.cluster_lost_at_step:
+        return Wait()
+    return RestartCluster()
 
 
 def _users_error(view: View, alive: Mapping[str, WorkerView]) -> bool:

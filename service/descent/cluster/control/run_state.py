@@ -93,14 +93,16 @@ class RunState:
         """The last exception of a worker that was replaced."""
         self.checkpoint_failed = False
         """Whether the last checkpoint could not be written."""
-        self.required_checkpoint_error = ""
-        """Why a checkpoint without which the run must not go on could not be written."""
+        self.fatal_error = ""
+        """Why the run can't go on, or must not."""
         self._holders: frozenset[str] = frozenset()
         self._awaited: Mapping[str, int] = {}
         """Members that don't hold the state yet, and the step that they will have when they do."""
         self._awaited_with_step: frozenset[str] = frozenset()
         """Those of them that have that step already, but not its bits: their replica differed."""
         self._losses_handled: frozenset[str] = frozenset()
+        self._cluster_lost: tuple[float, int] | None = None
+        """(monotonic time, last committed step) when the cluster was found to be gone; None while it is there."""
         self._crashes = 0
         self._futile_regroups = self._futile_in_a_row = 0
         self._formed_at: tuple[int, int] | None = None
@@ -198,10 +200,11 @@ class RunState:
         self.slow |= {worker_id}
 
     def worker_lost(self, worker: WorkerInfo) -> bool:
-        """Count a worker's death once, if it is a crash; False if it was counted before."""
-        if worker.worker_id in self._losses_handled:
-            return False
+        """Count a worker's death once, if it is a crash; False if it was counted, or went with its cluster."""
+        known = worker.worker_id in self._losses_handled
         self._losses_handled |= {worker.worker_id}
+        if known or self._cluster_lost is not None:
+            return False
         self._crashes += not (worker.excused or worker.worker_id in self.leaving)
         return True
 
@@ -218,6 +221,29 @@ class RunState:
     def failures(self) -> int:
         """Crashes, and regroups that led to no step: what `regroup.max_failures` bounds."""
         return self._crashes + self._futile_regroups
+
+    def cluster_lost(self, now: float) -> bool:
+        """Note that the cluster is gone, a crash; False if that was known."""
+        if self._cluster_lost is not None:
+            return False
+        self._cluster_lost = (now, self.committed)
+        self._crashes += 1
+        return True
+
+    def cluster_restarted(self) -> None:
+        """The cluster runs again, without workers."""
+        self._cluster_lost = None
+
+    def cluster_lost_since(self, now: float) -> tuple[float | None, int]:
+        """(seconds since the cluster was lost, the last step committed by then); (None, 0) while it is there."""
+        if self._cluster_lost is None:
+            return None, 0
+        at, step = self._cluster_lost
+        return now - at, step
+
+    def fail(self, reason: str) -> None:
+        """The run can't go on."""
+        self.fatal_error = reason
 
     # -- generations ----------------------------------------------------------------------------
 
@@ -312,7 +338,7 @@ class RunState:
         """A checkpoint was committed, or failed; a required one that failed is the run's end."""
         self.checkpoint_failed = error is not None
         if error is not None and required:
-            self.required_checkpoint_error = f"checkpoint.required=true: {error}"
+            self.fatal_error = f"checkpoint.required=true: {error}"
 
     # -- questions --------------------------------------------------------------------------------
 

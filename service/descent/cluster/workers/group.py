@@ -51,6 +51,14 @@ class WorkerGroup(Protocol):
         """How many workers the cluster's nodes hold when nothing else runs."""
         ...
 
+    def cluster_failure(self) -> str | None:
+        """Why the cluster is lost with all its workers, and can be started again; None while it runs."""
+        ...
+
+    def restart_cluster(self) -> None:
+        """Start a lost cluster again; all workers of before are dead. Raises ClusterError if it can't be started."""
+        ...
+
     def draining_nodes(self) -> set[str]:
         """Ids of the nodes that will go away soon (a preemption, a scale-down)."""
         ...

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,9 @@ _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _TOKEN = ""
 _folder: Path | None = None
 """The folder of this process's private cluster: its sockets and logs, for the user alone."""
+
+_PRIVATE: dict[str, psutil.Process] = {}
+"""The processes without which the private cluster is none: name -> process. Empty where it isn't ours."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,11 @@ def connect(address: str | None) -> Cluster:
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    if address is None:
+        _PRIVATE.clear()
+        children = psutil.Process().children(recursive=True)
+        _PRIVATE.update({c.name(): c for c in children if c.name() in ("raylet", "gcs_server")})
+    _leave_out_raylet_texts()
     total = ray.cluster_resources()
     host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())
     return Cluster(host, address is None, float(total.get("CPU", 0)), float(total.get("GPU", 0)))
@@ -158,6 +168,48 @@ def _job_config() -> Any:
     config = JobConfig()
     config._client_job = True  # its only other effect is on runtime environments, which a private cluster has none of
     return config
+
+
+def private_failure() -> str | None:
+    """Why the private cluster can't be used any more; None while it can, or where the cluster isn't private.
+
+    An agent of Ray that dies takes its raylet with it.
+    """
+    for name, process in _PRIVATE.items():
+        try:
+            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                continue
+        except psutil.NoSuchProcess:
+            pass
+        return f"Ray's {name} has ended"
+    return None
+
+
+def restart_private() -> None:
+    """End what is left of the private cluster and start it again. Raises ClusterError if that can't be done."""
+    # Ray sets handlers of its own when it starts in the main thread; the run's stay in force.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    disconnect()
+    connect(None)
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _leave_out_raylet_texts() -> None:
+    """Keep Ray from printing a screen of advice for each worker that ends: incidents say what happened in one line.
+
+    What workers print still comes through. Ray has no setting for this; where a later version has no
+    such dispatcher, its texts appear.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+        def without_raylet(handle: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+            return lambda data: None if data.get("pid") == "raylet" else handle(data)
+
+        with dispatcher._lock:
+            dispatcher.handlers = [(name, without_raylet(handle)) for name, handle in dispatcher.handlers]
 
 
 def _token() -> str:
@@ -203,6 +255,7 @@ def disconnect() -> None:
     """Leave the cluster; a private one ends with all its processes."""
     import ray
 
+    _PRIVATE.clear()
     with contextlib.suppress(Exception):
         ray.shutdown()
     _remove_private_folder()

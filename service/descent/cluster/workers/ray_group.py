@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from descent.cluster.workers import ray_cluster
 from descent.cluster.workers.group import WorkerInfo
-from descent.cluster.workers.ray_cluster import capacity
 from descent.cluster.workers.worker import RayWorker
 from descent.messages import Acknowledged, Fault, Membership, WorkerSpec, WorkerStatus
 
@@ -61,7 +61,18 @@ class RayWorkerGroup:
             started.append(worker_id)
         return started
 
+    def cluster_failure(self) -> str | None:
+        return ray_cluster.private_failure()
+
+    def restart_cluster(self) -> None:
+        for worker in self._workers.values():
+            if not worker.dead:
+                worker.dead, worker.cause, worker.excused = True, "its cluster was lost", True
+        ray_cluster.restart_private()
+
     def room(self) -> int:
+        if self.cluster_failure():
+            return 0  # asking a cluster that is gone takes as long as Ray tries to reach it
         free = ray.available_resources()
         room = float(free.get("CPU", 0)) / self._cpus
         if self._gpus:
@@ -69,9 +80,11 @@ class RayWorkerGroup:
         return int(room + 1e-9)
 
     def capacity(self) -> int:
-        return capacity(self._cpus, self._gpus)
+        return ray_cluster.capacity(self._cpus, self._gpus)
 
     def draining_nodes(self) -> set[str]:
+        if self.cluster_failure():
+            return set()
         # Ray has no public way to ask; its own Train library reads the same place.
         with contextlib.suppress(RayError, AttributeError, RuntimeError):
             return set(ray._private.state.state.get_draining_nodes())
@@ -167,8 +180,14 @@ class RayWorkerGroup:
 
 
 def _cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "exit" in line.lower() or "killed" in line.lower()),
-        lines[0] if lines else "died",
-    )[:300]
+    """One sentence for a worker's death, from what Ray's several lines tell of it."""
+    text = str(error).lower()
+    if "node has died" in text or "node was lost" in text:
+        return "its node is gone"
+    if "memory pressure" in text or "running low on memory" in text or "memory monitor" in text:
+        return "ended by Ray because its node ran low on memory"
+    if "ray.kill" in text or "intended_system_exit" in text or "intended_user_exit" in text:
+        return "ended through Ray"
+    if "exit" in text or "killed" in text or "end of file" in text:
+        return "its process ended (killed, crashed or out of memory)"
+    return f"can't be reached ({type(error).__name__})"
