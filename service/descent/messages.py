@@ -6,15 +6,15 @@ from typing import Any
 
 
 class WorkerState(StrEnum):
-    """What a worker's training thread is doing, as its main thread tells it."""
+    """The state of a worker's training thread."""
 
-    STARTING = "starting"  # imports, model, data
-    READY = "ready"  # built, belongs to no generation
+    STARTING = "starting"  # imports its modules, builds the model and opens the data
+    READY = "ready"  # the replica is built; the worker has been in no generation
     RUNNING = "running"  # a member of `generation`
-    PAUSED = "paused"  # left its generation at a step's end because a pause was voted
-    BROKEN = "broken"  # a collective failed: waits for the next membership
+    PAUSED = "paused"  # left its generation at the end of a step, because the members voted for a pause
+    BROKEN = "broken"  # a collective failed, or the generation was aborted; the last committed state is kept
     FINISHED = "finished"  # the last step is committed and evaluated
-    FAILED = "failed"  # the user's code (or ours) raised: see `error`
+    FAILED = "failed"  # an exception that is no lost peer: see `failure`
 
 
 class TerminalState(StrEnum):
@@ -27,25 +27,26 @@ class TerminalState(StrEnum):
 
 @dataclass(frozen=True)
 class Membership:
-    """One generation of the process group, as told to one of its members."""
+    """A worker's place in a new generation of the process group."""
 
     generation: int
     rank: int
     world_size: int
     store_host: str
+    """Address of the store in which the members meet; the controller's process serves it."""
     store_port: int
     slots: tuple[tuple[int, int], ...]
-    """Per rank the half-open range of slots that it computes."""
+    """For each rank the half-open range of slots that it computes."""
     micro_size: int
     """Samples in one forward and backward, the same on every rank."""
     behind: tuple[int, ...] = ()
-    """The ranks that must receive the state; rank 0 always holds the newest."""
+    """The ranks that must receive the state by broadcast; rank 0 always holds the newest one."""
     restore_from: str | None = None
-    """The checkpoint that all members begin with: each reads its share before they meet."""
+    """The checkpoint that all members begin with, where they do: each reads its share of it before they meet."""
     save_only: bool = False
-    """Write a checkpoint and leave: too few are left to train, or the run was told to stop."""
+    """Whether to write a checkpoint and leave: too few workers are left to train, or the run is to end."""
     save_to: str | None = None
-    """Where to write it, when it can't be written where the run's checkpoints belong."""
+    """Where to write that checkpoint, if not where the run's checkpoints belong."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,12 @@ class FileWritten:
     size: int
     sha256: str
     xxh3_128: str
-    """What each reading is checked against: at the speed of memory, where SHA-256 costs more than the disk."""
+    """The hash that each reading is compared with: at the speed of memory, where SHA-256 is slower than the disk."""
 
 
 @dataclass(frozen=True)
 class ShareWritten:
-    """One rank's share of a checkpoint is on disk, or could not be written: see `error`."""
+    """A rank has written its share of a checkpoint, or could not: see `error`."""
 
     step: int
     rank: int
@@ -133,14 +134,14 @@ class ShareWritten:
     scalars: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     stalled_s: float = 0.0
-    """How long the training thread was held up for it."""
+    """Seconds for which the training thread waited for it."""
     took_s: float = 0.0
-    """From the call to the last byte on disk."""
+    """Seconds from the request to the last byte on disk."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that all ranks of a generation learned at the same step; each tells it, one is kept.
+    """An event that all ranks of a generation saw at the same step; each reports it, and one report is kept.
 
     kind: "step skipped" (not finite, and not when repeated either), "step repeated" (not
     finite, but finite when repeated), "diverged" (a replica's bits differ from the
@@ -153,7 +154,7 @@ class Notice:
     step: int
     generation: int
     rank: int | None = None
-    """Whom it is about, where it is about one."""
+    """The rank that is concerned, where one is."""
     detail: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -162,9 +163,9 @@ class Notice:
 class Fault:
     """A fault to inject into a worker, in tests and by `descent chaos`.
 
-    It strikes, once, when the training thread first enters `phase` of step `step` (with
-    step - 1 committed; "evaluate" and "save" come after the step) or of a later one,
-    `delay_s` later. kind: "kill" (SIGKILL), "segfault" (SIGSEGV),
+    It strikes once: `delay_s` seconds after the training thread first enters `phase` of step
+    `step` or of a later one. In the phases "evaluate" and "save" that step is committed, in all
+    others the one before. kind: "kill" (SIGKILL), "segfault" (SIGSEGV),
     "stop" (SIGSTOP), "slow" (each step takes `seconds` longer, `count` times), "nan" (a
     gradient entry, once), "flip" (one bit of a parameter), "partition" (its connections to
     the other ranks are cut), "error" (an exception in the user's code), "leave" (SIGTERM).
@@ -183,18 +184,21 @@ class Fault:
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """An exception that is not a lost peer."""
+    """An exception in a worker that is no lost peer."""
 
     kind: str
+    """The name of its class."""
     message: str
     traceback: str
     step: int
+    """The last committed step when it was raised."""
     by_user: bool = True
+    """Whether it is not one of Descent's own errors."""
 
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """The answer to a poll."""
+    """A worker's answer to a poll."""
 
     worker_id: str
     state: WorkerState
@@ -202,35 +206,36 @@ class WorkerStatus:
     step: int
     """The last step that this replica has committed."""
     evaluated: int
-    """The last step after which it has finished an evaluation."""
+    """The last step whose state it has evaluated; -1 before the first evaluation."""
     phase: str
+    """What the training thread is doing, such as "forward" or "reduce"."""
     phase_age_s: float
-    """How long the training thread has been in `phase`."""
+    """Seconds since the training thread entered `phase`."""
     records: tuple[TrainingRecord, ...] = ()
     shares: tuple[ShareWritten, ...] = ()
     notices: tuple[Notice, ...] = ()
     failure: WorkerFailure | None = None
     out_of_memory: bool = False
-    """Broken because the micro-batch didn't fit: the next generation halves it."""
+    """Whether it is broken because the micro-batch didn't fit into memory: the next generation halves it."""
     broken_by: str = ""
-    """What it saw of the fault, where it is broken: a collective's error, in its own words."""
+    """Where it is broken: the phase and the error of the collective that failed."""
     pid: int = 0
     host: str = ""
     node: str = ""
-    """Ray's id of the node that it runs on."""
+    """Ray's id of the node that the worker runs on."""
     peak_rss_mb: float = 0.0
     state_sha256: str | None = None
     leaving: bool = False
-    """It was told (SIGTERM) that its process or node will go away soon."""
+    """Whether a SIGTERM announced that its process or node will go away soon."""
     diverged: tuple[int, ...] = ()
-    """Ranks of its generation whose bits differ from the majority's; all of them where there is none."""
+    """Ranks of its generation whose bits differ from the majority's; all ranks where there is no majority."""
     useful_s: float = 0.0
     """Seconds spent in steps that were committed, since the worker's start."""
 
 
 @dataclass(frozen=True)
 class Incident:
-    """One fault and how it was survived."""
+    """A fault, and how the run survived it."""
 
     kind: str
     step: int

@@ -1,4 +1,4 @@
-"""What to do next: pure functions from what is known to one decision. No ray, no clock, no state."""
+"""What the controller does next: pure functions from a `View` of the run to one decision. No Ray, no clock, no state."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from descent.messages import TerminalState, WorkerState
 
 ALIVE_IDLE = (WorkerState.READY, WorkerState.PAUSED, WorkerState.BROKEN, WorkerState.FINISHED)
 Failure = tuple[str, int]
-"""(the exception's class, the step that was being computed)."""
+"""(the exception's class, the step that was being computed when it was raised)."""
 
 
 @dataclass(frozen=True)
@@ -20,32 +20,35 @@ class WorkerView:
     progress: tuple[int, int] = (0, -1)
     """(last committed step, last evaluated step)."""
     holds_state: bool = False
-    """Whether it holds the run's state: it was a member of a generation, or has got the checkpoint's."""
+    """Whether the worker has the run's state, of whatever step: as a member of a generation that began with it, or
+    received by broadcast or from a checkpoint since."""
     leaving: bool = False
-    """Its process or node was told to go away: a goodbye, not a fault."""
+    """Whether its process or node will go away soon, which was announced: not a fault."""
     slow: bool = False
-    """A straggler that is to be replaced."""
+    """Whether the worker is a straggler that is to be replaced."""
     stalled: bool = False
-    """A member without progress for too long: it is stuck, or waits for one who is."""
+    """Whether the worker has made no progress for too long: it is stuck, or waits for a member that is."""
     failure: Failure | None = None
-    """What it raised, where its state is FAILED."""
+    """The exception, where the state is FAILED."""
 
     @property
     def idle(self) -> bool:
+        """Whether the worker can become a member of a generation now."""
         return not self.dead and self.state in ALIVE_IDLE
 
     @property
     def staying(self) -> bool:
+        """Whether the run counts on the worker from now on."""
         return not (self.dead or self.leaving or self.slow)
 
 
 @dataclass(frozen=True)
 class View:
-    """All that a decision depends on."""
+    """Everything that a decision depends on."""
 
     workers: Mapping[str, WorkerView]
     members: tuple[str, ...]
-    """The current generation's, by rank; empty before the first."""
+    """The ids of the current generation's members, by rank; empty before the first and when the state was lost."""
     generation: int
     min_workers: int
     max_workers: int
@@ -53,17 +56,17 @@ class View:
     max_failures: int = 8
     stopping: bool = False
     waited_s: float = 0.0
-    """How long there has been no generation while too few workers are ready."""
+    """Seconds for which no member has been running; 0 while one is."""
     patience_s: float = 60.0
     startable: int = 0
-    """How many more workers the cluster could place now."""
+    """How many more workers the cluster could start now."""
     spares: int = 0
     saved_step: int = -1
     """The step of the newest checkpoint; -1 if there is none."""
     save_tried: bool = False
-    """Whether the last generation was there only to save."""
+    """Whether the current generation was formed only to write a checkpoint."""
     earlier: frozenset[Failure] = frozenset()
-    """What workers have raised before."""
+    """The exceptions of workers that were replaced."""
     cluster_lost_s: float | None = None
     """Seconds since the cluster that can be started again was found to be gone; None while it is there."""
     cluster_lost_at_step: int = 0
@@ -72,14 +75,14 @@ class View:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to do until something is heard."""
+    """Do nothing until a worker answers or time has passed."""
 
 
 @dataclass(frozen=True)
 class Abort:
-    """Tell these members to leave their generation: a peer of theirs is gone, or stuck.
+    """Ask these members to leave their generation at once, since a peer of theirs is gone or stuck.
 
-    Who waits for others leaves at once and keeps the state; who is stuck doesn't.
+    A member that waits for others leaves and keeps its state; a member that is stuck doesn't leave.
     """
 
     workers: tuple[str, ...]
@@ -87,21 +90,21 @@ class Abort:
 
 @dataclass(frozen=True)
 class Pause:
-    """Ask for a vote to stop at the step's end."""
+    """Let the members stop together at the end of the step."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Form:
-    """Form the next generation of these workers, by rank; `behind` receive rank 0's state."""
+    """Form the next generation of these workers, by rank; the ranks in `behind` receive rank 0's state."""
 
     workers: tuple[str, ...]
     behind: tuple[int, ...]
     save_only: bool = False
-    """They only write a checkpoint."""
+    """Whether its members only write a checkpoint."""
     restore: bool = False
-    """They begin with the newest checkpoint, of which each reads a share."""
+    """Whether all begin with the newest checkpoint, of which each reads a share."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Retire:
-    """Let these workers go: nobody needs them."""
+    """End these workers: they aren't needed, or their code raised an exception."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Restore:
-    """Nobody is left who holds the state: the next generation begins with the last checkpoint."""
+    """No worker holds the state any more: the next generation begins with the newest checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ _CLUSTER_GRACE_S = 10.0
 
 
 def decide(view: View) -> Decision:
-    """The next decision. Called whenever something was learned; the same view gives the same answer."""
+    """The next decision; the same view gives the same decision."""
     alive = {w: v for w, v in view.workers.items() if not v.dead}
     if view.failures > view.max_failures:
         return End(
@@ -177,10 +180,10 @@ def _without_cluster(view: View, alive: Mapping[str, WorkerView]) -> Decision:
 
 
 def _users_error(view: View, alive: Mapping[str, WorkerView]) -> bool:
-    """Whether an exception is the code's own and not one machine's bad luck: a retry would repeat it.
+    """Whether an exception comes from the user's code and not from one machine: a retry would raise it again.
 
-    It is when a worker can't even be built at the start, when all members raise it, or
-    when it comes a second time at the same step.
+    So it is when a worker can't be built at the start, when all members raise the same one, or when it is
+    raised a second time at the same step.
     """
     raised = [v.failure for v in alive.values() if v.failure is not None]
     if not raised:
@@ -237,19 +240,19 @@ def _while_idle(view: View, alive: Mapping[str, WorkerView]) -> Decision:
             return Form((best,), (), save_only=True)
         return End(TerminalState.KILLED, "stopped on request")
     if view.members and not any(v.holds_state for v in alive.values()):
-        return Restore()  # everyone who held the state is gone
+        return Restore()  # all workers that held the state are gone
     chosen = [w for w, v in idle.items() if v.staying]
     if holders and not any(idle[w].holds_state for w in chosen):
-        # Only workers that are about to go hold the state: they hand it on through a checkpoint.
+        # Only workers that will go away hold the state: the others get it through a checkpoint.
         if chosen and not unsaved:
             return _form(view, chosen)
         if chosen and not view.save_tried:
             return Form((best,), (), save_only=True)
         chosen += holders
     elif holders and idle[best].progress > max(idle[w].progress for w in chosen if idle[w].holds_state):
-        chosen = [best, *(w for w in chosen if w != best)]  # what it alone has committed counts
+        chosen = [best, *(w for w in chosen if w != best)]  # it alone has committed the last step
     if len(chosen) < view.min_workers:
-        chosen = list(idle)  # as long as they are there
+        chosen = list(idle)  # also those that will go away, as long as they are there
     starting = len(alive) - len(idle)
     first = view.generation == 0
     late = view.waited_s > view.patience_s
@@ -270,7 +273,7 @@ def _while_idle(view: View, alive: Mapping[str, WorkerView]) -> Decision:
 
 
 def _form(view: View, chosen: Sequence[str]) -> Form:
-    """Rank 0 is the most advanced; earlier members keep their order, newcomers come last."""
+    """Rank 0 is the most advanced holder of the state; earlier members keep their order, newcomers come last."""
     order = {w: i for i, w in enumerate(view.members)}
     by_rank = sorted(
         chosen,
