@@ -360,12 +360,12 @@ def test_the_controller_passes_over_what_the_workers_could_not_use(tmp_path: Pat
     newest = tmp_path / "step-00000030"
     committer = CheckpointCommitter(tmp_path, "r", "c", Checkpoint(), newest)
     committer.reject_newest("not of this run")
-    assert committer.go_back() == ["not of this run"] and committer.step == 20
+    assert committer.return_to_newest() == ["not of this run"] and committer.step == 20
     committer.reject_newest("nor this one")
-    assert committer.go_back() == ["not of this run", "nor this one"] and committer.step == 10
+    assert committer.return_to_newest() == ["not of this run", "nor this one"] and committer.step == 10
     committer.reject_newest("nor this")
     with pytest.raises(CheckpointError, match=r"no complete checkpoint.*nor this"):
-        committer.go_back()
+        committer.return_to_newest()
     committer.close()
 
 

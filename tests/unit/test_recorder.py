@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from descent.cluster.control.ending import Outcome
 from mlflow import MlflowClient
 from rich.console import Console
 
+from descent.cluster.control.outcome import Outcome
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run import recorder as recorder_module
