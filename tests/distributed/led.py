@@ -228,6 +228,7 @@ class LedRun:
         plan = replace(case.plan, min_workers=1, max_workers=most or case.plan.slots)
         # A long time without progress is no sign here, and a spare is one that the test has built.
         config = case.config.model_copy(update={"spares": 4 if most else 0})
+        case.run_dir.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(Path(tempfile.mkdtemp(dir=case.run_dir)))
         self.committer = CheckpointCommitter(root, "r", "0" * 64, config.checkpoint, resumed)
         first_step = read_manifest(resumed).step if resumed else 0

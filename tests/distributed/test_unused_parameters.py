@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from descent.checkpoint.manifest import commit_checkpoint
 from descent.checkpoint.reader import read_checkpoint
 from descent.training.input.sampling import SampleOrder
 from descent.training.plan import build_data, build_model
-from tests.distributed.conductor import Conductor, parts_of
+from tests.distributed.led import LedRun
 from tests.distributed.replicas import Case, Crew
 from tests.hard_to_repeat import Plain, overrides
 
@@ -76,15 +75,14 @@ def plain_loop(case: Case) -> tuple[list[float], dict[str, Tensor], set[int]]:
 
 def trained(pool: Crew, case: Case, world: int) -> tuple[list[float], dict[str, Tensor], str, int]:
     """(losses, final weights, hash, generations) of a run that goes through as many generations as it takes."""
-    conductor = Conductor(pool, case)
-    conductor.start(world)
-    last = conductor.finish()
-    root = case.run_dir / "checkpoints"
-    parts = parts_of([conductor.told[w] for w in conductor.members], STEPS)
-    tensors, _ = read_checkpoint(commit_checkpoint(root, parts, run="r", config_sha256="0" * 64))
-    losses = [m["train/loss"] for (_, evaluated), m in sorted(conductor.metrics.items()) if not evaluated]
+    run = LedRun(pool, case)
+    run.start(world)
+    last = run.finish()
+    assert last.checkpoint is not None and last.state_sha256 is not None
+    tensors, _ = read_checkpoint(last.checkpoint)
+    losses = [m["train/loss"] for (_, evaluated), m in sorted(run.metrics.items()) if not evaluated]
     weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    return losses, weights, last.sha256, len(conductor.formed)
+    return losses, weights, last.state_sha256, len(run.formed)
 
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])

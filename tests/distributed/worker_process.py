@@ -1,4 +1,4 @@
-"""A replica's process as a worker: the real `Worker` behind a pipe, polled and commanded as Ray's actor is."""
+"""A replica's process as a worker: the real `WorkerProcess` behind a pipe, polled and commanded as Ray's actor is."""
 
 import asyncio
 import time
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from descent.cluster.workers.worker import Worker
+from descent.cluster.workers.worker import WorkerProcess
 from descent.messages import Acknowledged, Fault, WorkerSpec, WorkerState
 from descent.training.trainer import Trainer
 
 _LOOK_EVERY_S = 0.005
 
 
-class TestedWorker(Worker):
+class TestedWorker(WorkerProcess):
     """A worker with faults to come, whose trainer a test may tamper with."""
 
     __test__ = False

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from descent.cluster.workers import ray_cluster
 from descent.cluster.workers.group import WorkerInfo
-from descent.cluster.workers.worker import RayWorker
+from descent.cluster.workers.worker import Worker
 from descent.messages import Acknowledged, Fault, Membership, WorkerSpec, WorkerStatus
 
 
@@ -55,7 +55,7 @@ class RayWorkerGroup:
             options: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0}
             if not spec.loopback:  # the workers of a private cluster inherit this from the driver
                 options["runtime_env"] = {"env_vars": {"PYTHONHASHSEED": "0"}}
-            actor = ray.remote(RayWorker).options(name=name, **options).remote(spec)
+            actor = ray.remote(Worker).options(name=name, **options).remote(spec)
             self._handles[worker_id] = _Handle(actor, answered_at=time.monotonic())
             self._workers[worker_id] = WorkerInfo(worker_id)
             started.append(worker_id)

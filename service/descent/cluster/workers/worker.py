@@ -55,8 +55,8 @@ def _bind_interface(address: str) -> None:
             return
 
 
-class Worker:
-    """One device and one replica, in a process of its own; `ray_group` makes `RayWorker` a Ray actor."""
+class WorkerProcess:
+    """One device and one replica, in a process of its own; `Worker` is the same as a Ray actor."""
 
     def __init__(self, spec: WorkerSpec, node: str = "") -> None:
         """node: the cluster's id of the machine."""
@@ -255,8 +255,8 @@ def _is_acknowledged(record: TrainingRecord, acknowledged: Acknowledged) -> bool
     return record.step <= acknowledged.step
 
 
-class RayWorker(Worker):
-    """A worker as a Ray actor: it knows its node, and a SIGTERM makes it leave."""
+class Worker(WorkerProcess):
+    """A worker as the Ray actor that `ray_group.RayWorkerGroup` starts: it knows its node, and a SIGTERM makes it leave."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         if spec.loopback:
