@@ -74,7 +74,7 @@ class ProcessGroup:
                 self._case.config.to_dict(),
                 self._case.plan.to_dict(),
                 str(self._case.run_dir),
-                (),
+                (str(Path.cwd()),),
                 self._case.plan.device,
                 loopback=True,
             )

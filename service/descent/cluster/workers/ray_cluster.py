@@ -99,28 +99,7 @@ def connect(address: str | None) -> Cluster:
     ours = {signal.SIGTERM, signal.SIGHUP} if address is None else set()
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=local_cores(),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(_private_folder()),
-                object_store_memory=128 << 20,
-                logging_level="ERROR",
-                log_to_driver=True,
-                job_config=_job_config(),
-            )
-        else:
-            ray.init(address=address, logging_level="ERROR", log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"ray.address={address}" if address else "a local Ray cluster"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ClusterError(
-            f"{where}: can't connect: {first}; is it running (ray status), and does RAY_AUTH_MODE fit it?"
-            if address
-            else f"{where}: can't start: {first}"
-        ) from error
+        _initialize(address)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
     if address is None:
@@ -168,6 +147,41 @@ def _job_config() -> Any:
     config = JobConfig()
     config._client_job = True  # its only other effect is on runtime environments, which a private cluster has none of
     return config
+
+
+def _initialize(address: str | None) -> None:
+    """Start Ray, or join it. Raises ClusterError."""
+    import ray
+
+    # Where a busy machine starts the private cluster too slowly, Ray gives up; a second try mostly succeeds.
+    for last in (address is not None, True):
+        try:
+            if address is not None:
+                ray.init(address=address, logging_level="ERROR", log_to_driver=True)
+                return
+            ray.init(
+                address="local",
+                num_cpus=local_cores(),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(_private_folder()),
+                object_store_memory=128 << 20,
+                logging_level="ERROR",
+                log_to_driver=True,
+                job_config=_job_config(),
+            )
+            return
+        except Exception as error:  # Ray raises whatever occurs to it, a bare Exception included
+            if not last:
+                disconnect()
+                continue
+            where = f"ray.address={address}" if address else "a local Ray cluster"
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ClusterError(
+                f"{where}: can't connect: {first}; is it running (ray status), and does RAY_AUTH_MODE fit it?"
+                if address
+                else f"{where}: can't start: {first}"
+            ) from error
 
 
 def private_failure() -> str | None:
