@@ -365,9 +365,9 @@ def test_too_few_workers_write_a_checkpoint_before_the_run_gives_up(tmp_path: Pa
     (membership,) = play.memberships(2).values()
     assert membership.save_only and membership.world_size == 1
     play.answer("w0", S.PAUSED, 3, shares=(written(play, 3, 2),)).turn()
-    for _ in range(100):  # the commit is a thread's
-        if play.ended is None:
-            play.turn()
+    play.committer.wait(60.0)
+    if play.ended is None:
+        play.turn()
     assert play.ended is not None and play.ended.state is TerminalState.FAILED
     assert "only 1 of at least 2 workers" in play.ended.reason
     outcome = play.end()
