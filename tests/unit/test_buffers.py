@@ -113,6 +113,13 @@ def test_in_every_memory_layout(view: object, dtype: torch.dtype) -> None:
     assert torch.equal(found, made(2))
 
 
+def test_a_conjugated_buffer_is_written_to_as_well() -> None:
+    value = torch.tensor([1 + 2j, 3 - 1j])
+    assert torch.equal(
+        combined([value.conj(), value.conj()], torch.zeros(2, dtype=torch.complex64), None), value.conj()
+    )
+
+
 def test_a_buffer_that_begins_to_depend_on_the_samples_ends_the_run_by_its_name() -> None:
     model = buffered.LateFlag()
     buffers = Buffers(model, ["kept"], [Rule.SAME])

@@ -45,9 +45,9 @@ def own_buffer(module: nn.Module, name: str) -> Tensor:
     """A module's buffer, in memory that can be written to entry by entry: an expanded tensor is replaced by a copy."""
     buffer = module._buffers[name]
     assert buffer is not None
-    wide = buffer.dtype in _WIDE
-    if not buffer.is_contiguous() and (wide or shares_places(buffer)):
-        buffer = module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+    scattered = not buffer.is_contiguous() and (buffer.dtype in _WIDE or shares_places(buffer))
+    if scattered or buffer.is_conj():
+        buffer = module._buffers[name] = buffer.resolve_conj().clone(memory_format=torch.contiguous_format)
     return buffer
 
 
@@ -58,7 +58,7 @@ _WIDE = (torch.int64, torch.uint64)
 def _travelling(buffer: Tensor) -> Tensor:
     """The buffer's memory as numbers that float64 holds exactly: a view."""
     if buffer.is_complex():
-        return torch.view_as_real(buffer.resolve_conj())
+        return torch.view_as_real(buffer)
     return buffer.unsqueeze(-1).view(torch.int32) if buffer.dtype in _WIDE else buffer
 
 
@@ -90,6 +90,8 @@ class Buffers:
         self._versions: list[tuple[int, int]] = []
         self._moved = False
         """Whether a forward of this step may have changed them."""
+        self._views: list[tuple[Tensor | None, Tensor]] = [(None, torch.empty(0))] * len(names)
+        """Per buffer the tensor seen last, and its memory as it travels."""
         sizes = [_travelling(b).numel() for b in self._buffers]
         self.row_length = sum(sizes)
         """Numbers that `pack` gives."""
@@ -108,10 +110,26 @@ class Buffers:
         """[row length]: which entries are not averaged."""
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self._ranges = list(zip([0, *ends[:-1]], ends, strict=True))
+        parts = zip(self._names, self._places, self._rules, self._ranges, strict=True)
+        self._special = [i for i, rule in enumerate(self._rules) if rule not in (Rule.MEAN, Rule.SAME)]
+        self._to_agree = [(n, lo, hi) for n, (m, _), rule, (lo, hi) in parts if rule is Rule.SAME and not is_torchs(m)]
+        """(name, its range in a row) of the buffers in which the slots must agree; torch's own modules are known."""
 
     @property
     def _buffers(self) -> list[Tensor]:
-        return [own_buffer(module, name) for module, name in self._places]
+        return [
+            buffer
+            if (buffer := module._buffers[name]) is not None and buffer.is_contiguous() and not buffer.is_conj()
+            else own_buffer(module, name)
+            for module, name in self._places
+        ]
+
+    def _as_they_travel(self) -> list[Tensor]:
+        """The memory of each buffer as `_travelling` gives it; made anew only for a tensor that is another one."""
+        for index, buffer in enumerate(self._buffers):
+            if self._views[index][0] is not buffer:
+                self._views[index] = (buffer, _travelling(buffer))
+        return [view for _, view in self._views]
 
     def _now(self) -> list[tuple[int, int]]:
         return [(id(t := module._buffers[name]), 0 if t is None else t._version) for _, module, name in self._constants]
@@ -147,14 +165,14 @@ class Buffers:
     def check_agreement(self, rows: Tensor, forwards: Sequence[int], step: int) -> None:
         """Raises TrainingError where slots with equally many forwards leave different values that must be the same.
 
-        rows: [slots, row length]. forwards: per slot its number. torch's own modules are known and not looked at.
+        rows: [slots, row length]. forwards: per slot its number.
         """
-        if not self.row_length:
+        if not self.row_length or not self._to_agree:
             return
         first = {count: slot for slot, count in reversed(list(enumerate(forwards)))}
         like = [first[count] for count in forwards]
-        for name, (module, _), rule, (lo, hi) in zip(self._names, self._places, self._rules, self._ranges, strict=True):
-            if rule is Rule.SAME and not is_torchs(module) and not torch.equal(rows[:, lo:hi], rows[like, lo:hi]):
+        for name, lo, hi in self._to_agree:
+            if not torch.equal(rows[:, lo:hi], rows[like, lo:hi]):
                 raise TrainingError(
                     f"model: its buffer {name!r} depends on the samples from step {step} on, and did not when it was "
                     f"found out; {HOW_TO_COMBINE.format(name=name.rpartition('.')[2])}"
@@ -162,7 +180,7 @@ class Buffers:
 
     def pack(self) -> Tensor:
         """The values of now, [row length] in float64, exact for every dtype; valid until the next call."""
-        torch._foreach_copy_(self._pieces, [_travelling(b) for b in self._buffers])
+        torch._foreach_copy_(self._pieces, self._as_they_travel())
         return self._row
 
     def combine(self, rows: Tensor) -> None:
@@ -174,11 +192,14 @@ class Buffers:
             total += row
         total /= rows.shape[0]
         self._row.copy_(torch.where(self._first, rows[0], total))
-        buffers = self._buffers
-        torch._foreach_copy_([_travelling(b) for b in buffers], self._pieces)
-        for buffer, start, rule, (lo, hi) in zip(buffers, self._start, self._rules, self._ranges, strict=True):
-            if rule in (Rule.MEAN, Rule.SAME):
-                continue
+        torch._foreach_copy_(self._as_they_travel(), self._pieces)
+        for index in self._special:
+            buffer, start, rule, (lo, hi) = (
+                self._buffers[index],
+                self._start[index],
+                self._rules[index],
+                self._ranges[index],
+            )
             values = _values(rows[:, lo:hi], buffer)
             if rule is Rule.SUM:
                 first = start.to(values.dtype)
