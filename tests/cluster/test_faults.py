@@ -117,7 +117,7 @@ def test_a_private_cluster_that_dies_is_started_again_and_the_run_goes_on(
 
 
 def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(folder: Path) -> None:
-    code, summary, err = end(start(folder, "greedy", "Greedy", "steps=20"))
+    code, summary, err = end(start(folder, "greedy", "Greedy", "steps=20", "slots=2"))
     assert code == 0, err
     assert summary["step"] == 20
     assert "batch.micro_size=7" in err and "batch.micro_size=3" in err

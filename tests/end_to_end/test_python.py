@@ -32,7 +32,7 @@ if __name__ == "__main__":
     import torch
     model = descent.load("first", trusted_modules=["service"])
     earlier = descent.load(first.run_dir, step=first.best_step, trusted_modules=["service"])
-    again = descent.train({"resume": "first"})
+    again = descent.train({"resume": "first", "trusted_modules": ["service"]})
     connected_after_first = ray.is_initialized()
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
