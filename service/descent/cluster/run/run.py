@@ -68,7 +68,9 @@ class Run:
         """
         self.console, self.started_at, self._starting = console, started_at or time.time(), starting
         self._connecting: Future[Cluster] | None = None
-        self._background = ThreadPoolExecutor(2, "start")
+        self._background = ThreadPoolExecutor(1, "recording")
+        self._ray_thread = ThreadPoolExecutor(1, "ray")
+        """Starts the private cluster, whose processes the kernel ends together with the thread that started them."""
         self._room = 0
         """How many workers the cluster's GPUs have room for; 0 without GPUs."""
         self._lock: RunLock | None = None
@@ -115,7 +117,7 @@ class Run:
         if self.resumed is not None and self.resumed.finished is not None and self.resumed.same_length:
             return self.resumed.already_finished()
         private = self.config.ray.address is None and not ray_cluster.is_connected()
-        self._connecting = self._background.submit(ray_cluster.connect, self.config.ray.address)
+        self._connecting = self._ray_thread.submit(ray_cluster.connect, self.config.ray.address)
         if private:
             prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
             cluster = self._connecting.result()
@@ -308,6 +310,7 @@ class Run:
             self._lock.release()
         os.umask(self._umask)
         self._background.shutdown(wait=False)
+        self._ray_thread.shutdown(wait=False)
 
     def end_process_if_ray_is_starting(self, exit_code: int) -> None:
         """After a refusal on the command line: end the process now if the private cluster is still starting.
