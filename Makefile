@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# In a folder of its own: beside its OpenTelemetry exporters Ray's job agent does not start.
+TORCHFT := $(CURDIR)/$(VENV)/torchft
 ARGS   ?=
 NAME   ?=
 
@@ -46,7 +48,10 @@ check: $(STAMP)  ## ruff, mypy (strict), import-linter
 	@$(BIN)/lint-imports --no-cache
 
 bench: $(STAMP)  ## benchmarks; NAME="step_loop startup" selects
-	@$(BIN)/python -m tests.bench $(NAME)
+	@test -d $(TORCHFT) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TORCHFT) \
+		torchft==0.2.0 opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2 \
+		opentelemetry-exporter-otlp-common==0.66b2 opentelemetry-exporter-http-transport==0.66b2
+	@TORCHFT=$(TORCHFT) $(BIN)/python -m tests.bench $(NAME)
 
 lock: $(STAMP)   ## rewrite requirements.lock from the current environment
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock

@@ -33,6 +33,7 @@ from tests.bench.measure import (
     BenchError,
     Result,
     Training,
+    environment,
     process,
     progress,
     rounded,
@@ -245,10 +246,21 @@ def _kill_some(world: int, kind: str, folder: Path, trials: Trials) -> None:
     # Left to itself, torchrun's new workers meet in the store of the old ones, find their
     # addresses there and wait for them: with 4 workers it never came back (pytorch issue 135712,
     # whose remedy this is).
-    with process(arguments, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as child:
+    more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if kind == "torchft":
+        more["PYTHONPATH"] = os.pathsep.join([environment()["PYTHONPATH"], _torchft_folder()])
+    with process(arguments, folder, **more) as child:
         for _ in range(_PEER_KILLS):
             _kill_one(child, folder, world, trials)
             progress(f"{kind}, {world} workers: {trials.seconds[-1]:.2f} s, {trials.lost[-1]} steps lost")
+
+
+def _torchft_folder() -> str:
+    """Where `make bench` has put torchft: not into the environment, where its exporters stop Ray's job agent."""
+    folder = os.environ.get("TORCHFT", "")
+    if not Path(folder, "torchft").is_dir():
+        raise BenchError("torchft is not installed: run it by make bench")
+    return folder
 
 
 def _kill_one(child: "subprocess.Popen[str]", folder: Path, world: int, trials: Trials) -> None:

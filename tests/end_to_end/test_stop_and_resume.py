@@ -184,6 +184,9 @@ def test_stopped_twice_and_resumed_with_other_workers_it_ends_as_if_nothing_had_
     )
     assert busy.returncode == 2
     assert busy.stderr.startswith(f"error: resume=cut: the run is being trained by process {fourth.process.pid} on ")
+    deadline = time.monotonic() + 60  # tracking is opened again beside the first steps
+    while mlflow_run(tmp_path, stopped["run_id"])[0] != "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.1)
     fourth.process.kill()  # without a chance to save or to say anything
     fourth.process.communicate()
     assert mlflow_run(tmp_path, stopped["run_id"])[0] == "RUNNING"
