@@ -72,10 +72,10 @@ def start(folder: Path, name: str, network: str, *overrides: str) -> subprocess.
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def resume(folder: Path, name: str) -> subprocess.Popen[str]:
+def resume(folder: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
     """Continue a run as its user would: the name, and once more the modules that it may import."""
     return subprocess.Popen(
-        [DESCENT, "train", "--json", f"resume={name}", "trusted_modules=[nets]"],
+        [DESCENT, "train", "--json", f"resume={name}", "trusted_modules=[nets]", *overrides],
         cwd=folder,
         text=True,
         stdout=subprocess.PIPE,

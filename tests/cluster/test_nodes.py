@@ -235,7 +235,7 @@ def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(
     assert summary["reason"] == "only 1 of at least 2 workers could be had for 3 s"
     assert Path(summary["checkpoint"]).name == f"step-{summary['step']:08d}"
     with nodes.more():
-        code, summary, err = end(resume(nodes.folder, "few"))
+        code, summary, err = end(resume(nodes.folder, "few", f"ray.address={nodes.address}"))
     assert code == 0, err
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert logged_steps(nodes.folder, "few") == list(range(1, STEPS + 1))
