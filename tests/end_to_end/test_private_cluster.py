@@ -1,5 +1,7 @@
 """A run on this machine keeps to itself: its ports, its folder, and what it imports."""
 
+import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -38,8 +40,8 @@ def test_ports_folder_and_imports_of_a_run_are_its_own(tmp_path: Path) -> None:
         "from torch import nn\nclass Net(nn.Sequential):\n  def __init__(self):\n"
         "    super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
     )
-    temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 24 else "/tmp"
-    before = set(Path(temporary).glob("descent-ray-*"))
+    # A temporary folder of its own, with a short path (Ray's sockets lie in it): other runs have their folders elsewhere.
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     process = subprocess.Popen(
         [
             DESCENT,
@@ -51,6 +53,7 @@ def test_ports_folder_and_imports_of_a_run_are_its_own(tmp_path: Path) -> None:
             "epochs=8",
         ],
         cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,7 +68,7 @@ def test_ports_folder_and_imports_of_a_run_are_its_own(tmp_path: Path) -> None:
                         listening[f"{child.name()} {connection.laddr.port}"] = connection.laddr.ip
             except psutil.Error:
                 continue
-        for folder in set(Path(temporary).glob("descent-ray-*")) - before:
+        for folder in temporary.glob("descent-ray-*"):
             modes[folder] = stat.S_IMODE(folder.stat().st_mode)
         time.sleep(0.2)
     out, _ = process.communicate()
@@ -76,6 +79,7 @@ def test_ports_folder_and_imports_of_a_run_are_its_own(tmp_path: Path) -> None:
     }
     assert open_to_others == {}
     assert set(modes.values()) == {0o700} and not any(folder.exists() for folder in modes)
+    shutil.rmtree(temporary)
     assert [f.name for f in tmp_path.glob("*.executed")] == []
 
 
