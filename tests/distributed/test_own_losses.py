@@ -105,4 +105,4 @@ class Reweigh:
     """Gives the loss class weights, which a config has no way to write yet."""
 
     def __call__(self, trainer: object) -> None:
-        trainer.objective.loss.weight = torch.tensor(WEIGHTS)  # type: ignore[attr-defined]
+        trainer.task.objective.loss.weight = torch.tensor(WEIGHTS)  # type: ignore[attr-defined]

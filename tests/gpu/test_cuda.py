@@ -12,6 +12,7 @@ from descent.messages import Membership, StepRecord
 from descent.training.collectives import Group
 from descent.training.plan import prepare
 from descent.training.reduction.compressed import Compressed
+from descent.training.results import MicroBatchLoss
 from descent.training.sentinel import hash_on_device
 from descent.training.slot_balancer import assign_slots
 from descent.training.stopwatch import Stopwatch
@@ -103,11 +104,13 @@ def test_powersgd_on_the_gpu_is_that_of_the_cpu() -> None:
         torch.manual_seed(0)
         model = nn.Linear(50, 40).double().to(device)
         group = Group(0, 1, torch.device(device), threading.Event())
-        reducer = Compressed(model, group, "powersgd")
+        reducer = Compressed(
+            model, lambda b, n, m=model: MicroBatchLoss(m(b).square().sum(), len(n)), group, "powersgd"
+        )
         for _ in range(3):
             reducer.begin_step()
-            output = reducer.forward(batch.to(device), last=True)
-            reducer.backward(output.square().sum(), torch.tensor(1.0, device=device), last=True)
+            loss = reducer.forward(batch.to(device), range(len(batch)), last=True)
+            reducer.backward(loss.total, torch.tensor(1.0, device=device), last=True)
             reducer.finish_step()
         found.append(model.weight.grad.cpu())
     torch.testing.assert_close(*found)

@@ -1,6 +1,5 @@
 """The search for what is not finite in a step: layers, samples, and what is said about them."""
 
-import contextlib
 import threading
 
 import numpy as np
@@ -13,6 +12,7 @@ from descent.training.buffers import Buffers
 from descent.training.collectives import Group
 from descent.training.objective import Objective
 from descent.training.step import StepInput, StepResult, micro_batches
+from descent.training.task import Supervised
 
 GROUP = Group(0, 1, torch.device("cpu"), threading.Event())
 SAMPLES = np.arange(100, 112)
@@ -43,9 +43,8 @@ def inspect(model: nn.Module, inputs: Tensor, loss: object = None) -> list[nonfi
     given = StepInput(5, micro_batches([(0, (0, 3)), (1, (3, 12))], 4), (0, 0), (5.0, 0.0, 0.0))
     inspector = nonfinite.Inspector(
         model,
-        Objective.of(loss or nn.MSELoss()),
+        Supervised(Objective.of(loss or nn.MSELoss())),
         Buffers(model, ()),
-        contextlib.nullcontext,
         0,
         torch.tensor(1 / 12),
         False,

@@ -40,7 +40,7 @@ def data(name: str, *overrides: str) -> list[str]:
 )
 def test_how_a_loss_is_read(name: str, reading: Reading) -> None:
     found = with_loss(name)
-    assert found.objective.reading == found.plan.loss_reading == reading
+    assert found.task.objective.reading == found.plan.loss_reading == reading
     assert found.plan.uses_non_torch_rng is (name == "DrawsElsewhere")
 
 
@@ -67,7 +67,7 @@ def test_what_would_be_read_wrongly_is_refused_by_name(name: str, why: str) -> N
 
 @pytest.mark.parametrize("name", ["FocalAroundAMean", "Contrastive"])
 def test_a_loss_of_the_whole_batch_is_taken_where_each_batch_is_computed_whole(name: str) -> None:
-    assert with_loss(name, "slots=1", "workers=1").objective.reading is Reading.SAMPLES
+    assert with_loss(name, "slots=1", "workers=1").task.objective.reading is Reading.SAMPLES
 
 
 @pytest.mark.parametrize("loss", [nn.KLDivLoss(), nn.KLDivLoss(reduction="batchmean"), nn.KLDivLoss(reduction="sum")])
@@ -124,7 +124,9 @@ def test_a_language_model_is_one_also_where_its_context_is_as_long_as_its_vocabu
     output = found.model(inputs)
     assert output.shape == (2, 256, 256)
     wanted = F.cross_entropy(output.flatten(0, 1), targets.flatten(), reduction="sum")
-    assert float(found.objective(output, targets).total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert float(found.task.objective(output, targets).total.detach()) == pytest.approx(
+        float(wanted.detach()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("row", ["false", "true"])
@@ -140,7 +142,7 @@ def test_a_classifier_with_one_output_is_refused() -> None:
 
 
 def test_probabilities_are_targets_too() -> None:
-    assert prepared(*data("Probabilities"), "batch.size=12").objective.by_class
+    assert prepared(*data("Probabilities"), "batch.size=12").task.objective.by_class
 
 
 def test_a_set_without_a_label_that_counts_is_refused() -> None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from descent.training.collectives import Group
 from descent.training.reduction.compressed import RANK, Compressed
+from descent.training.reduction.losses import LossOf
+from descent.training.results import MicroBatchLoss
 
 GROUP = Group(0, 1, torch.device("cpu"), threading.Event())
 ONE = torch.tensor(1.0)
@@ -18,10 +20,15 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv1d(2, 40, 25), nn.Flatten(), nn.Linear(40, 30, bias=True)).double()
 
 
+def squares_of(model: nn.Module) -> LossOf:
+    """The loss: the sum of the squares of the outputs."""
+    return lambda batch, samples: MicroBatchLoss(model(batch).square().sum(), len(samples))
+
+
 def delivered(reducer: Compressed, model: nn.Module, batch: torch.Tensor) -> dict[str, np.ndarray]:
     """The gradients of one step as the optimizer sees them."""
     reducer.begin_step()
-    reducer.backward(reducer.forward(batch, last=True).square().sum(), ONE, last=True)
+    reducer.backward(reducer.forward(batch, range(len(batch)), last=True).total, ONE, last=True)
     reducer.finish_step()
     return {n: p.grad.detach().numpy().copy() for n, p in model.named_parameters()}
 
@@ -44,7 +51,7 @@ def projector(p: np.ndarray) -> np.ndarray:
 
 def test_it_is_the_algorithm_of_the_paper() -> None:
     model = network()
-    reducer = Compressed(model, GROUP, "powersgd")
+    reducer = Compressed(model, squares_of(model), GROUP, "powersgd")
     names = ["0.weight", "2.weight"]
     q = {m.gradient.shape: m.q.numpy().copy() for ms in reducer._codec._matrices for m in ms}
     error = {name: np.zeros(1) for name in names}
@@ -64,7 +71,7 @@ def test_it_is_the_algorithm_of_the_paper() -> None:
 
 def test_what_a_message_leaves_out_comes_with_later_ones() -> None:
     model = network()
-    reducer = Compressed(model, GROUP, "powersgd")
+    reducer = Compressed(model, squares_of(model), GROUP, "powersgd")
     sent = given = np.zeros((30, 40))
     for batch in batches(10):
         given = given + true_gradients(model, batch)["2.weight"]
@@ -75,7 +82,7 @@ def test_what_a_message_leaves_out_comes_with_later_ones() -> None:
 
 def test_a_step_that_was_not_committed_leaves_nothing_behind() -> None:
     model, fresh = network(), network()
-    reducer = Compressed(model, GROUP, "powersgd")
+    reducer = Compressed(model, squares_of(model), GROUP, "powersgd")
     first, second = batches(2)
     spoilt = first.clone()
     spoilt[0, 0, 0] = float("nan")
@@ -83,6 +90,6 @@ def test_a_step_that_was_not_committed_leaves_nothing_behind() -> None:
     assert np.isnan(delivered(reducer, model, spoilt)["2.weight"]).any()
     reducer.nonfinite_ranks()
     again = delivered(reducer, model, first)
-    expected = delivered(Compressed(fresh, GROUP, "powersgd"), fresh, first)
+    expected = delivered(Compressed(fresh, squares_of(fresh), GROUP, "powersgd"), fresh, first)
     for name, gradient in expected.items():
         np.testing.assert_array_equal(again[name], gradient)

@@ -227,6 +227,7 @@ class RunConfig(Section):
     model: Spec
     data: Data
     loss: Spec
+    task: Spec | None = None
     optimizer: Spec
     schedule: Spec
     batch: Batch
@@ -255,10 +256,10 @@ class RunConfig(Section):
     init_strict: bool
     resume: str | None
 
-    @field_validator("model", "loss", "optimizer", "schedule")
+    @field_validator("model", "loss", "optimizer", "schedule", "task")
     @classmethod
-    def _target(cls, value: Spec) -> Spec:
-        return _has_target(value)
+    def _target(cls, value: Spec | None) -> Spec | None:
+        return None if value is None else _has_target(value)
 
     @field_validator("name")
     @classmethod

@@ -17,26 +17,27 @@ Values = dict[str, Tensor]
 
 
 def find_rules(
-    model: nn.Module, names: Sequence[str], forward: Callable[[Tensor], object], inputs: Tensor, where: str
+    model: nn.Module, names: Sequence[str], forward: Callable[[int, int], object], count: int, where: str
 ) -> tuple[Rule, ...]:
     """The rule of each buffer in `names`; the model, in training mode, is left as it was.
 
     A module may state its buffers' rules by an attribute `combine_buffers`, a dict from name to rule; torch's own
     modules are known. For others the values after two halves of a batch are compared with those after the
-    whole. inputs: [n, …]; with fewer than 4 samples nothing is found out, and `default_rule` holds.
+    whole. forward(first, stop): a forward in training on samples of which there are `count`; with fewer than 4
+    nothing is found out, and `default_rule` holds.
 
     Raises ConfigError, named by `where`, for a buffer whose values can't be combined, and for a wrong statement.
     """
     owners = owners_of(model)
     rules = {name: _stated(*owners[name], where) for name in names}
     known = {name: default_rule(b) for name, b in model.named_buffers()}
-    if len(inputs) >= 4 and None in rules.values():
-        half = len(inputs) // 2
-        parts = [_after(model, forward, part) for part in (inputs[:half], inputs[half : 2 * half], inputs[: 2 * half])]
+    if count >= 4 and None in rules.values():
+        half = count // 2
+        parts = [_after(model, forward, *part) for part in ((0, half), (half, 2 * half), (0, 2 * half))]
         start = {name: b.detach().clone() for name, b in model.named_buffers()}
         for name in (n for n, rule in rules.items() if rule is None):
             found = _compare(start[name], *(part[name] for part in parts))
-            if found is None and _is_running_average(model, forward, inputs[:half], name, parts[0][name]):
+            if found is None and _is_running_average(model, forward, half, name, parts[0][name]):
                 found = Rule.MEAN
             if found is None:
                 how = HOW_TO_COMBINE.format(name=name.rpartition(".")[2])
@@ -63,11 +64,11 @@ def _stated(module: nn.Module, name: str, where: str) -> Rule | None:
     return default_rule(buffer) if is_torchs(module) else None
 
 
-def _after(model: nn.Module, forward: Callable[[Tensor], object], inputs: Tensor) -> Values:
+def _after(model: nn.Module, forward: Callable[[int, int], object], first: int, stop: int) -> Values:
     """The buffers after one forward from now; the model is left as it was."""
     before = ModelSnapshot.of(model)
     with torch.no_grad(), own_generators(seed=0):
-        forward(inputs)
+        forward(first, stop)
     found = {name: b.detach().clone() for name, b in model.named_buffers()}
     before.put_back(model)
     return found
@@ -97,7 +98,7 @@ def _compare(start: Tensor, first: Tensor, second: Tensor, whole: Tensor) -> Rul
 
 
 def _is_running_average(
-    model: nn.Module, forward: Callable[[Tensor], object], inputs: Tensor, name: str, begin: Tensor
+    model: nn.Module, forward: Callable[[int, int], object], count: int, name: str, begin: Tensor
 ) -> bool:
     """Whether each entry becomes c · (its value before) + something of the samples, with one c between 0 and 1.
 
@@ -112,7 +113,7 @@ def _is_running_average(
     ends = []
     for shift in (-step, 0.0, step):
         module._buffers[short] = begin + shift
-        ends.append(_after(model, forward, inputs)[name].to(torch.complex128))
+        ends.append(_after(model, forward, 0, count)[name].to(torch.complex128))
     before.put_back(model)
     low, middle, high = ends
     share = (high - low) / (2 * step)

@@ -22,6 +22,8 @@ def check_config(config: RunConfig) -> None:
     check_arguments(config.data.train, trusted, "data.train")
     if config.data.evaluate is not None:
         check_arguments(config.data.evaluate, trusted, "data.evaluate")
+    if config.task is not None:
+        check_arguments(config.task, trusted, "task")
     Objective.of(build(config.loss, trusted, "loss"))
     # The patterns in `groups` are about the names of the run's own model.
     without_groups = config.model_copy(update={"optimizer": {**config.optimizer, "groups": []}})

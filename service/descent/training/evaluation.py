@@ -1,7 +1,6 @@
 """Evaluation on the held-out set: when it is due, loss and accuracy shared by all ranks, whether they are the best."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,9 +13,11 @@ from descent.training.collectives import Group
 from descent.training.determinism import begin_stream
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import stream_seed
-from descent.training.objective import Objective, Reading
+from descent.training.objective import Reading
 from descent.training.plan import Plan
+from descent.training.results import Mean
 from descent.training.state import TrainState
+from descent.training.task import Task
 
 
 class Evaluator:
@@ -28,13 +29,12 @@ class Evaluator:
         plan: Plan,
         data: Data | None,
         state: TrainState,
-        objective: Objective,
+        task: Task,
         device: torch.device,
-        autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
         """data: the held-out set; without one no evaluation is ever due."""
         self._config, self._plan, self._state = config, plan, state
-        self._objective, self._autocast = objective, autocast
+        self._task = task
         self._num_samples = 0 if data is None else len(data)
         self._feed = None if data is None else Feed(data, None, device, seed=config.seed, on_error=config.data.on_error)
         self._scores: tuple[int, dict[str, float]] = (-1, {})
@@ -53,14 +53,15 @@ class Evaluator:
         assert self._feed is not None
         metrics = evaluate(
             self._state,
-            self._objective,
+            self._task,
             self._feed,
             group,
+            names=self._plan.evaluated,
             num_samples=self._num_samples,
             size=self._config.evaluate.batch_size,
             seed=self._config.seed,
             uses_non_torch_rng=self._plan.uses_non_torch_rng,
-            autocast=self._autocast,
+            sums_up=self._plan.loss_reading == Reading.TOTAL,
         )
         if isinstance(self._state.schedule, Plateau) and self._state.step > 0:
             self._state.schedule.observe(metrics["eval/loss"])
@@ -86,47 +87,48 @@ class Evaluator:
 
 def evaluate(
     state: TrainState,
-    objective: Objective,
+    task: Task,
     feed: Feed,
     group: Group,
     *,
+    names: Sequence[str],
     num_samples: int,
     size: int,
     seed: int,
     uses_non_torch_rng: bool,
-    autocast: Callable[[], AbstractContextManager[object]],
+    sums_up: bool,
 ) -> dict[str, float]:
-    """{"eval/loss", and "eval/accuracy" where there are classes}, the same on every rank.
+    """{"eval/<name>": figure}, the same on every rank.
 
-    The loss is divided as the loss divides (by class weights, where there are some), the accuracy by the
-    number of labels that are not ignored. The set is cut into chunks of `size` that don't depend on the number of
-    ranks; each chunk's sums have one owner, so the result's bits are the same for any world size. A model that
-    draws random numbers in evaluation too has a random stream for each chunk, the same in every evaluation.
+    names: those of the means that the task's evaluation gives. sums_up: whether the loss is a sum, divided by nothing.
+    The set is cut into chunks of `size` that don't depend on the number of ranks; each chunk's sums have one
+    owner, so the result's bits are the same for any world size. A model that draws random numbers in
+    evaluation too has a random stream for each chunk, the same in every evaluation.
 
-    Raises PeerLost, and DataError where every label of the set is ignored.
+    Raises PeerLost, and DataError where nothing in the set counts for the loss.
     """
     starts = range(0, num_samples, size)
-    sums = torch.zeros(len(starts), 4, dtype=torch.float64, device=group.device)
+    sums = torch.zeros(len(starts), 2 * len(names), dtype=torch.float64, device=group.device)
     state.model.eval()
-    with state.averaged(), torch.no_grad(), autocast():
+    with state.averaged(), torch.no_grad():
         for chunk in range(group.rank, len(starts), group.world_size):
             stop = min(starts[chunk] + size, num_samples)
-            inputs, targets = feed.take(np.arange(starts[chunk], stop, dtype=np.int64))
+            batch = feed.take(np.arange(starts[chunk], stop, dtype=np.int64))
             # No training step is step 0.
             begin_stream(stream_seed(seed, 0, chunk), group.device, uses_non_torch_rng)
-            output = state.model(inputs)
-            sums[chunk, 0], sums[chunk, 1] = objective(output, targets)
-            if objective.by_class:
-                sums[chunk, 2] = objective.num_correct(output, targets)
-                sums[chunk, 3] = objective.num_labels(targets)
+            results = task.evaluate(state.model, batch, stop - starts[chunk])
+            for index, name in enumerate(names):
+                mean = results[name]
+                assert isinstance(mean, Mean)
+                sums[chunk, 2 * index], sums[chunk, 2 * index + 1] = mean.total, mean.count
     state.model.train()
-    loss, count, correct, labels = map(sum, zip(*group.sum_(sums).tolist(), strict=True))
-    if not count and objective.reading is not Reading.TOTAL:
+    totals = list(map(sum, zip(*group.sum_(sums).tolist(), strict=True)))
+    pairs = dict(zip(names, zip(totals[::2], totals[1::2], strict=True), strict=True))
+    loss, count = pairs.pop("loss")
+    if not count and not sums_up:
         raise DataError(
             "data.evaluate: nothing in it counts for the loss (every label is ignored, or its class weighs 0), so "
             "there is nothing to evaluate; mend the labels, or set data.holdout=0 to train without evaluation"
         )
-    metrics = {"eval/loss": loss / (count or 1.0)}
-    if labels:
-        metrics["eval/accuracy"] = correct / labels
-    return metrics
+    reduced = {"loss": loss / (count or 1.0)} | {n: total / count for n, (total, count) in pairs.items() if count}
+    return {f"eval/{name}": value for name, value in task.compute(reduced).items()}

@@ -148,7 +148,7 @@ def check_pair(value: Any, where: str) -> None:
 
 def refuse_unseeded(first: object, second: object, where: str, seed: int) -> None:
     """Raise ConfigError where two losses built from one config and seed keep different numbers."""
-    one, other = dict(_kept(first)), dict(_kept(second))
+    one, other = dict(numbers_kept(first)), dict(numbers_kept(second))
     differs = next((name for name in one if one[name] != other.get(name)), None)
     if differs is not None:
         raise ConfigError(
@@ -174,14 +174,14 @@ def _check_repeats(loss: Callable[..., Any], samples: Samples, where: str) -> se
 
     Returns the generators from which the loss draws: "python", "numpy", "torch".
     """
-    before = dict(_kept(loss))
+    before = dict(numbers_kept(loss))
     with torch.no_grad():
         with own_generators(seed=0) as drew:
             first = loss(*samples)
             drawn = drew()
         with own_generators(seed=0):
             second = loss(*samples)
-    after = dict(_kept(loss))
+    after = dict(numbers_kept(loss))
     changed = next((name for name in after if before.get(name) != after[name]), None)
     if changed is not None:
         raise ConfigError(
@@ -197,7 +197,7 @@ def _check_repeats(loss: Callable[..., Any], samples: Samples, where: str) -> se
     return drawn
 
 
-def _kept(owner: object, prefix: str = "", depth: int = 3) -> Iterator[tuple[str, object]]:
+def numbers_kept(owner: object, prefix: str = "", depth: int = 3) -> Iterator[tuple[str, object]]:
     """(name, value) of the numbers and tensors that an object keeps, those of its modules and closures too."""
     named = dict(getattr(owner, "__dict__", {}))
     for part in ("_parameters", "_buffers", "_modules"):
@@ -213,7 +213,7 @@ def _kept(owner: object, prefix: str = "", depth: int = 3) -> Iterator[tuple[str
         if isinstance(value, Tensor | int | float | str | bool | None | list | tuple | dict):
             yield prefix + name, _signature(value)
         elif depth and (isinstance(value, nn.Module) or type(value).__module__ not in ("builtins", "types")):
-            yield from _kept(value, f"{prefix}{name}.", depth - 1)
+            yield from numbers_kept(value, f"{prefix}{name}.", depth - 1)
 
 
 def _signature(value: object) -> object:

@@ -27,6 +27,7 @@ class StepMetrics:
             "train/learning_rate": learning_rate,
             "grad/norm": result.gradient_norm,
         }
+        metrics |= {f"train/{name}": value for name, value in result.logged.items()}
         if result.votes[REPLACED]:
             metrics["data/replaced"] = float(result.votes[REPLACED])
         if not result.committed:

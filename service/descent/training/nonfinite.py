@@ -6,7 +6,6 @@ for the cause; the ranks exchange their findings, so that all of them report the
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,23 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descent.data.batch import Batch
 from descent.messages import Notice
 from descent.training.buffers import Buffers
 from descent.training.collectives import Group
 from descent.training.determinism import begin_stream
 from descent.training.input.sampling import Indices, stream_seed
-from descent.training.objective import Objective
 from descent.training.step import MicroBatch, StepInput, StepResult
+from descent.training.task import Task, not_finite_rows
 
 _LISTED = 8
 """Samples and slots that are named one by one; of the rest only the number."""
-_ALONE = 64
-"""Samples of a micro-batch that are run one by one where nothing else tells them apart."""
 _BYTES = 4096
 """The size of a rank's answer in the exchange."""
 
-Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(first, stop) within the step's global batch -> inputs [n, …], targets [n, …] on the device."""
+Fetch = Callable[[int, int], Batch]
+"""(first, stop) within the step's global batch -> these samples as a batch on the device."""
 
 Finding = dict[str, Any]
 """What was found in one slot: slot, loss, layers, samples, bad, of, inputs; plain values, fit for JSON."""
@@ -41,9 +39,8 @@ class Inspector:
     """Looks for numbers that aren't finite in a step's slots, without touching `.grad` and without a collective."""
 
     model: nn.Module
-    objective: Objective
+    task: Task
     buffers: Buffers
-    autocast: Callable[[], AbstractContextManager[object]]
     seed: int
     scale: Tensor
     """The gradient of a micro-batch's loss sum, as in the step: a 0-d tensor on the device."""
@@ -71,12 +68,12 @@ class Inspector:
         self.buffers.restart()
         loss, layers, rows, from_input = 0.0, dict[str, None](), list[int](), False
         for micro in pieces:
-            inputs, targets = fetch(micro.first, micro.stop)
-            output, value = self._forward(inputs, targets)
+            batch = fetch(micro.first, micro.stop)
+            value = self.task.loss(self.model, batch, range(micro.first, micro.stop)).total
             spoilt = self._spoilt_layers(value)
             layers.update(dict.fromkeys(spoilt))
             loss += float(value.detach())
-            bad, by_input = self._bad_rows(inputs, output, targets, bool(spoilt))
+            bad, by_input = self._bad_rows(batch)
             rows += [micro.first + row for row in bad]
             from_input |= by_input
         return {
@@ -88,11 +85,6 @@ class Inspector:
             "of": pieces[-1].stop - pieces[0].first,
             "inputs": from_input,
         }
-
-    def _forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with self.autocast():
-            output = self.model(inputs)
-        return output, self.objective(output, targets).total
 
     def _spoilt_layers(self, loss: Tensor) -> list[str]:
         """The layers (modules that own parameters) whose gradient's norm is not finite."""
@@ -111,34 +103,13 @@ class Inspector:
         names = (n.rpartition(".")[0] or n for n, _ in self.model.named_parameters())
         return [name for name in dict.fromkeys(names) if name in layers]
 
-    def _bad_rows(self, inputs: Tensor, output: Tensor, targets: Tensor, spoilt: bool) -> tuple[list[int], bool]:
-        """The rows of the micro-batch that are the cause, and whether already their inputs are not finite.
-
-        spoilt: whether the gradient of some layer is not finite.
-        """
-        with torch.no_grad():
-            by_input = _not_finite(inputs)
-            if by_input:
-                return by_input, True
-            rows = set(_not_finite(output))
-            for row in range(len(targets)):
-                alone = slice(row, row + 1)
-                if not self.objective(output[alone], targets[alone]).total.isfinite():
-                    rows.add(row)
-        if not rows and spoilt and not self.buffers.row_length:
-            # Only the backward is not finite. (Batch norm can't take one sample alone.)
-            for row in range(min(len(targets), _ALONE)):
-                value = self._forward(inputs[row : row + 1], targets[row : row + 1])[1]
-                if self._spoilt_layers(value):
-                    rows.add(row)
-        return sorted(rows), False
-
-
-def _not_finite(tensor: Tensor) -> list[int]:
-    """The rows of [n, …] that hold something that is not finite."""
-    if not tensor.is_floating_point():
-        return []
-    return (~tensor.reshape(len(tensor), -1).isfinite().all(1)).nonzero().flatten().tolist()
+    def _bad_rows(self, batch: Batch) -> tuple[list[int], bool]:
+        """The rows of the micro-batch that are the cause, and whether already their inputs are not finite."""
+        by_input = not_finite_rows(batch)
+        if by_input:
+            return by_input, True
+        alone = not self.buffers.row_length  # batch norm, for one, can't take one sample alone
+        return self.task.bad_rows(self.model, batch, lambda total: bool(self._spoilt_layers(total)), alone=alone), False
 
 
 def exchange(group: Group, suspects: Sequence[int], found: list[Finding]) -> list[dict[str, Any]]:

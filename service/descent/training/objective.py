@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from descent.data.base import Data, root_of
 from descent.errors import ConfigError
 
 _MODULE = "torch.nn.modules.loss"
@@ -103,6 +104,18 @@ class Objective:
         if not self.by_class or targets.is_floating_point():
             return self
         return replace(self, all_count=not bool((_comparable(targets) == self.ignored).any()))
+
+    def within(self, data: Data) -> "Objective":
+        """This objective for batches of `data`, whose labels are searched once for ignored ones if they are in memory."""
+        labels = root_of(data).labels
+        return self.over(labels) if labels is not None and data.in_memory else self
+
+    def to(self, device: torch.device) -> "Objective":
+        """This objective with the loss's own tensors (class weights) on the device."""
+        if not isinstance(self.loss, nn.Module):
+            return self
+        as_built = self.as_built.to(device) if isinstance(self.as_built, nn.Module) else self.as_built
+        return replace(self, loss=self.loss.to(device), as_built=as_built)
 
     @property
     def is_known(self) -> bool:

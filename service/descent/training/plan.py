@@ -25,6 +25,8 @@ from descent.training.input.building import digest_to_compare, refuse_unrepeatab
 from descent.training.loss_check import refuse_unseeded
 from descent.training.objective import Objective, Reading
 from descent.training.preflight import (
+    Cut,
+    as_pair,
     check_keep_best,
     check_outputs,
     check_schedule,
@@ -34,6 +36,8 @@ from descent.training.preflight import (
     settle_loss,
     try_one,
 )
+from descent.training.task import OwnTask, Supervised, build_task
+from descent.training.task_check import Found, check_task
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Plan:
     """What the loss's number for a batch means (see `training.objective.Reading`)."""
     classes_last: bool | None = None
     """Whether the classes are the last dimension of the outputs (see `training.objective.Objective`)."""
+    logged: tuple[str, ...] = ()
+    """Names of the further means that each loss brings."""
+    evaluated: tuple[str, ...] = ("loss",)
+    """Names of the means that an evaluation gives."""
     data_digest: str | None = None
     """Of the training set, which each worker compares; None for a user's class, which is compared otherwise."""
 
@@ -80,8 +88,9 @@ class Plan:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
-        names, rules = tuple(saved["changing_buffers"]), tuple(map(Rule, saved.get("buffer_rules", ())))
-        return cls(**{**saved, "changing_buffers": names, "buffer_rules": rules})
+        names = {key: tuple(saved.get(key, ())) for key in ("changing_buffers", "logged")}
+        evaluated, rules = tuple(saved.get("evaluated", ("loss",))), tuple(map(Rule, saved.get("buffer_rules", ())))
+        return cls(**{**saved, **names, "evaluated": evaluated, "buffer_rules": rules})
 
     def is_due(self, every: int | str | None, step: int) -> bool:
         """Whether what happens every so many steps, or every "epoch", happens after `step`."""
@@ -100,9 +109,11 @@ class Prepared:
     model: nn.Module
     train: Data
     evaluate: Data | None
-    objective: Objective
-    sample: Tensor
-    """A few evaluation (else training) inputs, [n, *input_shape]."""
+    task: Supervised | OwnTask
+    sample: Any
+    """A few evaluation (else training) samples as the model takes them: inputs [n, *input_shape], or an own task's batch."""
+    understood: str = ""
+    """What an own task's numbers were understood to mean, in words."""
 
     @cached_property
     def data_identities(self) -> dict[str, Any]:
@@ -273,11 +284,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     if config.precision == "bf16" and not has_bf16(device):
         raise ConfigError(f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32")
     low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
-    train, evaluate = build_data(config)
+    own = build_task(config)
+    train, evaluate = build_data(config, collate=None if own is None else own.collate)
     batch, slots = share_out(config, len(train), high)
-    with own_generators(seed=config.seed):
-        objective = Objective.of(build_loss(config))
-    refuse_unseeded(objective.as_built, build_loss(config), f"loss._target_={config.loss['_target_']}", config.seed)
     model = build_model(config, train)
     check_builds_alike(config, model, train)
     total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
@@ -287,20 +296,17 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     _one_dtype(config, model)
     build_optimizer_for(config, model, torch.device("cpu"))
     refuse_unrepeatable(config, train, evaluate)
-    check_keep_best(config, objective, evaluate)
     check_schedule(config, build_schedule(config, total), evaluate is not None)
-    smallest = min((size % micro) or micro for size in {batch // slots, largest})
+    cut = Cut(batch, slots, micro)
     mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
-        deterministic(config.reduction == "exact"),
-    ):
-        seen = try_one(config, model, objective, train, micro, smallest, one_slot=slots == 1)
-        for name, data in (("data.train", train), ("data.evaluate", evaluate)):
-            if data is not None:
-                check_outputs(config, model, seen.objective, data, name)
-        rules = settle_buffers(config, model, seen.changing_buffers, train) if slots > 1 else ()
-        loss = settle_loss(config, model, seen, train, micro, whole=slots == 1 and micro >= batch)
+    with deterministic(config.reduction == "exact"):
+        if own is not None:
+            own = own.to(torch.device("cpu"), lambda: torch.autocast("cpu", torch.bfloat16, enabled=mixed))
+            found = check_task(config, model, own, train, cut)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                found = _check_supervised(config, model, train, evaluate, cut)
+    task = found.task
     plan = Plan(
         total_steps=total,
         batch_size=batch,
@@ -311,19 +317,46 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         min_workers=low,
         max_workers=high,
         micro_size=micro,
-        nominal=1.0 if loss.objective.reading is Reading.TOTAL else loss.terms * batch,
+        nominal=1.0 if found.reading is Reading.TOTAL else found.terms * batch,
         threads=max(1, int(config.resources.cpus)),
         device=device,
         gpus=_gpus_of_a_worker(config, device),
         num_parameters=sum(p.numel() for p in model.parameters()),
-        changing_buffers=seen.changing_buffers,
-        buffer_rules=rules,
-        unused_parameters=seen.unused_parameters,
-        uses_non_torch_rng=seen.uses_non_torch_rng or loss.uses_non_torch_rng,
-        loss_reading=str(loss.objective.reading),
-        classes_last=loss.objective.classes_last,
+        changing_buffers=found.changing_buffers,
+        buffer_rules=found.buffer_rules,
+        unused_parameters=found.unused_parameters,
+        uses_non_torch_rng=found.uses_non_torch_rng,
+        loss_reading=None if found.reading is None else str(found.reading),
+        classes_last=task.objective.classes_last if isinstance(task, Supervised) else None,
+        logged=task.logged,
+        evaluated=found.evaluated,
         data_digest=digest_to_compare(train),
     )
     source = evaluate if evaluate is not None else train
-    sample = read(config, source, np.arange(min(4, len(source))), "data")[0]
-    return Prepared(plan, model, train, evaluate, loss.objective, sample)
+    few = read(config, source, np.arange(min(4, len(source))), "data")
+    sample = as_pair(few, "data")[0] if own is None else few
+    return Prepared(plan, model, train, evaluate, task, sample, found.understood)
+
+
+def _check_supervised(config: RunConfig, model: nn.Module, train: Data, evaluate: Data | None, cut: Cut) -> Found:
+    """A model and a loss on a few samples: what they are and what can't be trained. The model is left as it was."""
+    with own_generators(seed=config.seed):
+        objective = Objective.of(build_loss(config))
+    refuse_unseeded(objective.as_built, build_loss(config), f"loss._target_={config.loss['_target_']}", config.seed)
+    check_keep_best(config, objective, evaluate)
+    seen = try_one(config, model, objective, train, cut)
+    for name, data in (("data.train", train), ("data.evaluate", evaluate)):
+        if data is not None:
+            check_outputs(config, model, seen.objective, data, name)
+    rules = settle_buffers(config, model, seen.changing_buffers, train) if cut.slots > 1 else ()
+    loss = settle_loss(config, model, seen, train, cut.micro, whole=cut.whole)
+    return Found(
+        Supervised(loss.objective),
+        seen.changing_buffers,
+        rules,
+        uses_non_torch_rng=seen.uses_non_torch_rng or loss.uses_non_torch_rng,
+        unused_parameters=seen.unused_parameters,
+        reading=loss.objective.reading,
+        terms=loss.terms,
+        evaluated=("loss", "accuracy") if loss.objective.by_class else ("loss",),
+    )

@@ -1,6 +1,7 @@
 """One forward and backward before any worker exists: what a user's model, loss and data can get wrong."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from descent.config import RunConfig
 from descent.config.build import in_one_line
 from descent.data.bad_records import read_good
 from descent.data.base import Data, indices_in_root, root_of
+from descent.data.batch import Batch, describe
 from descent.data.generators import own_generators
 from descent.errors import ConfigError, DataError, DescentError
 from descent.optim.plateau import Plateau
@@ -40,6 +42,28 @@ _ENTRY_BY_ENTRY = (
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a run's global batch is cut."""
+
+    batch: int
+    """Samples of the global batch."""
+    slots: int
+    micro: int
+    """The most samples of a forward."""
+
+    @property
+    def smallest(self) -> int:
+        """The fewest samples that a forward of the run will see."""
+        sizes = {self.batch // self.slots, -(-self.batch // self.slots)}
+        return min((size % self.micro) or self.micro for size in sizes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each step's batch is computed in one forward."""
+        return self.slots == 1 and self.micro >= self.batch
+
+
+@dataclass(frozen=True)
 class Seen:
     """What one forward and backward showed of a model."""
 
@@ -64,7 +88,7 @@ class SettledLoss:
     """Whether model or loss drew random numbers that are not torch's."""
 
 
-def read(config: RunConfig, data: Data, indices: Any, where: str) -> tuple[Tensor, Tensor]:
+def read(config: RunConfig, data: Data, indices: Any, where: str) -> Batch:
     """`data.gather` with the run's policy on bad records, and the user's exceptions as DataError."""
     wanted = np.asarray(indices, dtype=np.int64)
     try:
@@ -73,6 +97,17 @@ def read(config: RunConfig, data: Data, indices: Any, where: str) -> tuple[Tenso
         raise
     except Exception as error:
         raise DataError(f"{where}: reading samples failed: {in_one_line(error)}") from error
+
+
+def as_pair(batch: Batch, where: str) -> tuple[Tensor, Tensor]:
+    """A batch as (inputs, targets). Raises ConfigError for one that is no pair of tensors."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    raise ConfigError(
+        f"{where}: its batches are {describe(batch)}; with a model and a loss alone they must be pairs (input, target). "
+        "Say what the loss of such a batch is: task=custom task._target_=my_module.loss, a function loss(model, batch); "
+        "or task=auto for a model that returns its own loss"
+    )
 
 
 def materialize(config: RunConfig, model: nn.Module, data: Data) -> None:
@@ -90,19 +125,15 @@ def try_one(
     model: nn.Module,
     objective: Objective,
     data: Data,
-    micro_size: int,
-    smallest: int,
-    *,
-    one_slot: bool,
+    cut: Cut,
 ) -> Seen:
     """One forward and backward on a sample or two; the model is left as it was.
 
-    smallest: the fewest samples that a forward of this run will see. one_slot: whether the global batch is one slot.
     Raises ConfigError or DataError in the words of the config.
     """
     # Two samples where there are two: batch norm can't train on a single one.
-    count = min(2, len(data), max(1, micro_size))
-    inputs, targets = read(config, data, np.arange(count), "data.train")
+    count = min(2, len(data), max(1, cut.micro))
+    inputs, targets = as_pair(read(config, data, np.arange(count), "data.train"), "data.train")
     before = ModelSnapshot.of(model)
     model.train()
     with own_generators(seed=0) as drew:
@@ -120,8 +151,8 @@ def try_one(
     except Exception as error:
         refuse_undeterministic(error)
         raise ConfigError(f"{_where(config)}: the backward failed: {in_one_line(error)}") from error
-    if smallest == 1:
-        _forward_one(config, model, inputs)
+    if cut.smallest == 1:
+        check_single_samples(config, lambda: model(inputs[:1]))
     written = before.written(model)
     objection = before.objection(model, written)
     if objection is not None:
@@ -130,7 +161,7 @@ def try_one(
     _check_repeats(config, model, inputs, output.detach())
     before.put_back(model)
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
-    _refuse_sparse(config, model, one_slot)
+    refuse_sparse(config, model, cut.slots == 1)
     model.zero_grad(set_to_none=True)
     return Seen(written, bool(drawn - {"torch"}), unused, objective, output[0].numel())
 
@@ -143,7 +174,7 @@ def settle_buffers(config: RunConfig, model: nn.Module, names: tuple[str, ...], 
         inputs = read(config, data, np.linspace(0, len(data) - 1, min(4, len(data))), "data.train")[0]
     except DataError:  # samples of several shapes, which only go one by one
         inputs = read(config, data, [0], "data.train")[0]
-    return find_rules(model, names, lambda part: _forward(config, model, part), inputs, _where(config))
+    return find_rules(model, names, lambda a, b: _forward(config, model, inputs[a:b]), len(inputs), _where(config))
 
 
 def settle_loss(
@@ -191,7 +222,7 @@ def _with_class_dimension(
     return replace(objective, classes_last=not fits_torch if stated is None else bool(stated))
 
 
-def _refuse_sparse(config: RunConfig, model: nn.Module, one_slot: bool) -> None:
+def refuse_sparse(config: RunConfig, model: nn.Module, one_slot: bool) -> None:
     """Where gradients are not added up in one dense buffer, a sparse one would meet kernels that don't take it."""
     if config.reduction != "fast" and not one_slot:
         return
@@ -216,11 +247,11 @@ def _check_repeats(config: RunConfig, model: nn.Module, inputs: Tensor, first: T
         )
 
 
-def _forward_one(config: RunConfig, model: nn.Module, inputs: Tensor) -> None:
+def check_single_samples(config: RunConfig, forward_one: Callable[[], object]) -> None:
     """A forward in training on one sample, where the batch's cut will bring one."""
     try:
         with torch.no_grad():
-            model(inputs[:1])
+            forward_one()
     except Exception as error:
         raise ConfigError(
             f"batch.size={config.batch.size}, batch.micro_size={config.batch.micro_size}: some forwards get one "

@@ -1,17 +1,20 @@
 """The parts of a replica: the network with its first weights, the loss, the state around them."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from descent.checkpoint.weights import put_into, read_weights
 from descent.config import RunConfig
-from descent.data.base import Data, root_of
+from descent.data.base import Data
 from descent.data.generators import own_generators
 from descent.optim.ema import Ema
 from descent.storage import to_location
 from descent.training.objective import Objective, Reading
 from descent.training.plan import Plan, build_loss, build_model, build_optimizer_for, build_schedule
 from descent.training.state import TrainState
+from descent.training.task import OwnTask, Supervised, build_task
 
 
 def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Module:
@@ -23,18 +26,15 @@ def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Modul
     return model.to(device)
 
 
-def objective_on(config: RunConfig, plan: Plan, device: torch.device) -> Objective:
-    """The config's loss, on the device, read as the preflight has found out."""
+def task_of(config: RunConfig, plan: Plan) -> Supervised | OwnTask:
+    """The config's task, or its loss as the default task, read as the preflight has found out."""
+    reading = None if plan.loss_reading is None else Reading(plan.loss_reading)
+    own = build_task(config)
+    if own is not None:
+        return replace(own, reading=reading, logged=plan.logged)
     with own_generators(seed=config.seed):
         loss = build_loss(config)
-    reading = None if plan.loss_reading is None else Reading(plan.loss_reading)
-    return Objective.of(loss.to(device) if isinstance(loss, nn.Module) else loss, reading, plan.classes_last)
-
-
-def in_training(objective: Objective, data: Data) -> Objective:
-    """The loss for batches of `data`. Labels in memory are searched once for ignored ones, not in every step."""
-    labels = root_of(data).labels
-    return objective.over(labels) if labels is not None and data.in_memory else objective
+    return Supervised(Objective.of(loss, reading, plan.classes_last))
 
 
 def first_state(config: RunConfig, plan: Plan, model: nn.Module, device: torch.device) -> TrainState:

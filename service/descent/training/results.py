@@ -4,8 +4,10 @@
 one behind the other in the order of the samples, so the results have the same bits for any number of workers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,3 +56,16 @@ class Predictions:
 
 
 Result = Mean | Sum | Rows | Predictions
+
+
+class MicroBatchLoss(NamedTuple):
+    """The loss of a micro-batch, as the step takes it."""
+
+    total: Tensor
+    """The loss sum, a 0-d tensor with its graph."""
+    terms: Tensor | float
+    """What the total is divided by for the mean: a number, or a 0-d tensor where the labels decide it."""
+    logged: Mapping[str, Mean] = MappingProxyType({})
+    """Further means of the same samples, which are logged beside the loss."""
+    reported: Tensor | float | None = None
+    """The part of the step's loss that this micro-batch reports, where that is not `total`."""

@@ -6,21 +6,22 @@ beside the gradients.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from descent.data.batch import Batch
 from descent.errors import TrainingError
 from descent.training.buffers import Buffers
 from descent.training.collectives import Group, PeerLost
 from descent.training.determinism import begin_stream
 from descent.training.input.sampling import stream_seed
-from descent.training.objective import LossSum, Objective
 from descent.training.reduction import Reducer
+from descent.training.results import MicroBatchLoss
 from descent.training.sentinel import Sentinel
 from descent.training.step_totals import ReducedTotals, StepTotals
 from descent.training.stopwatch import Stopwatch
@@ -36,8 +37,8 @@ class HalfUpdated(TrainingError):
 class BatchSource(Protocol):
     """Where the step takes its samples from; the trainer's `Feed`."""
 
-    def fetch(self, step: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Samples first … stop-1 of the step's global batch: inputs [n, …] and targets [n, …] on the device."""
+    def fetch(self, step: int, first: int, stop: int) -> Batch:
+        """Samples first … stop-1 of the step's global batch, on the device."""
         ...
 
 
@@ -75,15 +76,12 @@ class StepContext:
 
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    objective: Objective
     feed: BatchSource
     reducer: Reducer
     group: Group
     buffers: Buffers
     sentinel: Sentinel
     stopwatch: Stopwatch
-    autocast: Callable[[], AbstractContextManager[object]]
-    """The context in which the model's forward runs: mixed precision, or nothing."""
     enter_phase: Callable[[str], None]
     """Called as each phase begins: "forward", "reduce" (before the last backward), "update"."""
     seed: int
@@ -93,6 +91,8 @@ class StepContext:
     """What the gradient is divided by: the loss terms of a global batch in which no label is ignored."""
     scale: Tensor
     """1 / nominal_count, a 0-d tensor on the device: the gradient of each micro-batch's loss sum."""
+    logged: Sequence[str]
+    """Names of the further means that each loss brings."""
     uses_non_torch_rng: bool
     """Whether the model or the loss draws from Python's or NumPy's generators too."""
     clip_norm: float | None
@@ -127,6 +127,8 @@ class StepResult(NamedTuple):
     """The sums of the ranks' votes."""
     slot_losses: tuple[float, ...]
     """Loss sum of each slot."""
+    logged: Mapping[str, float] = MappingProxyType({})
+    """The further means over the global batch, by name; a mean of nothing is left out."""
     reports: tuple[Sequence[float], ...] = ()
     """Each rank's report."""
     suspects: tuple[int, ...] = ()
@@ -141,7 +143,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
     the update itself fails. Raises TrainingError for a buffer that has begun to change.
     """
     buffers, reducer = context.buffers, context.reducer
-    totals = StepTotals(context.num_slots, buffers, context.group, given.votes, given.report)
+    totals = StepTotals(context.num_slots, buffers, context.group, given.votes, given.report, context.logged)
     buffers.begin_step()
     reducer.begin_step()
     try:
@@ -152,7 +154,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
                 begin_stream(seed, context.group.device, context.uses_non_torch_rng)
                 buffers.begin_slot()
             loss = _forward(context, given.step, micro)
-            totals.add(micro.slot, loss.total, loss.terms)
+            totals.add(micro.slot, loss)
             if micro.ends_slot:
                 totals.add_buffers(micro.slot)
             if micro.last:
@@ -176,13 +178,11 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
     return _commit(context, reduced)
 
 
-def _forward(context: StepContext, step: int, micro: MicroBatch) -> LossSum:
+def _forward(context: StepContext, step: int, micro: MicroBatch) -> MicroBatchLoss:
     """The loss sum of a micro-batch, and how many loss terms are in the sum."""
-    # A function of its own, so that inputs and outputs are let go of before the next forward.
-    inputs, targets = context.feed.fetch(step, micro.first, micro.stop)
-    with context.autocast():
-        output = context.reducer.forward(inputs, last=micro.last)
-    return context.objective(output, targets)
+    # A function of its own, so that the batch is let go of before the next forward.
+    batch = context.feed.fetch(step, micro.first, micro.stop)
+    return context.reducer.forward(batch, range(micro.first, micro.stop), last=micro.last)
 
 
 def _check_same_step(reduced: ReducedTotals, step: int) -> None:
@@ -194,7 +194,7 @@ def _check_same_step(reduced: ReducedTotals, step: int) -> None:
 
 def _commit(context: StepContext, reduced: ReducedTotals) -> StepResult:
     """The step's last act: every rank holds the same sums, so every rank decides the same. Raises PeerLost, HalfUpdated."""
-    count = sum(reduced.counts) or 1.0  # nothing to learn from: all labels ignored
+    count = _counted(reduced.counts)
     gradients = [p.grad for p in context.parameters if p.grad is not None]
     if count != context.nominal_count:
         torch._foreach_mul_(gradients, context.nominal_count / count)
@@ -218,7 +218,19 @@ def _commit(context: StepContext, reduced: ReducedTotals) -> StepResult:
     else:
         context.buffers.restart()
         suspects = context.reducer.nonfinite_ranks()
-    return StepResult(loss, norm, committed, reduced.votes, tuple(reduced.losses), tuple(reduced.reports), suspects)
+    reports = tuple(reduced.reports)
+    return StepResult(loss, norm, committed, reduced.votes, tuple(reduced.losses), reduced.logged, reports, suspects)
+
+
+def _counted(counts: Sequence[float]) -> float:
+    """What the step's loss is divided by. Raises TrainingError for counts that are none."""
+    count = sum(counts)
+    if not 0.0 <= count < math.inf or min(counts) < 0.0:
+        raise TrainingError(
+            f"the counts of the step's losses, slot by slot, are {counts}; a count is what a mean divides by, so it must "
+            "be 0 or more, and finite"
+        )
+    return count or 1.0  # nothing to learn from: all labels ignored
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,6 @@
 """The small vector that travels beside the gradients, so that every rank decides alike about the step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from descent.training.buffers import Buffers
 from descent.training.collectives import Group, Work
+from descent.training.results import MicroBatchLoss
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class ReducedTotals:
     """Loss sum of each slot."""
     counts: list[float]
     """Loss terms of each slot."""
+    logged: Mapping[str, float]
+    """The further means over all slots, by name; a mean of nothing is left out."""
     votes: tuple[int, ...]
     """Sums of the ranks' votes."""
     reports: list[list[float]]
@@ -37,12 +40,23 @@ class StepTotals:
     """
 
     def __init__(
-        self, num_slots: int, buffers: Buffers, group: Group, votes: Sequence[int], report: Sequence[float]
+        self,
+        num_slots: int,
+        buffers: Buffers,
+        group: Group,
+        votes: Sequence[int],
+        report: Sequence[float],
+        logged: Sequence[str] = (),
     ) -> None:
-        """votes: summed over the ranks. report: numbers of this rank, kept apart from the others'."""
-        self._num_slots, self._buffers, self._group = num_slots, buffers, group
+        """votes: summed over the ranks. report: numbers of this rank, kept apart from the others'.
+
+        logged: the names of the further means that each loss brings.
+        """
+        self._num_slots, self._buffers, self._group, self._logged = num_slots, buffers, group, logged
         self._num_votes, self._report_length = len(votes), len(report)
-        self._numbers = [0.0] * (2 * num_slots) + [float(v) for v in votes]
+        self._width = 2 + 2 * len(logged)
+        """Numbers of a slot: loss sum, count, and a sum and a count for each further mean."""
+        self._numbers = [0.0] * (self._width * num_slots) + [float(v) for v in votes]
         for rank in range(group.world_size):
             self._numbers += report if rank == group.rank else [0.0] * len(report)
         self._on_device: dict[int, Tensor] = {}
@@ -52,14 +66,21 @@ class StepTotals:
         self._sent: Tensor | None = None
         self._work: Work | None = None
 
-    def add(self, slot: int, loss: Tensor, count: Tensor | float) -> None:
-        """Add the loss sum and the count of a micro-batch of `slot`; 0-d tensors stay where they are."""
-        for place, number in ((2 * slot, loss.detach()), (2 * slot + 1, count)):
-            if isinstance(number, Tensor) and number.device.type != "cpu":
-                # Reading it now would make the host wait for the device.
-                self._on_device[place] = self._on_device.get(place, 0.0) + number.double()
-            else:
-                self._numbers[place] += float(number)
+    def add(self, slot: int, loss: MicroBatchLoss) -> None:
+        """Add the loss sum and the count of a micro-batch of `slot`, and its further means; 0-d tensors stay where they are."""
+        place = self._width * slot
+        self._add(place, loss.total.detach() if loss.reported is None else loss.reported)
+        self._add(place + 1, loss.terms)
+        for index, name in enumerate(self._logged, start=1):
+            self._add(place + 2 * index, loss.logged[name].total)
+            self._add(place + 2 * index + 1, loss.logged[name].count)
+
+    def _add(self, place: int, number: Tensor | float) -> None:
+        if isinstance(number, Tensor) and number.device.type != "cpu":
+            # Reading it now would make the host wait for the device.
+            self._on_device[place] = self._on_device.get(place, 0.0) + number.double()
+        else:
+            self._numbers[place] += float(number)
 
     def add_buffers(self, slot: int) -> None:
         """Keep the buffers as the forwards of `slot` have left them."""
@@ -84,11 +105,13 @@ class StepTotals:
             numbers = self._sent[: len(self._numbers)].tolist()
             if self._buffers.row_length:
                 rows = self._sent[len(self._numbers) :].view_as(self._rows)
-        end = 2 * self._num_slots
+        width, end = self._width, self._width * self._num_slots
         reports_begin = end + self._num_votes
         reports = [
             numbers[reports_begin + r * self._report_length : reports_begin + (r + 1) * self._report_length]
             for r in range(self._group.world_size)
         ]
         votes = tuple(int(v) for v in numbers[end:reports_begin])
-        return ReducedTotals(numbers[0:end:2], numbers[1:end:2], votes, reports, rows)
+        sums = [[sum(numbers[place:end:width]) for place in (2 * i, 2 * i + 1)] for i in range(1, width // 2)]
+        logged = {n: total / count for n, (total, count) in zip(self._logged, sums, strict=True) if count}
+        return ReducedTotals(numbers[0:end:width], numbers[1:end:width], logged, votes, reports, rows)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metrics import StepMetrics
 from descent.training.plan import Plan, build_data
 from descent.training.reduction import UnusedParameters, reducer_for
-from descent.training.replica import first_model, first_state, in_training, objective_on
+from descent.training.replica import first_model, first_state, task_of
 from descent.training.sentinel import Diverged, Sentinel
 from descent.training.slot_balancer import Shares, SlotBalancer
 from descent.training.step import MicroBatch, SlotRange, StepContext, StepInput, StepResult, micro_batches, train_step
@@ -64,15 +65,16 @@ class Trainer:
         if exact:
             only_deterministic(device)
         self.config, self.plan, self.device, self.control = config, plan, device, control
-        train, held_out = build_data(config, plan.data_digest)
+        own = task_of(config, plan)
+        train, held_out = build_data(config, plan.data_digest, own.collate)
         model = first_model(config, train, device)
-        self.objective = objective_on(config, plan, device)
+        self.task = own.to(device, self._autocast)
         self.state = first_state(config, plan, model, device)
         self._forward = compiled(model, exact) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed)
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
-        self.evaluator = Evaluator(config, plan, held_out, self.state, self.objective, device, self._autocast)
+        self.evaluator = Evaluator(config, plan, held_out, self.state, self.task, device)
         self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
         self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
         self.buffers = Buffers(model, plan.changing_buffers, plan.buffer_rules or None)
@@ -82,7 +84,7 @@ class Trainer:
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
-        self._objective_in_training = in_training(self.objective, train)
+        self._loss = partial(self.task.within(train).loss, self._forward)
         self._scale = torch.tensor(1.0 / plan.nominal, device=device)
 
     # -- one generation: join, restore, loop, leave -------------------------------------
@@ -193,6 +195,7 @@ class Trainer:
         stopwatch = Stopwatch(self.device, group.world_size > 1)
         with reducer_for(
             self._forward,
+            self._loss,
             group,
             kind=self.config.reduction,
             compress=self.config.compress,
@@ -204,19 +207,18 @@ class Trainer:
             context = StepContext(
                 parameters=self._parameters,
                 optimizer=self.state.optimizer,
-                objective=self._objective_in_training,
                 feed=self.feed,
                 reducer=reducer,
                 group=group,
                 buffers=self.buffers,
                 sentinel=self.sentinel,
                 stopwatch=stopwatch,
-                autocast=self._autocast,
                 enter_phase=self.control.enter,
                 seed=self.config.seed,
                 num_slots=self.plan.slots,
                 nominal_count=self.plan.nominal,
                 scale=self._scale,
+                logged=self.task.logged,
                 uses_non_torch_rng=self.plan.uses_non_torch_rng,
                 clip_norm=self.config.clip.norm,
                 clip_value=self.config.clip.value,
@@ -283,9 +285,8 @@ class Trainer:
             self.control.enter("inspect")
             inspector = nonfinite.Inspector(
                 self.state.model,
-                self.objective,
+                self.task,
                 self.buffers,
-                self._autocast,
                 self.config.seed,
                 self._scale,
                 self.plan.uses_non_torch_rng,
@@ -339,7 +340,11 @@ class Trainer:
                     "optimizer.lr or clip.norm=1.0"
                 )
         self.state.step = self.control.step = step
-        if step % self.config.tracking.every == 0 or step == self.plan.total_steps or len(metrics) > 3:
+        if (
+            step % self.config.tracking.every == 0
+            or step == self.plan.total_steps
+            or len(metrics) > 3 + len(result.logged)
+        ):
             self.control.records.append(StepRecord(step, metrics, int(time.time() * 1000)))
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -25,7 +25,7 @@ _COMPARE_S = 3.0
 _DEFAULT_HOLDOUT = 0.1
 
 
-def build_data(config: RunConfig, digest: str | None = None) -> tuple[Data, Data | None]:
+def build_data(config: RunConfig, digest: str | None = None, collate: Any = None) -> tuple[Data, Data | None]:  # noqa: ARG001
     """The training set and the evaluation set (None without one).
 
     digest: what `digest_to_compare` gave for the training set when the run began.

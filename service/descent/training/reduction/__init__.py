@@ -11,10 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from descent.data.batch import Batch
 from descent.training.collectives import Group
 from descent.training.reduction.compressed import Compressed
 from descent.training.reduction.exact import Exact
+from descent.training.reduction.losses import LossOf
 from descent.training.reduction.plain import Fast, Solo, UnusedParameters
+from descent.training.results import MicroBatchLoss
 from descent.training.stopwatch import Stopwatch
 
 __all__ = ["Reducer", "UnusedParameters", "reducer_for"]
@@ -27,8 +30,8 @@ class Reducer(Protocol):
 
         begin_step()
         for each micro-batch of the rank, slot after slot:
-            output = forward(inputs, last=…)
-            backward(loss, scale, last=…)
+            loss = forward(batch, samples, last=…)
+            backward(loss.total, scale, last=…)
             end_slot(slot)                      # after the slot's last micro-batch
         finish_step()
         nonfinite_ranks()                       # only where the step is not committed
@@ -42,8 +45,11 @@ class Reducer(Protocol):
         """Forget the gradients of the step before."""
         ...
 
-    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:
-        """The model's output for `inputs`, [n, …]. Raises PeerLost where the forward of a reducer talks to others."""
+    def forward(self, batch: Batch, samples: range, *, last: bool) -> MicroBatchLoss:
+        """The loss of a micro-batch, whose samples have these places in the step's global batch.
+
+        Raises PeerLost where the forward of a reducer talks to others.
+        """
         ...
 
     def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:
@@ -79,6 +85,7 @@ class Reducer(Protocol):
 @contextlib.contextmanager
 def reducer_for(
     model: nn.Module,
+    loss: LossOf,
     group: Group,
     *,
     kind: str,
@@ -90,17 +97,19 @@ def reducer_for(
 ) -> Iterator[Reducer]:
     """The reducer of one generation; its hooks on the parameters are gone when the generation ends.
 
-    model: the module, compiled or not. kind: "exact" or "fast". compress: None, "bf16" or "powersgd",
+    model: the module, compiled or not. loss: what its forward and its loss are called by. kind: "exact" or "fast". compress: None, "bf16" or "powersgd",
     with kind "fast". shares: per rank the half-open range of its slots, of `slots` in all.
     find_unused: whether this rank knows that some steps leave parameters unused. stopwatch: halted while a
     backward waits for other ranks. Raises PeerLost.
     """
     if group.world_size == 1 and (slots == 1 or kind == "fast"):
-        yield Solo(model)
+        yield Solo(model, loss)
     elif kind == "fast" and compress is None:
-        yield Fast(model, group, _any_rank(group, find_unused), stopwatch)
+        yield Fast(model, loss, group, _any_rank(group, find_unused), stopwatch)
     else:
-        made = Exact(model, group, shares, slots) if compress is None else Compressed(model, group, compress)
+        made = (
+            Exact(model, loss, group, shares, slots) if compress is None else Compressed(model, loss, group, compress)
+        )
         with contextlib.closing(made):
             yield made
 

@@ -12,9 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from descent.data.batch import Batch
 from descent.optim.memory_layout import is_dense
 from descent.training.collectives import Group, Work
 from descent.training.reduction.buckets import FlatBuckets, Place
+from descent.training.reduction.losses import LossOf
+from descent.training.results import MicroBatchLoss
 
 RANK = 4
 """Of the matrices that PowerSGD sends; its paper takes 2 for a ResNet and 4 for a language model."""
@@ -48,9 +51,9 @@ class Compressed:
     Gradients add up over a rank's slots; during the step's last backward each whole bucket is sent off.
     """
 
-    def __init__(self, model: nn.Module, group: Group, kind: str) -> None:
+    def __init__(self, model: nn.Module, loss: LossOf, group: Group, kind: str) -> None:
         """kind: "bf16" or "powersgd"."""
-        self._model, self._group = model, group
+        self._loss, self._group = loss, group
         self._buckets = FlatBuckets(model, group.world_size, lambda bucket: codec.send(bucket))
         codec: _Codec = (_Bf16 if kind == "bf16" else _PowerSGD)(group, self._buckets)
         self._codec = codec
@@ -58,9 +61,8 @@ class Compressed:
     def begin_step(self) -> None:
         self._buckets.begin_step()
 
-    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:  # noqa: ARG002
-        output: Tensor = self._model(inputs)
-        return output
+    def forward(self, batch: Batch, samples: range, *, last: bool) -> MicroBatchLoss:  # noqa: ARG002
+        return self._loss(batch, samples)
 
     def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:
         if last:

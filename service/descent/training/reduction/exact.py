@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from descent.data.batch import Batch
 from descent.training.collectives import Group, Work
 from descent.training.reduction.buckets import FlatBuckets
+from descent.training.reduction.losses import LossOf
 from descent.training.reduction.tree import Node, combine, tree_nodes
+from descent.training.results import MicroBatchLoss
 
 
 class Exact:
@@ -19,8 +22,10 @@ class Exact:
     pieces are gathered.
     """
 
-    def __init__(self, model: nn.Module, group: Group, shares: Sequence[tuple[int, int]], slots: int) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, loss: LossOf, group: Group, shares: Sequence[tuple[int, int]], slots: int
+    ) -> None:
+        self._loss = loss
         self._group = group
         self._slots = slots
         self._buckets = FlatBuckets(model, group.world_size, self._send)
@@ -44,9 +49,8 @@ class Exact:
         self._works = [None] * len(self._buckets.bounds)
         self._buckets.begin_step()
 
-    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:  # noqa: ARG002
-        output: Tensor = self._model(inputs)
-        return output
+    def forward(self, batch: Batch, samples: range, *, last: bool) -> MicroBatchLoss:  # noqa: ARG002
+        return self._loss(batch, samples)
 
     def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:
         if last and self._group.world_size > 1:

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from descent.data.batch import Batch
 from descent.training.collectives import Group, PeerLost, in_short, is_lost_peer
+from descent.training.reduction.losses import LossModule, LossOf
+from descent.training.results import MicroBatchLoss
 from descent.training.stopwatch import Stopwatch
 
 
@@ -16,17 +19,16 @@ class UnusedParameters(PeerLost):
 class Solo:
     """One rank: autograd's own accumulation is the whole reduction. See `Reducer` for the methods."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, loss: LossOf) -> None:
+        self._loss = loss
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def begin_step(self) -> None:
         for p in self._parameters:
             p.grad = None
 
-    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:  # noqa: ARG002
-        output: Tensor = self._model(inputs)
-        return output
+    def forward(self, batch: Batch, samples: range, *, last: bool) -> MicroBatchLoss:  # noqa: ARG002
+        return self._loss(batch, samples)
 
     def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:  # noqa: ARG002
         loss.backward(scale.to(loss.dtype))
@@ -51,18 +53,20 @@ class Fast(Solo):
     without raises UnusedParameters; the next generation is then built with `find_unused`.
     """
 
-    def __init__(self, model: nn.Module, group: Group, find_unused: bool, stopwatch: Stopwatch) -> None:
-        super().__init__(model)
-        self._ddp = group.data_parallel(model, find_unused)
+    def __init__(self, model: nn.Module, loss: LossOf, group: Group, find_unused: bool, stopwatch: Stopwatch) -> None:
+        super().__init__(model, loss)
+        # DDP's forward is called once a micro-batch, however often, and by whichever methods, a task calls the model.
+        self._ddp = group.data_parallel(LossModule(model, loss), find_unused)
+        self._model = model
         self._world_size = group.world_size
         self._stopwatch = stopwatch
 
-    def forward(self, inputs: Tensor, *, last: bool) -> Tensor:
+    def forward(self, batch: Batch, samples: range, *, last: bool) -> MicroBatchLoss:
         # As DDP's no_sync does: only the step's last backward talks to the others, the earlier ones just add up.
         self._ddp.require_backward_grad_sync = last
         with _lost_peers():  # in a generation's second step DDP's forward agrees on its buckets
-            output: Tensor = self._ddp(inputs)
-        return output
+            found: MicroBatchLoss = self._ddp(batch, samples)
+        return found
 
     def backward(self, loss: Tensor, scale: Tensor, *, last: bool) -> None:
         self._stopwatch.halt()  # the last backward ends with waiting for the others' buckets
@@ -78,7 +82,7 @@ class Fast(Solo):
         try:
             self._ddp._check_reducer_finalized()
         except RuntimeError as error:
-            unused = [name for name, p in self._ddp.module.named_parameters() if p.requires_grad and p.grad is None]
+            unused = [name for name, p in self._model.named_parameters() if p.requires_grad and p.grad is None]
             named = f" ({unused[0]}{' …' if len(unused) > 1 else ''})" if unused else ""
             raise UnusedParameters(
                 f"parameters{named} got no gradient in this step; from the next generation on such steps are expected"
