@@ -19,15 +19,31 @@ if TYPE_CHECKING:
     from descent.cluster.run.train import train
     from descent.config.schema import RunConfig
     from descent.errors import DescentError
+    from descent.training.results import Mean, Predictions, Rows, Sum
 
     __version__: str
 
-__all__ = ["DescentError", "RunConfig", "RunResult", "__version__", "load", "train"]
+__all__ = [
+    "DescentError",
+    "Mean",
+    "Predictions",
+    "Rows",
+    "RunConfig",
+    "RunResult",
+    "Sum",
+    "__version__",
+    "load",
+    "train",
+]
 
 _PLACES = {
     "DescentError": "descent.errors",
     "RunConfig": "descent.config.schema",
+    "Mean": "descent.training.results",
+    "Predictions": "descent.training.results",
+    "Rows": "descent.training.results",
     "RunResult": "descent.cluster.run.result",
+    "Sum": "descent.training.results",
     "load": "descent.cluster.run.saved_model",
     "train": "descent.cluster.run.train",
 }

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-Kind = Literal["module", "optimizer", "schedule", "data set"]
+Kind = Literal["module", "optimizer", "schedule", "data set", "task"]
 
 KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "model": ("module",),
@@ -24,6 +24,7 @@ KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "optimizer": ("optimizer",),
     "schedule": ("schedule",),
     "data": ("data set",),
+    "task": ("task",),
 }
 """Group of the config -> kinds of classes that a `_target_` in it may name."""
 
@@ -67,6 +68,7 @@ DESCENT_CLASSES: Mapping[Kind, tuple[str, ...]] = {
         "descent.data.text.Text",
         "descent.data.tokens.Tokens",
     ),
+    "task": ("descent.training.model_loss.ModelLoss",),
 }
 """Descent's own classes. A class that is meant for a config must be added here."""
 

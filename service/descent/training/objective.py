@@ -61,6 +61,10 @@ class Reading(StrEnum):
     """A sum over the samples: the loss of a step is the sum over the global batch, divided by nothing."""
     PAIR = "pair"
     """The loss itself gives (total, count)."""
+    LABELS = "labels"
+    """A mean over the batch's labels that are not -100."""
+    NEXT_LABELS = "next labels"
+    """A mean over the labels but for the first of each sequence, as a model that predicts the next token has it."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ class Objective:
                 return LossSum(value, 0)  # where nothing counts, a sum is divided by nothing
             case Reading.PAIR:
                 return LossSum(*value)
+            case _:
+                raise AssertionError(f"{self.reading} is a reading of an own task's loss")
 
     def fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Output and target in the shapes and precision in which the loss takes them."""

@@ -31,7 +31,7 @@ def task_of(config: RunConfig, plan: Plan) -> Supervised | OwnTask:
     reading = None if plan.loss_reading is None else Reading(plan.loss_reading)
     own = build_task(config)
     if own is not None:
-        return replace(own, reading=reading, logged=plan.logged)
+        return replace(own, reading=reading, names=plan.logged)
     with own_generators(seed=config.seed):
         loss = build_loss(config)
     return Supervised(Objective.of(loss, reading, plan.classes_last))

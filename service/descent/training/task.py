@@ -20,6 +20,7 @@ from descent.data.base import Data
 from descent.data.batch import Batch, describe, num_rows, rows, tensors_of
 from descent.data.generators import own_generators
 from descent.errors import ConfigError, TrainingError
+from descent.training.model_loss import IGNORED, labels_of
 from descent.training.objective import Objective, Reading
 from descent.training.results import Mean, MicroBatchLoss, Predictions, Result, Rows, Sum
 
@@ -132,8 +133,9 @@ class OwnTask:
     where: str
     """The key and the class, for messages."""
     reading: Reading | None = None
-    """What a bare number of the loss means, SAMPLES or TOTAL; None for a loss that says so itself."""
-    logged: tuple[str, ...] = ()
+    """What a bare number of the loss means; None for a loss that says so itself."""
+    names: tuple[str, ...] | None = None
+    """Names of the further numbers beside the loss; None: not known yet."""
     autocast: Autocast = contextlib.nullcontext
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """The methods that the task has."""
@@ -163,6 +165,10 @@ class OwnTask:
         return cls(task, where, functions=functions)
 
     @property
+    def logged(self) -> tuple[str, ...]:
+        return self.names or ()
+
+    @property
     def collate(self) -> Callable[[list[Any]], Batch] | None:
         """The task's own collate function, from a list of samples to a batch."""
         return self.functions.get("collate")
@@ -178,7 +184,7 @@ class OwnTask:
 
     def loss(self, model: nn.Module, batch: Batch, samples: range) -> MicroBatchLoss:
         value = self.raw_loss(model, batch)
-        return loss_sum(value, len(samples), self.reading, self.logged, self.where)
+        return loss_sum(value, batch, len(samples), self.reading, self.names, self.where)
 
     def evaluate(self, model: nn.Module, batch: Batch, num_samples: int) -> dict[str, Result]:
         results: dict[str, Result] = {}
@@ -186,6 +192,9 @@ class OwnTask:
             with self.autocast():
                 value = self.functions["evaluate"](model, batch)
             results = evaluation_results(value, num_samples, self.where)
+            if "loss" in results and not isinstance(value["loss"], Mean):
+                total, terms, *_ = loss_sum(value["loss"], batch, num_samples, self.reading, (), self.where)
+                results["loss"] = Mean(total, terms)
         if "loss" not in results:
             total, terms, logged, _ = self.loss(model, batch, range(num_samples))
             results = {"loss": Mean(total, terms), **logged, **results}
@@ -279,7 +288,7 @@ WHAT_A_LOSS_MAY_BE = (
 
 
 def loss_sum(
-    value: Any, num_samples: int, reading: Reading | None, logged: tuple[str, ...] | None, where: str
+    value: Any, batch: Batch, num_samples: int, reading: Reading | None, logged: tuple[str, ...] | None, where: str
 ) -> MicroBatchLoss:
     """What a user's loss gives, as sum and count.
 
@@ -295,7 +304,7 @@ def loss_sum(
                 f"{where}: gives the numbers {sorted(others)}, and gave {sorted(logged)} for the first batch; give the "
                 "same names for every batch (Mean(0.0, 0) where there is nothing to say)"
             )
-        return loss_sum(value["loss"], num_samples, reading, (), where)._replace(logged=others)
+        return loss_sum(value["loss"], batch, num_samples, reading, (), where)._replace(logged=others)
     if logged:
         raise TrainingError(f"{where}: gives no {sorted(logged)}, as for the first batch")
     if isinstance(value, Mean):
@@ -310,10 +319,21 @@ def loss_sum(
             number = _wide(value.squeeze())
             if reading is Reading.TOTAL:
                 return MicroBatchLoss(number, 0)
-            return MicroBatchLoss(number * num_samples, num_samples)
+            count = _counted(batch, num_samples, reading)
+            # A mean over no labels at all is nan; nothing is learned from it.
+            return MicroBatchLoss(number * count if count else number.nan_to_num() * 0.0, count)
         if value.dim() == 1 and len(value) == num_samples:
             return MicroBatchLoss(_wide(value).sum(), num_samples)
     raise TrainingError(f"{where}: gives {describe(value)} for {num_samples} samples; {WHAT_A_LOSS_MAY_BE}")
+
+
+def _counted(batch: Batch, num_samples: int, reading: Reading | None) -> int:
+    """What a mean over a batch divides by."""
+    if reading not in (Reading.LABELS, Reading.NEXT_LABELS):
+        return num_samples
+    labels = labels_of(batch)
+    assert labels is not None
+    return int(((labels[:, 1:] if reading is Reading.NEXT_LABELS else labels) != IGNORED).sum())
 
 
 def _wide(total: Tensor) -> Tensor:

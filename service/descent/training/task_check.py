@@ -6,7 +6,7 @@ wrongly would train on other numbers without a word; so each is read right, or r
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from descent.training.buffer_rules import find_rules
 from descent.training.buffers import Rule
 from descent.training.determinism import refuse_undeterministic
 from descent.training.loss_check import numbers_kept
+from descent.training.model_loss import IGNORED, labels_of, with_labels
 from descent.training.model_snapshot import ModelSnapshot
 from descent.training.objective import Reading
 from descent.training.preflight import Cut, check_single_samples, read, refuse_sparse
@@ -92,7 +93,7 @@ def check_task(
     with own_generators(seed=0) as drew:
         loss = _loss(task, model, few)
         drawn = drew()
-    task = replace(task, logged=tuple(loss.logged))
+    task = replace(task, names=tuple(loss.logged))
     _backward(task, model, loss)
     if cut.smallest == 1:
         check_single_samples(config, lambda: _loss(task, model, _samples(config, data, 1)))
@@ -228,56 +229,100 @@ def _meaning(task: OwnTask, model: nn.Module, samples: _Samples, *, whole: bool)
     n = samples.num
     with _steady(model), torch.no_grad(), own_generators(seed=0) as drew:
         raw = task.raw_loss(model, samples.batch)
-        found = _loss(task, model, samples)
         chance = bool(drew())
-    value = raw["loss"] if isinstance(raw, dict) and "loss" in raw else raw
-    bare = isinstance(value, Tensor) and (value.dim() == 0 or (value.numel() == 1 and n > 1))
-    if bare:
-        task = replace(task, reading=Reading.SAMPLES)
-    if not (chance or whole or n < 2):
-        task = _added_up(task, model, samples, found, bare=bare)
-    if task.reading is Reading.TOTAL:
-        return task, 1.0, "a sum over the samples of a batch"
-    terms = float(found.terms) / n
-    if bare:
-        sure = "" if not chance else " (not checked: the loss draws random numbers)"
-        return task, 1.0, f"a mean over samples{sure}"
+    value = raw["loss"] if isinstance(raw, Mapping) and "loss" in raw else raw
+    comparable = not (chance or whole or n < 2)
+    unchecked = " (not checked, because the loss draws random numbers)" if chance else ""
+    if isinstance(value, Tensor) and (value.dim() == 0 or (value.numel() == 1 and n > 1)):
+        task = _bare(task, model, samples) if comparable else replace(task, reading=Reading.SAMPLES)
+        assert task.reading is not None
+        counted = _loss(task, model, samples) if task.reading is not Reading.TOTAL else None
+        terms = 1.0 if counted is None else float(counted.terms) / n or 1.0
+        return task, terms, _IN_WORDS[task.reading] + unchecked
+    found = _parts(task, model, samples, samples.part, n // 2)
+    if comparable and not found.adds_up and not _parts(task, model, samples, samples.collated, n // 2).adds_up:
+        raise ConfigError(f"{task.where}: its (total, count) don't add up: {n} samples give {found}; {WAYS_OUT}")
     if isinstance(value, Tensor):
         return task, 1.0, "one loss a sample"
-    return task, terms or 1.0, f"a total and a count, {terms:.4g} a sample here"
+    terms = float(_loss(task, model, samples).terms) / n
+    return task, terms or 1.0, f"a total and a count, {terms:.4g} a sample at first{unchecked}"
 
 
-def _added_up(task: OwnTask, model: nn.Module, samples: _Samples, found: MicroBatchLoss, *, bare: bool) -> OwnTask:
-    """The task, with the reading under which the losses of parts add up to that of the whole. Raises ConfigError."""
-    n = samples.num
-    for part in (samples.part, samples.collated):
-        fits = True
-        for cut in sorted({n // 2, 1}):
-            pieces = [_Samples(part(a, b), b - a, part, part) for a, b in ((0, cut), (cut, n))]
-            with _steady(model), torch.no_grad(), own_generators(seed=0):
-                losses = [_loss(task, model, piece) for piece in pieces]
-            total, terms = sum(float(x.total) for x in losses), sum(float(x.terms) for x in losses)
-            if not all(map(math.isfinite, (float(found.total), total))):
-                continue
-            if bare and _close(
-                float(found.total) / n, sum(float(x.total) / p.num for x, p in zip(losses, pieces, strict=True))
-            ):
-                if not _close(float(found.total), total):
-                    return replace(task, reading=Reading.TOTAL)
-            fits = fits and _close(float(found.total), total) and _close(float(found.terms), terms)
-        if fits:
-            return task
-    if bare:
-        raise ConfigError(
-            f"{task.where}: its number for a batch is neither the mean nor the sum over the batch's samples: {n} samples "
-            f"give {float(found.total) / n:.6g}, their parts {', '.join(f'{float(x.total) / p.num:.6g}' for x, p in zip(losses, pieces, strict=True))}; "
-            f"give descent.Mean(total, count) with the count that the mean divides by (labels that are not ignored, pixels, "
-            f"tokens); {WAYS_OUT}"
-        )
+_IN_WORDS = {
+    Reading.SAMPLES: "a mean over samples",
+    Reading.LABELS: f"a mean over the labels that are not {IGNORED}",
+    Reading.NEXT_LABELS: f"a mean over the labels that are not {IGNORED}, without the first of each sequence",
+    Reading.TOTAL: "a sum over samples, divided by nothing",
+}
+
+
+class _Parts(NamedTuple):
+    """A loss of all samples beside those of two parts."""
+
+    whole: tuple[float, float]
+    """(total, count)."""
+    parts: tuple[float, float]
+    """(total, count) of the parts, added up."""
+
+    @property
+    def adds_up(self) -> bool:
+        finite = all(map(math.isfinite, (*self.whole, *self.parts)))
+        return not finite or all(_close(a, b) for a, b in zip(self.whole, self.parts, strict=True))
+
+    def __str__(self) -> str:
+        (a, b), (c, d) = self.whole, self.parts
+        return f"({a:.6g}, {b:.6g}), their parts together ({c:.6g}, {d:.6g})"
+
+
+def _parts(task: OwnTask, model: nn.Module, samples: _Samples, part: Callable[[int, int], Batch], cut: int) -> _Parts:
+    def numbers(batch: Batch, num: int) -> tuple[float, float]:
+        with _steady(model), torch.no_grad(), own_generators(seed=0):
+            found = _loss(task, model, samples._replace(batch=batch, num=num))
+        return float(found.total), float(found.terms)
+
+    pieces = [numbers(part(a, b), b - a) for a, b in ((0, cut), (cut, samples.num))]
+    return _Parts(numbers(samples.batch, samples.num), (sum(p[0] for p in pieces), sum(p[1] for p in pieces)))
+
+
+def _bare(task: OwnTask, model: nn.Module, samples: _Samples) -> OwnTask:
+    """The task with the reading under which its bare number adds up over parts. Raises ConfigError where none does."""
+    labels = labels_of(samples.batch)
+    readings = [Reading.SAMPLES]
+    if labels is not None and not labels.is_floating_point() and labels.dim():
+        readings += [Reading.LABELS] if labels.dim() == 1 else [Reading.LABELS, Reading.NEXT_LABELS]
+    fitting = _fitting(task, model, samples, readings)
+    if len(fitting) > 1 and labels is not None:
+        # All sequences are of one length here, so these can't be told apart; where labels are ignored they differ.
+        ignoring = labels.clone()
+        ignoring[0] = IGNORED
+        if labels.dim() > 1:
+            ignoring[0, -1:], ignoring[-1, labels.shape[1] // 2 :] = labels[0, -1:], IGNORED
+        batch = with_labels(samples.batch, ignoring)
+        with contextlib.suppress(ConfigError):  # a model that knows no label to ignore
+            cut = _Samples(batch, samples.num, lambda a, b: rows(batch, a, b), lambda a, b: rows(batch, a, b))
+            fitting = _fitting(task, model, cut, fitting) or fitting
+    if fitting:
+        return replace(task, reading=fitting[0])
+    if _fitting(task, model, samples, [Reading.TOTAL]):
+        return replace(task, reading=Reading.TOTAL)
+    as_mean = replace(task, reading=Reading.SAMPLES)
+    n, found = samples.num, _parts(as_mean, model, samples, samples.part, samples.num // 2)
     raise ConfigError(
-        f"{task.where}: its (total, count) don't add up: {n} samples give ({float(found.total):.6g}, {float(found.terms):.6g}), "
-        f"their parts together ({total:.6g}, {terms:.6g}); {WAYS_OUT}"
+        f"{task.where}: its number for a batch is neither the mean nor the sum over the batch's samples or labels: {n} "
+        f"samples give {found.whole[0] / n:.6g}, their halves together {found.parts[0] / n:.6g}; give "
+        "descent.Mean(total, count) with the count that the mean divides by (pixels, tokens, labels that are not ignored); "
+        f"{WAYS_OUT}"
     )
+
+
+def _fitting(task: OwnTask, model: nn.Module, samples: _Samples, readings: list[Reading]) -> list[Reading]:
+    """The readings under which the numbers of parts add up to that of the whole."""
+
+    def fits(reading: Reading, part: Callable[[int, int], Batch]) -> bool:
+        read_so = replace(task, reading=reading)
+        return all(_parts(read_so, model, samples, part, cut).adds_up for cut in sorted({samples.num // 2, 1}))
+
+    return [reading for reading in readings if fits(reading, samples.part) or fits(reading, samples.collated)]
 
 
 def _close(a: float, b: float) -> bool:

@@ -348,6 +348,8 @@ class Run:
             f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, "
             f"reduction {self.config.reduction}",
         )
+        if prepared.understood:
+            print_line(self.console, f"task: the loss is {prepared.understood}")
         follows = [f"{k}={v}" for k, v in (("slots", "workers"), ("reduction", "fast")) if getattr(self.config, k) == v]
         if follows and plan.max_workers > 1:
             print_line(self.console, f"{' and '.join(follows)}: the result's bits hold for {workers} only")
