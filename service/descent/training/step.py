@@ -8,6 +8,7 @@ beside the gradients.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from descent.data.batch import Batch
 from descent.errors import TrainingError
 from descent.training.buffers import Buffers
 from descent.training.collectives import Group, PeerLost
+from descent.training.coupling import Coupling
 from descent.training.determinism import begin_stream
 from descent.training.input.sampling import stream_seed
 from descent.training.reduction import Reducer
@@ -99,6 +101,8 @@ class StepContext:
     """The largest 2-norm of the whole gradient; None: not clipped."""
     clip_value: float | None
     """The largest absolute value of an entry; None: not clipped."""
+    coupling: Coupling | None
+    """The first pass of a step, for a task whose loss compares the samples of a batch with each other."""
     forwards_per_slot: Sequence[int]
     """For every slot of the global batch how many micro-batches it has."""
 
@@ -148,11 +152,11 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
     reducer.begin_step()
     try:
         context.enter_phase("forward")
+        if context.coupling is not None:
+            begin = partial(_begin_slot, context, given.step)
+            context.coupling.first_pass(given.step, given.micro_batches, begin, context.group)
         for micro in given.micro_batches:
-            if micro.begins_slot:
-                seed = stream_seed(context.seed, given.step, micro.slot)
-                begin_stream(seed, context.group.device, context.uses_non_torch_rng)
-                buffers.begin_slot()
+            _begin_slot(context, given.step, micro)
             loss = _forward(context, given.step, micro)
             totals.add(micro.slot, loss)
             if micro.ends_slot:
@@ -176,6 +180,14 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
         buffers.restart()
         raise
     return _commit(context, reduced)
+
+
+def _begin_slot(context: StepContext, step: int, micro: MicroBatch) -> None:
+    """Where a slot begins: its own random stream, and the buffers as the step found them."""
+    if micro.begins_slot:
+        seed = stream_seed(context.seed, step, micro.slot)
+        begin_stream(seed, context.group.device, context.uses_non_torch_rng)
+        context.buffers.begin_slot()
 
 
 def _forward(context: StepContext, step: int, micro: MicroBatch) -> MicroBatchLoss:

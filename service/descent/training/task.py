@@ -177,10 +177,22 @@ class OwnTask:
         """This task for batches of `data`."""
         return self
 
+    @property
+    def couples(self) -> bool:
+        """Whether the loss compares the samples of a batch with each other, by their features."""
+        return "couple" in self.functions
+
     def raw_loss(self, model: nn.Module, batch: Batch) -> Any:
-        """What the user's `loss` returns, as it is."""
+        """What the user's `loss` returns, as it is; of a task that couples, the loss of these samples alone."""
         with self.autocast():
+            if self.couples:
+                return self.functions["couple"](self.functions["features"](model, batch))
             return self.functions["loss"](model, batch)
+
+    def coupled(self, features: Batch, num_samples: int) -> MicroBatchLoss:
+        """The loss of a whole batch, from the features of all of its samples. Raises TrainingError."""
+        value = self.functions["couple"](features)
+        return loss_sum(value, None, num_samples, self.reading, self.names, self.where)
 
     def loss(self, model: nn.Module, batch: Batch, samples: range) -> MicroBatchLoss:
         value = self.raw_loss(model, batch)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from descent.config import RunConfig
 from descent.config.build import in_one_line
 from descent.data.base import Data
-from descent.data.batch import Batch, describe, num_rows, rows
+from descent.data.batch import Batch, describe, num_rows, rows, tensors_of
 from descent.data.generators import own_generators
-from descent.errors import ConfigError, DescentError
+from descent.errors import ConfigError, DescentError, TrainingError
 from descent.training.buffer_rules import find_rules
 from descent.training.buffers import Rule
+from descent.training.coupling import features_of
 from descent.training.determinism import refuse_undeterministic
 from descent.training.loss_check import numbers_kept
 from descent.training.model_loss import IGNORED, labels_of, with_labels
@@ -227,6 +228,9 @@ def _steady(model: nn.Module) -> Iterator[None]:
 def _meaning(task: OwnTask, model: nn.Module, samples: _Samples, *, whole: bool) -> tuple[OwnTask, float, str]:
     """(the task with its reading, loss terms a sample, what was understood): whether the numbers add up over parts."""
     n = samples.num
+    if task.couples:
+        _check_features(task, model, samples)
+        return replace(task, reading=Reading.SAMPLES), 1.0, "computed from the features of the whole global batch"
     with _steady(model), torch.no_grad(), own_generators(seed=0) as drew:
         raw = task.raw_loss(model, samples.batch)
         chance = bool(drew())
@@ -246,6 +250,33 @@ def _meaning(task: OwnTask, model: nn.Module, samples: _Samples, *, whole: bool)
         return task, 1.0, "one loss a sample"
     terms = float(_loss(task, model, samples).terms) / n
     return task, terms or 1.0, f"a total and a count, {terms:.4g} a sample at first{unchecked}"
+
+
+def _check_features(task: OwnTask, model: nn.Module, samples: _Samples) -> None:
+    """Whether the features of a sample don't depend on the other samples. Raises ConfigError."""
+    n = samples.num
+
+    def features(batch: Batch, num: int, drew: list[bool]) -> list[Tensor]:
+        with _steady(model), torch.no_grad(), own_generators(seed=0) as draws:
+            try:
+                found = features_of(task, model, batch, num)
+            except TrainingError as error:
+                raise ConfigError(str(error)) from error
+            drew.append(bool(draws()))
+        return [tensor for _, tensor in tensors_of(found)]
+
+    drew: list[bool] = []
+    whole = features(samples.batch, n, drew)
+    if n < 2 or any(drew):
+        return
+    halves = zip(*(features(samples.part(a, b), b - a, drew) for a, b in ((0, n // 2), (n // 2, n))), strict=True)
+    for one, parts in zip(whole, halves, strict=True):
+        scale = float(one.double().abs().max())
+        if not torch.allclose(one.double(), torch.cat(parts).double(), rtol=_CLOSE, atol=_CLOSE * scale):
+            raise ConfigError(
+                f"{task.where}: the features of a sample depend on the other samples of its batch, but a batch is "
+                "computed in parts; let couple(features) do whatever compares samples"
+            )
 
 
 _IN_WORDS = {

@@ -23,6 +23,7 @@ from descent.training.checkpointing import restoring
 from descent.training.checkpointing.writing import ReplicaCheckpoints
 from descent.training.collectives import Group
 from descent.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
+from descent.training.coupling import Coupling
 from descent.training.determinism import compiled, only_deterministic, refuse_undeterministic
 from descent.training.evaluation import Evaluator
 from descent.training.input.feed import Feed
@@ -30,11 +31,13 @@ from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metrics import StepMetrics
 from descent.training.plan import Plan, build_data
 from descent.training.reduction import UnusedParameters, reducer_for
+from descent.training.reduction.losses import LossOf
 from descent.training.replica import first_model, first_state, task_of
 from descent.training.sentinel import Diverged, Sentinel
 from descent.training.slot_balancer import Shares, SlotBalancer
 from descent.training.step import MicroBatch, SlotRange, StepContext, StepInput, StepResult, micro_batches, train_step
 from descent.training.stopwatch import Stopwatch
+from descent.training.task import OwnTask
 
 __all__ = ["Control", "OutOfMemory", "TooManyBadSteps", "Trainer"]
 
@@ -84,7 +87,11 @@ class Trainer:
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
-        self._loss = partial(self.task.within(train).loss, self._forward)
+        self._coupling = None
+        self._loss: LossOf = partial(self.task.within(train).loss, self._forward)
+        if isinstance(self.task, OwnTask) and self.task.couples:
+            self._coupling = Coupling(self.task, self._forward, self.feed, plan.batch_size)
+            self._loss = self._coupling.loss
         self._scale = torch.tensor(1.0 / plan.nominal, device=device)
 
     # -- one generation: join, restore, loop, leave -------------------------------------
@@ -207,7 +214,8 @@ class Trainer:
             context = StepContext(
                 parameters=self._parameters,
                 optimizer=self.state.optimizer,
-                feed=self.feed,
+                feed=self.feed if self._coupling is None else self._coupling,
+                coupling=self._coupling,
                 reducer=reducer,
                 group=group,
                 buffers=self.buffers,
