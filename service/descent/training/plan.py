@@ -24,6 +24,7 @@ from descent.training.input.building import build_data as build_data
 from descent.training.input.building import digest_to_compare, refuse_unrepeatable
 from descent.training.loss_check import refuse_unseeded
 from descent.training.objective import Objective, Reading
+from descent.training.phases import Phase, build_phased, check_modules, phases_of
 from descent.training.preflight import (
     Cut,
     as_pair,
@@ -37,7 +38,7 @@ from descent.training.preflight import (
     try_one,
 )
 from descent.training.task import OwnTask, Supervised, build_task
-from descent.training.task_check import Found, check_task
+from descent.training.task_check import Found, check_phases, check_task
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Plan:
     """Names of the further means that each loss brings."""
     evaluated: tuple[str, ...] = ("loss",)
     """Names of the means that an evaluation gives."""
+    phases: tuple[Phase, ...] = ()
+    """The losses that take turns, step by step; none: one loss."""
     data_digest: str | None = None
     """Of the training set, which each worker compares; None for a user's class, which is compared otherwise."""
 
@@ -89,15 +92,17 @@ class Plan:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
         names = {key: tuple(saved.get(key, ())) for key in ("changing_buffers", "logged")}
+        phases = tuple(map(Phase.from_dict, saved.get("phases", ())))
         evaluated, rules = tuple(saved.get("evaluated", ("loss",))), tuple(map(Rule, saved.get("buffer_rules", ())))
-        return cls(**{**saved, **names, "evaluated": evaluated, "buffer_rules": rules})
+        return cls(**{**saved, **names, "evaluated": evaluated, "buffer_rules": rules, "phases": phases})
 
     def is_due(self, every: int | str | None, step: int) -> bool:
         """Whether what happens every so many steps, or every "epoch", happens after `step`."""
         if every == "epoch":
             # The step with which an epoch's last sample was spent.
-            batch, n = self.batch_size, self.num_samples
-            return step * batch // n > (step - 1) * batch // n
+            batch, n, phases = self.batch_size, self.num_samples, len(self.phases) or 1
+            rounds, rest = divmod(step, phases)
+            return rest == 0 and rounds * batch // n > (rounds - 1) * batch // n
         return isinstance(every, int) and step % every == 0
 
 
@@ -192,7 +197,9 @@ def build_loss(config: RunConfig) -> Any:
 
 def build_optimizer_for(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the config on this model's parameters."""
-    options = {k: v for k, v in config.optimizer.items() if k != "_target_"}
+    if config.optimizer.get("phases"):
+        raise ConfigError("optimizer.phases: this run has no phases, which only a task with the attribute phases has")
+    options = {k: v for k, v in config.optimizer.items() if k not in ("_target_", "phases")}
     factory = resolve_target(config.optimizer["_target_"], config.trusted_modules, "optimizer._target_")
     return build_optimizer(model, factory, options, device)
 
@@ -289,20 +296,32 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     batch, slots = share_out(config, len(train), high)
     model = build_model(config, train)
     check_builds_alike(config, model, train)
-    total = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * len(train) / batch)
+    phases = phases_of(own) if own is not None else ()
+    if phases:
+        check_modules(phases, model, "task")
+    rounds = math.ceil(float(config.epochs or 0) * len(train) / batch)
+    total = config.steps if config.steps is not None else rounds * (len(phases) or 1)
     largest = -(-batch // slots)
     asked = config.batch.micro_size
     micro = largest if asked == "auto" else min(int(asked), largest)
     _one_dtype(config, model)
-    build_optimizer_for(config, model, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    if phases:
+        build_phased(config, phases, model, lambda of: build_optimizer_for(of, model, cpu))
+    else:
+        build_optimizer_for(config, model, cpu)
     refuse_unrepeatable(config, train, evaluate)
     check_schedule(config, build_schedule(config, total), evaluate is not None)
     cut = Cut(batch, slots, micro)
     mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
     with deterministic(config.reduction == "exact"):
         if own is not None:
-            own = own.to(torch.device("cpu"), lambda: torch.autocast("cpu", torch.bfloat16, enabled=mixed))
-            found = check_task(config, model, own, train, cut)
+            own = own.to(cpu, lambda: torch.autocast("cpu", torch.bfloat16, enabled=mixed))
+            found = (
+                check_phases(config, model, own, phases, train, cut)
+                if phases
+                else check_task(config, model, own, train, cut)
+            )
         else:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 found = _check_supervised(config, model, train, evaluate, cut)
@@ -312,7 +331,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         batch_size=batch,
         num_samples=len(train),
         num_evaluation=len(evaluate) if evaluate is not None else 0,
-        steps_per_epoch=max(1, math.ceil(len(train) / batch)),
+        steps_per_epoch=max(1, math.ceil(len(train) / batch)) * (len(phases) or 1),
         slots=slots,
         min_workers=low,
         max_workers=high,
@@ -330,6 +349,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         classes_last=task.objective.classes_last if isinstance(task, Supervised) else None,
         logged=task.logged,
         evaluated=found.evaluated,
+        phases=found.phases,
         data_digest=digest_to_compare(train),
     )
     source = evaluate if evaluate is not None else train

@@ -112,6 +112,8 @@ class StepInput(NamedTuple):
 
     step: int
     micro_batches: Sequence[MicroBatch]
+    batch_number: int
+    """Which batch of the sample order: the step's number, unless the phases of a round share one."""
     votes: Sequence[int] = ()
     """Whole numbers that are added up over the ranks, such as votes for a pause."""
     report: Sequence[float] = ()
@@ -154,10 +156,10 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
         context.enter_phase("forward")
         if context.coupling is not None:
             begin = partial(_begin_slot, context, given.step)
-            context.coupling.first_pass(given.step, given.micro_batches, begin, context.group)
+            context.coupling.first_pass(given.batch_number, given.micro_batches, begin, context.group)
         for micro in given.micro_batches:
             _begin_slot(context, given.step, micro)
-            loss = _forward(context, given.step, micro)
+            loss = _forward(context, given.batch_number, micro)
             totals.add(micro.slot, loss)
             if micro.ends_slot:
                 totals.add_buffers(micro.slot)
@@ -190,10 +192,10 @@ def _begin_slot(context: StepContext, step: int, micro: MicroBatch) -> None:
         context.buffers.begin_slot()
 
 
-def _forward(context: StepContext, step: int, micro: MicroBatch) -> MicroBatchLoss:
+def _forward(context: StepContext, batch_number: int, micro: MicroBatch) -> MicroBatchLoss:
     """The loss sum of a micro-batch, and how many loss terms are in the sum."""
     # A function of its own, so that the batch is let go of before the next forward.
-    batch = context.feed.fetch(step, micro.first, micro.stop)
+    batch = context.feed.fetch(batch_number, micro.first, micro.stop)
     return context.reducer.forward(batch, range(micro.first, micro.stop), last=micro.last)
 
 

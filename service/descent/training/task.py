@@ -147,7 +147,7 @@ class OwnTask:
         if not callable(loss) and callable(task):
             loss = task
         coupled = callable(getattr(task, "couple", None))
-        if not callable(loss) and not coupled:
+        if not callable(loss) and not coupled and not hasattr(task, "phases"):
             raise ConfigError(
                 f"{where}: is a {type(task).__name__} without a method loss(model, batch); a task is a class with such "
                 "a method, or a function loss(model, batch)"
@@ -161,7 +161,7 @@ class OwnTask:
                 "takes: one row a sample"
             )
         for name, count in (("loss", 2), ("evaluate", 2), ("compute", 1), ("features", 2), ("couple", 1)):
-            _check_arguments(functions.get(name), name, count, where)
+            check_arguments(functions.get(name), name, count, where)
         return cls(task, where, functions=functions)
 
     @property
@@ -281,7 +281,8 @@ def _num_required(function: Callable[..., Any]) -> int:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
 
 
-def _check_arguments(function: Callable[..., Any] | None, name: str, count: int, where: str) -> None:
+def check_arguments(function: Callable[..., Any] | None, name: str, count: int, where: str) -> None:
+    """Raise ConfigError unless the function takes `count` positional arguments."""
     if function is None:
         return
     try:

@@ -6,7 +6,7 @@ wrongly would train on other numbers without a word; so each is read right, or r
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from descent.training.loss_check import numbers_kept
 from descent.training.model_loss import IGNORED, labels_of, with_labels
 from descent.training.model_snapshot import ModelSnapshot
 from descent.training.objective import Reading
+from descent.training.phases import Phase, task_between, task_in, trained_alone
 from descent.training.preflight import Cut, check_single_samples, read, refuse_sparse
 from descent.training.results import Mean, MicroBatchLoss
 from descent.training.task import OwnTask, Supervised
@@ -62,6 +63,8 @@ class Found:
     """Names of the means that an evaluation gives."""
     understood: str = ""
     """What an own task's numbers were understood to mean, in words."""
+    phases: tuple[Phase, ...] = ()
+    """The losses that take turns, with what their numbers mean."""
 
 
 class _Samples(NamedTuple):
@@ -124,6 +127,38 @@ def check_task(
             "as a buffer"
         )
     return Found(task, written, rules, bool(drawn - {"torch"}), unused, task.reading, terms, evaluated, understood)
+
+
+def check_phases(
+    config: RunConfig, model: nn.Module, task: OwnTask, phases: Sequence[Phase], data: Data, cut: Cut
+) -> Found:
+    """`check_task` for each phase, with the others' modules frozen. Raises ConfigError or DataError."""
+    settled, found = list[Phase](), list[Found]()
+    for phase in phases:
+        own = replace(task_in(task, phase), names=None)
+        with trained_alone(model, phase):
+            seen = check_task(config, model, own, data, cut)
+        found.append(seen)
+        nominal = 1.0 if seen.reading is Reading.TOTAL else seen.terms * cut.batch
+        reading = None if seen.reading is None else str(seen.reading)
+        settled.append(replace(phase, reading=reading, logged=seen.task.logged, nominal=nominal))
+    between = task_between(task, settled)
+    evaluated = _evaluation(
+        between, model, _samples(config, data, min(_SAMPLES, len(data), max(1, cut.micro)), spread=True)
+    )
+    rules = {n: rule for seen in found for n, rule in zip(seen.changing_buffers, seen.buffer_rules, strict=False)}
+    names = tuple(dict.fromkeys(name for seen in found for name in seen.changing_buffers))
+    return replace(
+        found[0],
+        task=between,
+        changing_buffers=names,
+        buffer_rules=tuple(rules[name] for name in names) if rules else (),
+        uses_non_torch_rng=any(seen.uses_non_torch_rng for seen in found),
+        unused_parameters=True,
+        evaluated=evaluated,
+        understood="; of ".join(f"{phase.name} {seen.understood}" for phase, seen in zip(phases, found, strict=True)),
+        phases=tuple(settled),
+    )
 
 
 def few_of(samples: _Samples, first: int, stop: int) -> _Samples:

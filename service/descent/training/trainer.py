@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from descent.training.metrics import StepMetrics
 from descent.training.plan import Plan, build_data
 from descent.training.reduction import UnusedParameters, reducer_for
 from descent.training.reduction.losses import LossOf
-from descent.training.replica import first_model, first_state, task_of
+from descent.training.replica import first_model, first_state, task_of, turns_of
 from descent.training.sentinel import Diverged, Sentinel
 from descent.training.slot_balancer import Shares, SlotBalancer
 from descent.training.step import MicroBatch, SlotRange, StepContext, StepInput, StepResult, micro_batches, train_step
@@ -47,12 +47,18 @@ class Generation:
     """What the trainer works with while it is a member of one generation."""
 
     membership: Membership
-    context: StepContext
+    contexts: tuple[StepContext, ...]
+    """One for each phase of a round; most trainings have one phase."""
     balancer: SlotBalancer
     slots: list[SlotRange]
     """The slots of this rank; the balancer may change them between two steps."""
     micro_batches: tuple[MicroBatch, ...]
     """The slots cut into micro-batches."""
+
+    @property
+    def context(self) -> StepContext:
+        """A context, for what is the same in all phases."""
+        return self.contexts[0]
 
     @property
     def group(self) -> Group:
@@ -87,12 +93,14 @@ class Trainer:
         self._multiplier = float("nan")
         self._parameters = list(model.parameters())
         control.target.parameters = self._parameters
+        self._turns = turns_of(self.task, plan, model, self.state.optimizer)
         self._coupling = None
         self._loss: LossOf = partial(self.task.within(train).loss, self._forward)
+        if len(self._turns.all) > 1:
+            self._loss = lambda batch, samples: self._turns.now.task.loss(self._forward, batch, samples)
         if isinstance(self.task, OwnTask) and self.task.couples:
             self._coupling = Coupling(self.task, self._forward, self.feed, plan.batch_size)
             self._loss = self._coupling.loss
-        self._scale = torch.tensor(1.0 / plan.nominal, device=device)
 
     # -- one generation: join, restore, loop, leave -------------------------------------
 
@@ -211,8 +219,9 @@ class Trainer:
             find_unused=self._find_unused,
             stopwatch=stopwatch,
         ) as reducer:
+            first = self._turns.all[0]
             context = StepContext(
-                parameters=self._parameters,
+                parameters=first.parameters,
                 optimizer=self.state.optimizer,
                 feed=self.feed if self._coupling is None else self._coupling,
                 coupling=self._coupling,
@@ -224,9 +233,9 @@ class Trainer:
                 enter_phase=self.control.enter,
                 seed=self.config.seed,
                 num_slots=self.plan.slots,
-                nominal_count=self.plan.nominal,
-                scale=self._scale,
-                logged=self.task.logged,
+                nominal_count=first.nominal,
+                scale=first.scale,
+                logged=first.task.logged,
                 uses_non_torch_rng=self.plan.uses_non_torch_rng,
                 clip_norm=self.config.clip.norm,
                 clip_value=self.config.clip.value,
@@ -236,7 +245,11 @@ class Trainer:
             balancer = self.make_slot_balancer(
                 membership.slots, self.plan.slots, straggler.deal, straggler.factor, straggler.after_s
             )
-            generation = Generation(membership, context, balancer, [], ())
+            others = [
+                replace(context, parameters=t.parameters, nominal_count=t.nominal, scale=t.scale, logged=t.task.logged)
+                for t in self._turns.all[1:]
+            ]
+            generation = Generation(membership, (context, *others), balancer, [], ())
             self._take_slots(generation, membership.slots)
             yield generation
 
@@ -257,7 +270,7 @@ class Trainer:
         votes = (int(self.control.pause), int(self.control.save), self.feed.replaced())
         self.control.save = False
         report = (step, seconds_per_sample, time.monotonic())
-        given = StepInput(step, generation.micro_batches, votes, report)
+        given = StepInput(step, generation.micro_batches, self._turns.batch_number(step), votes, report)
         self.sentinel.begin(step, generation.group.world_size)
         notice = None
         try:
@@ -280,8 +293,9 @@ class Trainer:
         return result
 
     def _attempt(self, generation: Generation, given: StepInput) -> StepResult:
-        self.feed.prepare(given.step, generation.slots, generation.membership.micro_size)
-        return train_step(generation.context, given)
+        self.feed.prepare(given.batch_number, generation.slots, generation.membership.micro_size)
+        with self._turns.taken(given.step):
+            return train_step(generation.contexts[self._turns.index(given.step)], given)
 
     def _repeat(self, generation: Generation, given: StepInput, first: StepResult) -> tuple[StepResult, Notice]:
         """Take the same step once more: the same numbers come out unless hardware failed the first time."""
@@ -293,13 +307,13 @@ class Trainer:
             self.control.enter("inspect")
             inspector = nonfinite.Inspector(
                 self.state.model,
-                self.task,
+                self._turns.now.task,
                 self.buffers,
                 self.config.seed,
-                self._scale,
+                self._turns.now.scale,
                 self.plan.uses_non_torch_rng,
             )
-            samples = self.order.samples_of(given.step)
+            samples = self.order.samples_of(given.batch_number)
             fetch = lambda first, stop: self.feed.take(samples[first:stop])  # noqa: E731
             findings = inspector.inspect(given, fetch, self.feed.numbers(samples))
             answers = nonfinite.exchange(generation.group, (), findings)

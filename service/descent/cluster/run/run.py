@@ -349,7 +349,7 @@ class Run:
             f"reduction {self.config.reduction}",
         )
         if prepared.understood:
-            print_line(self.console, f"task: the loss is {prepared.understood}")
+            print_line(self.console, f"task: the loss {'of' if plan.phases else 'is'} {prepared.understood}")
         follows = [f"{k}={v}" for k, v in (("slots", "workers"), ("reduction", "fast")) if getattr(self.config, k) == v]
         if follows and plan.max_workers > 1:
             print_line(self.console, f"{' and '.join(follows)}: the result's bits hold for {workers} only")
