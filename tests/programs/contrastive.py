@@ -4,11 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.programs.pictures import Pictures
+from tests.programs.program import Program, built, plain_loop
+
 
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -22,7 +25,7 @@ class SimCLR:
 
     def features(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x = batch[0]
-        return torch.stack([model(x + 0.1 * torch.randn_like(x)), model(x.flip(-1))], 1)
+        return torch.stack([model(x), model(x.flip(-1))], 1)
 
     def couple(self, z: Tensor) -> Tensor:
         """z: [n, 2, width]. The NT-Xent loss of Chen et al. 2020, over the 2n views."""
@@ -31,3 +34,21 @@ class SimCLR:
         similar = z @ z.T / self.temperature
         similar = similar.masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
         return F.cross_entropy(similar, (torch.arange(2 * n) + n) % (2 * n))
+
+
+def by_hand() -> list[float]:
+    task = SimCLR()
+    return plain_loop(built(Encoder), Pictures(), lambda model, batch: task.couple(task.features(model, batch)))
+
+
+PROGRAM = Program(
+    [
+        "model=custom",
+        "model._target_=tests.programs.contrastive.Encoder",
+        "data=custom",
+        "data.train._target_=tests.programs.pictures.Pictures",
+        "task=custom",
+        "task._target_=tests.programs.contrastive.SimCLR",
+    ],
+    by_hand,
+)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descent import Mean
+from tests.programs.pictures import Pictures
+from tests.programs.program import STEPS, Program, batches, built, draw_as_in
 
 NOISE = 8
 
@@ -34,3 +36,44 @@ class Adversarial:
     def generator(self, model: GAN, batch: tuple[Tensor, Tensor]) -> Tensor:
         fake = model.generator(torch.randn(len(batch[0]), NOISE))
         return F.softplus(-model.discriminator(fake)).mean()
+
+
+def by_hand() -> list[float]:
+    """The two updates of each batch, as the DCGAN of PyTorch's examples makes them."""
+    model = built(GAN)
+    on_real = torch.optim.SGD(model.discriminator.parameters(), lr=0.05)  # type: ignore[union-attr]
+    on_fake = torch.optim.SGD(model.generator.parameters(), lr=0.1)  # type: ignore[union-attr]
+    losses: list[float] = []
+    for (images, _), _ in zip(batches(Pictures()), range(STEPS // 2), strict=False):
+        real = images.flatten(1)
+        draw_as_in(len(losses) + 1)
+        fake = model.generator(torch.randn(len(real), NOISE))  # type: ignore[operator]
+        on_real.zero_grad()
+        scores = model.discriminator(real), model.discriminator(fake.detach())  # type: ignore[operator]
+        loss = F.softplus(-scores[0]).mean() + F.softplus(scores[1]).mean()
+        loss.backward()
+        on_real.step()
+        losses.append(loss.item())
+        draw_as_in(len(losses) + 1)
+        on_fake.zero_grad()
+        fake = model.generator(torch.randn(len(real), NOISE))  # type: ignore[operator]
+        loss = F.softplus(-model.discriminator(fake)).mean()  # type: ignore[operator]
+        loss.backward()
+        on_fake.step()
+        losses.append(loss.item())
+    return losses
+
+
+PROGRAM = Program(
+    [
+        "model=custom",
+        "model._target_=tests.programs.gan.GAN",
+        "data=custom",
+        "data.train._target_=tests.programs.pictures.Pictures",
+        "task=custom",
+        "task._target_=tests.programs.gan.Adversarial",
+        "+optimizer.phases.generator.lr=0.1",
+    ],
+    by_hand,
+    slots=(1,),  # each slot draws its own noise
+)

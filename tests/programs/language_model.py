@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from tests.programs.program import Program, built, plain_loop
+
 VOCABULARY, LENGTH = 13, 12
 
 
@@ -50,3 +52,19 @@ class Text(Dataset[tuple[Tensor, Tensor]]):
         if index % 3 == 0:
             targets[LENGTH // 2 :] = -100
         return text[:-1], targets
+
+
+def by_hand() -> list[float]:
+    return plain_loop(built(GPT), Text(), lambda model, batch: model(*batch)[1])
+
+
+PROGRAM = Program(
+    [
+        "model=custom",
+        "model._target_=tests.programs.language_model.GPT",
+        "data=custom",
+        "data.train._target_=tests.programs.language_model.Text",
+        "task=auto",
+    ],
+    by_hand,
+)

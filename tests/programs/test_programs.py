@@ -1,0 +1,42 @@
+"""Trainings that people have, each in the form that its own community writes: as they are, or with a few lines.
+
+Each is compared with a plain PyTorch loop; has the same bits on 1, 2 and 3 workers, and through a kill; and goes
+on from a checkpoint to the bits of the unbroken run.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tests.programs
+from tests.distributed.led import assert_survives
+from tests.distributed.replicas import Case, Crew, fail
+from tests.distributed.test_resume import resumed, saved
+from tests.programs.program import RUN, STEPS, Program
+
+MODULES = [importlib.import_module(f"tests.programs.{m.name}") for m in pkgutil.iter_modules(tests.programs.__path__)]
+PROGRAMS: dict[str, Program] = {m.__name__.rpartition(".")[2]: m.PROGRAM for m in MODULES if hasattr(m, "PROGRAM")}
+each = pytest.mark.parametrize("name", PROGRAMS)
+
+
+@each
+def test_the_losses_are_those_of_a_plain_loop(pool: Crew, tmp_path: Path, name: str) -> None:
+    program = PROGRAMS[name]
+    losses = program.by_hand()
+    assert len(losses) == STEPS
+    for slots in program.slots:
+        case = Case.of([*RUN, *program.overrides], tmp_path / str(slots), slots)
+        assert pool.train(case, 1)[0].losses == pytest.approx(losses, rel=program.tolerance), f"{slots} slots"
+
+
+@each
+def test_no_bit_depends_on_workers_faults_or_a_resume(pool: Crew, tmp_path: Path, name: str) -> None:
+    case = Case.of([*RUN, *PROGRAMS[name].overrides], tmp_path / "run", 3)
+    alone, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 1, 3)
+    for world in (2, 3):
+        assert {told.sha256 for told in pool.train(case, world)} == {alone[0].sha256}, f"{world} workers"
+    assert_survives(pool, case, alone[0], 3, fail(worker=1).at(step=4, phase="reduce"))
+    assert resumed(pool, case, target, 2).finish().state_sha256 == alone[0].sha256
