@@ -1,97 +1,69 @@
-"""A model's weights: read from a safetensors or torch file or a checkpoint, put into a model, written to a file."""
+"""A model's weights: read from what people have, put into a model, written to a file."""
 
-import io
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from descent.checkpoint.manifest import read_manifest
-from descent.checkpoint.reader import read_files
-from descent.errors import CheckpointError, StoreError
+from descent.checkpoint.fit import Rules, fit
+from descent.checkpoint.weight_files import model_weights as model_weights
+from descent.checkpoint.weight_files import read_parts
+from descent.errors import CheckpointError
 from descent.storage import Location, open_store
 
-_TORCH = (".pt", ".pth", ".bin", ".ckpt")
-_WRAPPED = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 5
 
 
 def read_weights(source: Location) -> dict[str, Tensor]:
-    """Name -> tensor, from a .safetensors or torch file or from a checkpoint's folder.
-
-    Torch files are read with weights_only=True: nothing in them runs. Of a checkpoint only the files
-    with weights are read, and averaged weights (ema.decay) take the place of the plain ones.
+    """Name -> tensor, from a file with one set of weights or from a checkpoint's folder; see `weight_files`.
 
     Raises CheckpointError for anything else, StoreError where disk or server don't let it be read.
     """
-    if source.name.endswith(".safetensors"):
-        return _parse_safetensors(_content(source), source)
-    if source.name.endswith(_TORCH):
-        return _parse_torch(_content(source), source)
-    try:
-        manifest = read_manifest(source)
-        names = [name for name in manifest.files if not name.startswith("optimizer-")]
-        tensors = read_files(source, manifest, names)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{source}: no weights: neither a .safetensors file, nor one of torch's ({', '.join(_TORCH)}), nor a checkpoint ({error})"
-        ) from error
-    return model_weights(tensors)
+    parts = read_parts(source)
+    if len(parts) > 1:
+        raise CheckpointError(f"{source}: has several sets of weights: {', '.join(parts)}")
+    return next(iter(parts.values()))
 
 
-def model_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights among a checkpoint's tensors, under the module's own names; averages replace what they average."""
-    plain = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    averaged = {n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")}
-    return plain | averaged
+@dataclass(frozen=True)
+class InitialWeights:
+    """Where the weights come from that a run begins with, and how its names become the model's."""
 
+    source: Location
+    strict: bool = True
+    """Whether every name must have its counterpart."""
+    key: str | None = None
+    """Which of several state_dicts in a torch file; None: the one that fits best."""
+    rules: Sequence[Rules] = ()
+    """Beginnings of names and what stands there in the model; see `fit.fit`."""
 
-def _content(source: Location) -> bytearray:
-    store = open_store(source.parent)
-    entry = store.find(source.name)
-    if entry is None:
-        raise StoreError(f"{source}: there is no such file", kind="missing")
-    return store.read(source.name, entry.size)
+    def put_into(self, model: nn.Module) -> str | None:
+        """Copy the weights into the model. Returns a line on what was chosen and what has no counterpart, or None.
 
-
-def _parse_safetensors(content: bytearray, source: Location) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        return load(bytes(content))
-    except SafetensorError as error:
-        raise CheckpointError(f"{source}: not a whole safetensors file: {error}") from error
-
-
-def _parse_torch(content: bytearray, source: Location) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises whatever it likes
-        line = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(
-            f"{source}: torch can't read it with weights_only=True, which alone is safe: {line}"
-        ) from error
-    for name in _WRAPPED:
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = loaded[name]
-            break
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{source}: holds no mapping of names to tensors (a state_dict)")
-    return {str(name): tensor for name, tensor in loaded.items()}
+        Raises CheckpointError, StoreError.
+        """
+        try:
+            fitted = fit(model, read_parts(self.source), key=self.key, rules=self.rules)
+        except CheckpointError as error:
+            line = str(error)
+            raise error if str(self.source) in line else CheckpointError(f"{self.source}: {line}") from error
+        unmatched = put_into(model, fitted.weights, self.source, strict=self.strict)
+        said = [*fitted.choices, *([unmatched.removeprefix(f"{self.source}: ")] if unmatched else [])]
+        return f"{self.source}: {'; '.join(said)}" if said else None
 
 
 def put_into(model: nn.Module, weights: Mapping[str, Tensor], source: Location, *, strict: bool) -> str | None:
     """Copy weights into a model. Returns a line on the names without a counterpart, or None; see strict.
 
-    A prefix that wrappers (DDP, torch.compile) put before every name is taken off.
+    Names that the model itself calls unimportant (Hugging Face's `_keys_to_ignore_on_load_…`) and batch norm's counter,
+    which the first versions of torch didn't have, may lack a counterpart.
 
     Raises CheckpointError with the lists of missing, unexpected and misshapen names: with
     strict=True if there is any, with strict=False only if no name fits.
     """
-    weights = _unwrapped(weights, set(model.state_dict()))
     own = model.state_dict(keep_vars=True)
     groups: dict[int, list[str]] = {}
     for name, tensor in own.items():  # a tied weight is there once, under any of its names
@@ -100,12 +72,13 @@ def put_into(model: nn.Module, weights: Mapping[str, Tensor], source: Location, 
     for names in groups.values():
         given = next((n for n in names if n in weights), None)
         if given is None:
-            missing.append(names[0])
+            if not _unimportant(model, names[0], "missing"):
+                missing.append(names[0])
         elif weights[given].shape != own[given].shape:
             misshapen.append(f"{given} {tuple(weights[given].shape)} instead of {tuple(own[given].shape)}")
         else:
             pairs.append((own[given], weights[given]))
-    unexpected = sorted(weights.keys() - own.keys())
+    unexpected = sorted(n for n in weights.keys() - own.keys() if not _unimportant(model, n, "unexpected"))
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     line = "; ".join(f"{what}: {_some(names)}" for what, names in lists.items() if names)
     if line and (strict or not pairs):
@@ -117,11 +90,13 @@ def put_into(model: nn.Module, weights: Mapping[str, Tensor], source: Location, 
     return f"{source}: {len(pairs)} tensors taken; {line}" if line else None
 
 
-def _unwrapped(weights: Mapping[str, Tensor], own: set[str]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if weights and not own & weights.keys() and all(n.startswith(prefix) for n in weights):
-            weights = {n.removeprefix(prefix): t for n, t in weights.items()}
-    return dict(weights)
+def _unimportant(model: nn.Module, name: str, what: str) -> bool:
+    """Whether `name` may be missing, or unexpected, in a file."""
+    if what == "missing" and name.endswith("num_batches_tracked"):
+        return True
+    key = f"_keys_to_ignore_on_load_{what}"
+    patterns = (p for module in model.modules() for p in getattr(module, key, None) or ())
+    return any(re.search(pattern, name) for pattern in patterns if isinstance(pattern, str))
 
 
 def _some(names: list[str]) -> str:

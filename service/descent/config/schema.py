@@ -19,6 +19,7 @@ def _has_target(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Spec = dict[str, Any]
+Renaming = dict[str, str | None]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 CHAOS_KINDS = ("kill", "stop", "slow", "nan", "partition", "kill_in_save")
@@ -254,6 +255,8 @@ class RunConfig(Section):
     trusted_modules: list[str]
     init_from: str | None
     init_strict: bool
+    init_key: str | None = None
+    init_map: Renaming | list[str | Renaming] | None = None
     resume: str | None
 
     @field_validator("model", "loss", "optimizer", "schedule", "task")
@@ -266,6 +269,16 @@ class RunConfig(Section):
     def _file_name(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", value):
             raise ValueError("is used as a folder: letters, digits, '.', '_' and '-' only")
+        return value
+
+    @field_validator("init_map")
+    @classmethod
+    def _rules(cls, value: Renaming | list[str | Renaming] | None) -> Renaming | list[str | Renaming] | None:
+        for pattern in (pattern for rules in _renamings(value) for pattern in rules):
+            try:
+                re.compile(pattern if pattern.startswith("^") else "")
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return value
 
     @field_validator("trusted_modules")
@@ -290,9 +303,31 @@ class RunConfig(Section):
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: set one of them and the other to null")
         return self
 
+    @property
+    def init_rules(self) -> list[Renaming]:
+        """`init_map` as a list of rules, which are applied one after the other."""
+        return _renamings(self.init_map)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that JSON and `RunConfig(**…)` accept."""
         return self.model_dump(mode="json")
+
+
+def _renamings(value: Renaming | list[str | Renaming] | None) -> list[Renaming]:
+    """
+    >>> _renamings(["a. -> b.", {"c.": None}])
+    [{'a.': 'b.'}, {'c.': None}]
+    """
+    found: list[Renaming] = []
+    for rule in value if isinstance(value, list) else [value] if value else []:
+        if isinstance(rule, str):
+            old, arrow, new = (part.strip() for part in rule.partition("->"))
+            if not arrow:
+                raise ValueError(f"{rule!r} needs the form 'old -> new'")
+            found.append({old: None if new == "null" else new})
+        else:
+            found.append(rule)
+    return found
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from descent.checkpoint.weights import put_into, read_weights
+from descent.checkpoint.weights import InitialWeights
 from descent.config import RunConfig
 from descent.data.base import Data
 from descent.data.generators import own_generators
@@ -23,7 +23,7 @@ def first_model(config: RunConfig, data: Data, device: torch.device) -> nn.Modul
     model = build_model(config, data)
     if config.init_from is not None:
         source = to_location(config.init_from)
-        put_into(model, read_weights(source), source, strict=config.init_strict)
+        InitialWeights(source, config.init_strict, config.init_key, config.init_rules).put_into(model)
     return model.to(device)
 
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from descent.config.environment import with_variables
 from descent.config.overrides import parse
 from descent.config.secrets import MASK
 from descent.errors import CheckpointError, ConfigError
-from descent.storage import Location, S3Path, open_store, to_location
+from descent.storage import Location, S3Path, to_location
 
 MAY_CHANGE = (
     "steps",
@@ -249,17 +250,25 @@ def find_weights(config: RunConfig) -> Location | None:
     """
     if config.init_from is None:
         return None
+    from descent.checkpoint.weight_files import is_there, read_parts  # torch, for the others, is not needed yet
+
     where = to_location(config.init_from)
+    # Asked for now, while nothing has started that would have to be ended again.
+    if is_there(where):
+        return where
     if isinstance(where, S3Path):
-        # Asked for now, while nothing has started that would have to be ended again.
-        if "." not in where.name:
-            read_manifest(where)
-        elif open_store(where.parent).find(where.name) is None:
-            raise CheckpointError(f"init_from={where}: there is no such object")
-        return where
-    if where.is_file() or (where / MANIFEST).is_file():
-        return where
-    run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
+        raise CheckpointError(f"init_from={where}: there is no such object, and no folder with weights")
+    try:
+        run_dir = run_log.find_run(config.init_from, Path(config.output_dir).expanduser(), "init_from")
+    except CheckpointError as error:
+        if where.is_dir():
+            read_parts(where)  # says which files it looked for
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", config.init_from):
+            hint = (
+                f"a name of Hugging Face is not downloaded: hf download {config.init_from} --local-dir FOLDER does that"
+            )
+            raise CheckpointError(f"{error}; {hint}") from None
+        raise
     of_run = run_log.read_run_file(run_dir)["config"]["checkpoint"]
     root = checkpoint_root(run_dir, with_variables(of_run["dir"], "checkpoint.dir"))
     return newest_checkpoint(root, rescue=rescue_root(run_dir))[0]

@@ -154,13 +154,11 @@ class Run:
                 f"and this config ends at step {prepared.plan.total_steps}"
             )
         if self.init_from is not None:
-            from descent.checkpoint.weights import put_into, read_weights
+            from descent.checkpoint.weights import InitialWeights
 
-            unmatched = put_into(
-                prepared.model, read_weights(self.init_from), self.init_from, strict=config.init_strict
-            )
-            if unmatched:
-                print_line(self.console, f"init_from={unmatched}")
+            weights = InitialWeights(self.init_from, config.init_strict, config.init_key, config.init_rules)
+            if said := weights.put_into(prepared.model):
+                print_line(self.console, f"init_from={said}")
         return prepared
 
     def _train(self, prepared: "Prepared", cluster: "Cluster") -> RunResult:
