@@ -113,8 +113,8 @@ def raise_index_error():
     [
         (raise_index_error, "IndexError: list index out of range"),
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
-        (lambda: torch.zeros(2), "is a Tensor, not a pair (input, target)"),
-        (lambda: (1, 2, 3), "is a tuple, not a pair (input, target)"),
+        (lambda: torch.zeros(2), "is float32 [2], not a pair (input, target)"),
+        (lambda: (1, 2, 3), "is (int, int, int), not a pair (input, target)"),
         (
             lambda: (object(), 0),
             "can't be made a batch: default_collate: batch must contain tensors",

@@ -211,7 +211,9 @@ def test_every_former_path_of_a_class_leads_to_the_class_of_today() -> None:
         "descent.models.": "service.models.",
         "descent.data.": "service.data.",
     }
-    for paths in DESCENT_CLASSES.values():
+    for kind, paths in DESCENT_CLASSES.items():
+        if kind == "task":  # there were none
+            continue
         for path in paths:
             package = next(p for p in formers if path.startswith(p))
             assert current_target(path.replace(package, formers[package], 1)) == path

@@ -171,7 +171,7 @@ REFUSALS = {
         "batch.size=4",
         "data.holdout=0",
     ): "sample 19 has label -7, but the model has 10 outputs (0 to 9); mend the data",
-    ("data=custom", "data.train._target_=plan_nets.Stream"): "data.train: Stream has no __len__ and __getitem__",
+    ("data=custom", "data.train._target_=plan_nets.Stream"): "data.train: Stream is a stream (IterableDataset)",
     (
         *DATA,
         "batch.size=4",

@@ -65,12 +65,14 @@ class Data(BaseModel):
     name: str
     train: Spec
     evaluate: Spec | None = None
+    collate: Spec | None = None
+    """Makes a batch of a list of samples; None: the task's own, else torch's."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
     on_error: Literal["fail", "skip"] = "fail"
     cache: DataCache = Field(default_factory=DataCache)
 
-    @field_validator("train", "evaluate")
+    @field_validator("train", "evaluate", "collate")
     @classmethod
     def _target(cls, value: Spec | None) -> Spec | None:
         return value if value is None else _has_target(value)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from descent.data.batch import Indices, Pair
+from descent.data.batch import Batch, Indices
 from descent.errors import DataError
 
 Policy = Literal["fail", "skip"]
@@ -63,7 +63,9 @@ def refuse_not_finite(values: Tensor, where: Callable[[int], str]) -> None:
         raise BadRecords(f"{where(rows[0])}: holds NaN, infinity or a number beyond float32: mend or drop it", rows)
 
 
-def read_good(read: Callable[[Indices], Pair], indices: Indices, num_samples: int, policy: Policy) -> tuple[Pair, int]:
+def read_good(
+    read: Callable[[Indices], Batch], indices: Indices, num_samples: int, policy: Policy
+) -> tuple[Batch, int]:
     """A batch without bad samples, and how many samples were replaced.
 
     With policy "skip", a bad sample i is replaced by the first good one of i + 1, i + 2, ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from descent.data.bad_records import KnownBad
+from descent.data.batch import Batch as Batch
 from descent.data.batch import Indices as Indices
 from descent.data.batch import Pair as Pair
 from descent.data.layout import Layout
@@ -47,8 +48,8 @@ class Data(Protocol):
         ...
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without the batch dimension."""
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Shape of one input, without the batch dimension; None where samples are no pairs (input, target)."""
         ...
 
     @property
@@ -58,10 +59,10 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Pair: ...
+    def __getitem__(self, index: int) -> Batch: ...
 
-    def gather(self, indices: Indices) -> Pair:
-        """Inputs [n, *input_shape] and targets [n, ...] of the samples, in the order of `indices`."""
+    def gather(self, indices: Indices) -> Batch:
+        """The samples as a batch, in the order of `indices`: mostly inputs [n, *input_shape] and targets [n, ...]."""
         ...
 
     @property
@@ -104,7 +105,7 @@ class Data(Protocol):
         """How many batches are worth reading at the same time."""
         ...
 
-    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Batch:
         """`gather`, with the three generators seeded by `seeds[i]` before sample `indices[i]` is read."""
         ...
 
@@ -125,7 +126,7 @@ class Data(Protocol):
         ...
 
 
-class BatchDataset(Dataset[Pair]):
+class BatchDataset(Dataset[Batch]):
     """The optional members of `Data`, with what holds for a data set that doesn't say otherwise.
 
     A subclass sets name, source, input_shape and num_outputs, and defines digest, `__len__`,
@@ -134,7 +135,7 @@ class BatchDataset(Dataset[Pair]):
 
     name: str
     source: str
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...] | None
     num_outputs: int | None
     class_names: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
@@ -152,10 +153,10 @@ class BatchDataset(Dataset[Pair]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def gather(self, indices: Indices) -> Pair:
+    def gather(self, indices: Indices) -> Batch:
         raise NotImplementedError
 
-    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:  # noqa: ARG002
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Batch:  # noqa: ARG002
         return self.gather(indices)
 
     def prefetch(self, shards: Indices) -> None:
@@ -264,10 +265,10 @@ class View(BatchDataset):
         """The numbers of these samples in the data set that the view is on."""
         raise NotImplementedError
 
-    def gather(self, indices: Indices) -> Pair:
+    def gather(self, indices: Indices) -> Batch:
         return self.data.gather(self.parent_indices(indices))
 
-    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Pair:
+    def gather_seeded(self, indices: Indices, seeds: Sequence[int]) -> Batch:
         return self.data.gather_seeded(self.parent_indices(indices), seeds)
 
     def prefetch(self, shards: Indices) -> None:
@@ -293,7 +294,7 @@ class Subset(View):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> Batch:
         return self.data[int(self.indices[index])]
 
     def parent_indices(self, indices: Indices) -> Indices:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from descent.data.bad_records import read_good
 from descent.data.base import Data, Indices, indices_in_root, root_of
+from descent.data.batch import describe as describe_batch
 from descent.errors import DescentError
 
 _SAMPLED = 1024  # samples, spread evenly, whose statistics are recorded
@@ -28,7 +29,7 @@ def describe(data: Data) -> dict[str, Any]:
         "source": data.source,
         "digest": data.digest,
         "num_samples": len(data),
-        "input_shape": list(data.input_shape),
+        "input_shape": None if data.input_shape is None else list(data.input_shape),
         "num_outputs": data.num_outputs,
     }
     if data.class_names is not None:
@@ -42,10 +43,14 @@ def describe(data: Data) -> dict[str, Any]:
     if data.layout is not None:
         indices = np.arange(len(indices), dtype=np.int64)  # of the first shards, so that no others are fetched
     try:
-        (inputs, targets), _ = read_good(data.gather, indices, len(data), "skip")
+        batch, _ = read_good(data.gather, indices, len(data), "skip")
     except DescentError:
         return described  # the check before the run has said why, or will
     described["looked_at"] = len(indices)
+    if data.input_shape is None:  # no pairs (input, target)
+        described["batch"] = describe_batch(batch)
+        return described
+    inputs, targets = batch
     described["inputs"] = _statistics(inputs)
     if targets.is_floating_point():
         described["targets"] = _statistics(targets)

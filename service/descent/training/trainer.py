@@ -26,6 +26,7 @@ from descent.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyB
 from descent.training.coupling import Coupling
 from descent.training.determinism import compiled, only_deterministic, refuse_undeterministic
 from descent.training.evaluation import Evaluator
+from descent.training.input.building import keep_precision
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metrics import StepMetrics
@@ -77,6 +78,7 @@ class Trainer:
         own = task_of(config, plan)
         train, held_out = build_data(config, plan.data_digest, own.collate)
         model = first_model(config, train, device)
+        keep_precision(model, train, held_out)
         self.task = own.to(device, self._autocast)
         self.state = first_state(config, plan, model, device)
         self._forward = compiled(model, exact) if config.compile else model

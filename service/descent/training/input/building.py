@@ -1,21 +1,25 @@
 """The data sets of a config: built, split, and checked to come out the same however often they are built."""
 
+import functools
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import IterableDataset
 
 from descent.config import RunConfig, build, resolve_target
 from descent.data.bad_records import BadRecords
-from descent.data.base import BatchDataset, Data, Indices, Pair, root_of
+from descent.data.base import BatchDataset, Data, Indices, root_of
+from descent.data.batch import Batch, tensors_of
 from descent.data.cache import use_cache
 from descent.data.data_thread import in_data_thread
 from descent.data.generators import own_generators
 from descent.data.identity import require_digest
-from descent.data.map_style import UserData, adapt
+from descent.data.map_style import Collate, MapStyle, UserData, adapt
 from descent.data.splits import split
 from descent.errors import ConfigError, DataError
 from descent.training.input.sampling import stream_seed
@@ -25,15 +29,56 @@ _COMPARE_S = 3.0
 _DEFAULT_HOLDOUT = 0.1
 
 
-def build_data(config: RunConfig, digest: str | None = None, collate: Any = None) -> tuple[Data, Data | None]:  # noqa: ARG001
+def build_data(
+    config: RunConfig, digest: str | None = None, collate: Collate | None = None
+) -> tuple[Data, Data | None]:
     """The training set and the evaluation set (None without one).
 
     digest: what `digest_to_compare` gave for the training set when the run began.
+    collate: the task's own collate function, which `data.collate` replaces.
     Raises ConfigError or DataError.
     """
-    train, evaluate = _build_both(config)
+    train, evaluate = _build_both(config, _collate_of(config) or collate)
     require_digest(train, digest, "data.train")
     return train, evaluate
+
+
+def keep_precision(model: nn.Module, *sets: Data | None) -> None:
+    """Let the data sets give float64 where the model's parameters are float64."""
+    if any(p.dtype is torch.float64 for p in model.parameters()):
+        for data in sets:
+            if data is not None and isinstance(root := root_of(data), MapStyle):
+                root.keep_float64()
+
+
+def _collate_of(config: RunConfig) -> Collate | None:
+    """The collate function of `data.collate`: the function itself, or an object that is called with the samples."""
+    spec = config.data.collate
+    if spec is None:
+        return None
+    where = "data.collate"
+    target = resolve_target(spec["_target_"], config.trusted_modules, f"{where}._target_")
+    arguments = {key: value for key, value in spec.items() if key != "_target_"}
+    with own_generators(seed=config.seed):
+        if inspect.isfunction(target) and _takes_samples(target, arguments):
+            return functools.partial(target, **arguments) if arguments else target
+        collate = build(spec, config.trusted_modules, where)
+    if not callable(collate):
+        raise ConfigError(
+            f"{where}._target_={spec['_target_']}: gives a {type(collate).__name__}, not a function from a list of samples "
+            "to a batch"
+        )
+    made: Collate = collate
+    return made
+
+
+def _takes_samples(function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether the function takes one thing more than its arguments in the config: the samples."""
+    parameters = inspect.signature(function).parameters.values()
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len([name for name in required if name not in arguments]) == 1
 
 
 def digest_to_compare(train: Data) -> str | None:
@@ -44,14 +89,14 @@ def digest_to_compare(train: Data) -> str | None:
     return None if isinstance(root_of(train), UserData) else train.digest
 
 
-def _build_both(config: RunConfig) -> tuple[Data, Data | None]:
+def _build_both(config: RunConfig, collate: Collate | None) -> tuple[Data, Data | None]:
     use_cache(config.data.cache.dir, config.data.cache.gb)
     if config.data.evaluate is None:
-        train = _data_set(config, config.data.train, "data.train")
+        train = _data_set(config, config.data.train, "data.train", collate)
         return split(train, config.data.holdout, config.data.test, config.seed)[:2]
     _refuse_unused_shares(config)
-    train = _data_set(config, config.data.train, "data.train")
-    return train, _data_set(config, config.data.evaluate, "data.evaluate")
+    train = _data_set(config, config.data.train, "data.train", collate)
+    return train, _data_set(config, config.data.evaluate, "data.evaluate", collate)
 
 
 def _refuse_unused_shares(config: RunConfig) -> None:
@@ -70,14 +115,20 @@ def _refuse_unused_shares(config: RunConfig) -> None:
         )
 
 
-def _data_set(config: RunConfig, spec: Mapping[str, Any], where: str) -> Data:
+def _data_set(config: RunConfig, spec: Mapping[str, Any], where: str, collate: Collate | None = None) -> Data:
     """The data set of a spec, built in the thread in which it will be read."""
     data = in_data_thread(_build, config, spec, where)
+    if isinstance(data, IterableDataset):
+        raise ConfigError(
+            f"{where}: {type(data).__name__} is a stream (IterableDataset), whose samples have no numbers, so nobody can say "
+            "which of them a step has used; write it into shards once (`descent data index`), or make it a map-style "
+            "Dataset with __len__ and __getitem__"
+        )
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise ConfigError(
             f"{where}: {type(data).__name__} has no __len__ and __getitem__, so it is not a map-style Dataset"
         )
-    adapted = adapt(data, config.data.on_error)
+    adapted = adapt(data, config.data.on_error, collate)
     if len(adapted) == 0:
         raise DataError(f"{where}: {config.data.name} has no samples")
     return adapted
@@ -110,7 +161,8 @@ def refuse_unrepeatable(config: RunConfig, train: Data, evaluate: Data | None) -
     for where, spec, data in specs:
         first = root_of(data)
         if isinstance(first, UserData):
-            _compare(first, _data_set(config, spec, where), where)
+            own_collate = first.own_collate if isinstance(first, MapStyle) else None
+            _compare(first, _data_set(config, spec, where, own_collate), where)
 
 
 def _compare(first: UserData, second: Data, where: str) -> None:
@@ -136,10 +188,10 @@ def _compare(first: UserData, second: Data, where: str) -> None:
             )
 
 
-def _read_for_a_while(data: Data) -> tuple[list[int], list[Pair | None]]:
+def _read_for_a_while(data: Data) -> tuple[list[int], list[Batch | None]]:
     """(numbers, samples) of samples spread over the data set; of one that is slow to read, only the first of them."""
     chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), _COMPARED)).astype(np.int64)).tolist()
-    read: list[Pair | None] = []
+    read: list[Batch | None] = []
     deadline = time.monotonic() + _COMPARE_S
     for index in chosen:
         if time.monotonic() > deadline and len(read) >= _COMPARED_AT_LEAST:
@@ -148,7 +200,7 @@ def _read_for_a_while(data: Data) -> tuple[list[int], list[Pair | None]]:
     return chosen[: len(read)], read
 
 
-def _sample(data: Data, index: int) -> Pair | None:
+def _sample(data: Data, index: int) -> Batch | None:
     """One sample, read with seeded generators; None for a bad record. Raises DataError where it draws unexpectedly."""
     indices: Indices = np.array([index], dtype=np.int64)
     with own_generators() as drew:
@@ -166,10 +218,11 @@ def _sample(data: Data, index: int) -> Pair | None:
     return pair
 
 
-def _equal(one: Pair | None, other: Pair | None) -> bool:
+def _equal(one: Batch | None, other: Batch | None) -> bool:
     if one is None or other is None:
         return one is other
-    return all(
+    ours, theirs = list(tensors_of(one)), list(tensors_of(other))
+    return [path for path, _ in ours] == [path for path, _ in theirs] and all(
         a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(one, other, strict=True)
+        for (_, a), (_, b) in zip(ours, theirs, strict=True)
     )

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from descent.data.bad_records import Policy, read_good
 from descent.data.base import Data, Pair, indices_in_root, root_of
+from descent.data.batch import Batch, map_tensors, tensors_of, to_device
 from descent.data.data_thread import data_thread
 from descent.data.identity import FileWatch
-from descent.data.map_style import UserData
+from descent.data.map_style import UserData, is_collated
 from descent.training.input.sampling import Indices, SampleOrder, stream_seed
 
 _DEPTH = 4
@@ -49,7 +51,7 @@ class Feed:
         self._device = device
         self._seed, self._on_error = seed, on_error
         self._root = root_of(data)
-        self._resident = _on_device(self._root, device)
+        self._resident = None if is_collated(data) else _on_device(self._root, device)
         in_place = data.in_memory or self._resident is not None or data.draws_random_numbers
         self._readers: Executor | None = None if in_place else _readers_of(self._root)
         reads_ahead = self._readers is not None
@@ -65,14 +67,14 @@ class Feed:
         """The samples' numbers in the data set as it is stored, before any split."""
         return indices_in_root(self._data, indices)
 
-    def take(self, indices: Indices, step: int = 0) -> Pair:
-        """The samples `indices`: inputs [n, ...] and targets [n, ...] on the device."""
+    def take(self, indices: Indices, step: int = 0) -> Batch:
+        """The samples `indices` as a batch on the device."""
         begin = time.perf_counter()
         read = self._read(indices, step)
         self._replaced += read.replaced
-        pair = read.to(self._device)
+        batch = read.to(self._device)
         self._waited_s += time.perf_counter() - begin
-        return pair
+        return batch
 
     def prepare(self, step: int, slots: Sequence[tuple[int, tuple[int, int]]], micro_size: int) -> None:
         """Start to read what `fetch` will be asked for in this step, and what the next step begins with.
@@ -105,8 +107,8 @@ class Feed:
             indices = self._order.samples_of(key[0])[key[1] : key[2]]
             self._reading[key] = self._readers.submit(self._read_ahead, indices, key[0])
 
-    def fetch(self, step: int, first: int, stop: int) -> Pair:
-        """The samples at places first … stop-1 of the step's global batch: inputs and targets on the device."""
+    def fetch(self, step: int, first: int, stop: int) -> Batch:
+        """The samples at places first … stop-1 of the step's global batch, on the device."""
         assert self._order is not None
         future = self._reading.pop((step, first, stop), None)
         if future is None:
@@ -115,9 +117,9 @@ class Feed:
         self._start_reads()
         read = future.result()
         self._replaced += read.replaced
-        pair = read.to(self._device)
+        batch = read.to(self._device)
         self._waited_s += time.perf_counter() - begin
-        return pair
+        return batch
 
     def forget(self) -> None:
         """Drop what was read ahead: this rank may get other slots next."""
@@ -137,7 +139,7 @@ class Feed:
         return count
 
     def _read(self, indices: Indices, step: int) -> "_Read":
-        def read(wanted: Indices) -> Pair:
+        def read(wanted: Indices) -> Batch:
             if self._resident is not None:
                 return self._from_device(indices_in_root(self._data, wanted))
             if not self._data.draws_random_numbers:
@@ -151,10 +153,10 @@ class Feed:
         read = self._read(indices, step)
         if self._stream is None:
             return read
-        pinned = [part.pin_memory() for part in read.pair]
+        pinned = map_tensors(Tensor.pin_memory, read.batch)
         with torch.cuda.stream(self._stream):
-            moved = [part.to(self._device, non_blocking=True) for part in pinned]
-        return _Read((moved[0], moved[1]), read.replaced, self._stream.record_event())
+            moved = to_device(pinned, self._device)
+        return _Read(moved, read.replaced, self._stream.record_event())
 
     def _from_device(self, numbers: Indices) -> Pair:
         assert self._resident is not None
@@ -167,19 +169,22 @@ class Feed:
 class _Read:
     """A batch that was read, whose copy to the device may still be under way."""
 
-    def __init__(self, pair: Pair, replaced: int, arrived: torch.cuda.Event | None = None) -> None:
+    def __init__(self, batch: Batch, replaced: int, arrived: torch.cuda.Event | None = None) -> None:
         """arrived: the end of the copy to the device; None for a batch in the computer's memory."""
-        self.pair, self.replaced, self._arrived = pair, replaced, arrived
+        self.batch, self.replaced, self._arrived = batch, replaced, arrived
 
-    def to(self, device: torch.device) -> Pair:
+    def to(self, device: torch.device) -> Batch:
         """The batch on the device, for use in the current stream."""
         if self._arrived is not None:
             stream = torch.cuda.current_stream(device)
             stream.wait_event(self._arrived)
-            for part in self.pair:
-                part.record_stream(stream)
-        inputs, targets = self.pair
-        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            for _, tensor in tensors_of(self.batch):
+                tensor.record_stream(stream)
+        if type(self.batch) is tuple and len(self.batch) == 2 and isinstance(self.batch[0], Tensor):
+            inputs, targets = self.batch  # most batches, and this is a part of every step
+            if isinstance(targets, Tensor):
+                return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        return to_device(self.batch, device)
 
 
 def _readers_of(root: Data) -> Executor:
