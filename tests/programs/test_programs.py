@@ -15,6 +15,7 @@ import tests.programs
 from tests.distributed.led import assert_survives
 from tests.distributed.replicas import Case, Crew, fail
 from tests.distributed.test_resume import resumed, saved
+from tests.programs import mixup
 from tests.programs.program import RUN, STEPS, Program
 
 MODULES = [importlib.import_module(f"tests.programs.{m.name}") for m in pkgutil.iter_modules(tests.programs.__path__)]
@@ -40,3 +41,11 @@ def test_no_bit_depends_on_workers_faults_or_a_resume(pool: Crew, tmp_path: Path
         assert {told.sha256 for told in pool.train(case, world)} == {alone[0].sha256}, f"{world} workers"
     assert_survives(pool, case, alone[0], 3, fail(worker=1).at(step=4, phase="reduce"))
     assert resumed(pool, case, target, 2).finish().state_sha256 == alone[0].sha256
+
+
+def test_what_a_collate_function_draws_depends_on_no_worker(pool: Crew, tmp_path: Path) -> None:
+    case = Case.of([*RUN, *mixup.DRAWS], tmp_path, 3)
+    alone, straight = pool.train(case, 1)[0], Case.of([*RUN, *mixup.PROGRAM.overrides], tmp_path, 3)
+    assert {told.sha256 for world in (2, 3) for told in pool.train(case, world)} == {alone.sha256}
+    assert pool.train(straight, 1)[0].losses[0] != alone.losses[0]
+    assert_survives(pool, case, alone, 3, fail(worker=0).at(step=2, phase="forward"))

@@ -115,7 +115,7 @@ class MapStyle(UserData):
 
     def __init__(self, dataset: Any, on_error: Policy = "fail", collate: Collate | None = None) -> None:
         super().__init__(dataset)
-        self.own_collate, self._keeps_float64 = collate, False
+        self.own_collate, self.keeps_float64 = collate, False
         self.name = str(getattr(dataset, "name", type(dataset).__name__))
         self.source = str(getattr(dataset, "source", self.kind))
         if not hasattr(type(dataset), "__len__") or not hasattr(type(dataset), "__getitem__"):
@@ -153,7 +153,7 @@ class MapStyle(UserData):
 
     def keep_float64(self) -> None:
         """From now on float64 stays float64: the model computes in double precision."""
-        self._keeps_float64 = True
+        self.keeps_float64 = True
 
     def _gather_one_by_one(self, indices: Indices) -> Batch:
         wanted = [int(index) for index in indices]
@@ -302,7 +302,7 @@ class MapStyle(UserData):
         return parts[0], parts[1]
 
     def _as_float32(self, batch: Tensor, part: str, indices: list[int]) -> Tensor:
-        if self._keeps_float64:
+        if self.keeps_float64:
             return batch
         single = batch.float()
         beyond = single.isinf() & batch.isfinite()

@@ -161,8 +161,10 @@ def refuse_unrepeatable(config: RunConfig, train: Data, evaluate: Data | None) -
     for where, spec, data in specs:
         first = root_of(data)
         if isinstance(first, UserData):
-            own_collate = first.own_collate if isinstance(first, MapStyle) else None
-            _compare(first, _data_set(config, spec, where, own_collate), where)
+            again = _data_set(config, spec, where, first.own_collate if isinstance(first, MapStyle) else None)
+            if isinstance(again, MapStyle) and isinstance(first, MapStyle) and first.keeps_float64:
+                again.keep_float64()
+            _compare(first, again, where)
 
 
 def _compare(first: UserData, second: Data, where: str) -> None:
