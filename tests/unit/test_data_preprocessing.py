@@ -19,7 +19,7 @@ from descent.data.digits import Digits
 from descent.data.idx import IdxFolder
 from descent.data.images import Images
 from descent.data.splits import hold_out
-from descent.tracking.export import save_model
+from descent.tracking.pyfunc import save_model
 from tests.unit.test_data import write_digits_as_idx
 
 IRIS = load_iris(as_frame=True)

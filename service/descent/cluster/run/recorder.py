@@ -275,7 +275,7 @@ class RunRecorder:
         import torch
 
         from descent.checkpoint.weights import put_into, read_weights
-        from descent.tracking.export import log_model
+        from descent.tracking.pyfunc import log_model
 
         model, sample = self._prepared.model, self._prepared.sample
         self._allocate_model()
