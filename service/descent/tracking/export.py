@@ -262,7 +262,12 @@ def input_shapes(program: torch.export.ExportedProgram) -> list[tuple[int, ...]]
     """The shape of each input of the archive, with -1 for a size that is free."""
     inputs = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    return [tuple(size if isinstance(size, int) else -1 for size in node.meta["val"].shape) for node in nodes]
+    return [tuple(map(_known_size, node.meta["val"].shape)) for node in nodes]
+
+
+def _known_size(size: int | torch.SymInt) -> int:
+    known = size if isinstance(size, int) else size.node.maybe_as_int()
+    return -1 if known is None else int(known)
 
 
 @contextlib.contextmanager

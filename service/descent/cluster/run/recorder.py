@@ -18,8 +18,7 @@ from descent.config import Composed, flatten
 from descent.config.overrides import shown_override
 from descent.config.secrets import masked
 from descent.messages import TerminalState
-from descent.storage import Location
-from descent.tracking import Point, Tracker
+from descent.tracking import Tracker
 
 if TYPE_CHECKING:
     from descent.cluster.control.outcome import Outcome
@@ -260,43 +259,27 @@ class RunRecorder:
                 f"the last checkpoint is {outcome.checkpoint.name}"
             )
             return None
+        from descent.cluster.run.kept_model import ModelKeeper
+
         name = "".join("_" if c in "/:.%\"'" else c for c in self._run_dir.name)
+        kept = ModelKeeper(self._prepared, self.tracker, self._run_dir)
         try:
-            self._export(outcome.checkpoint, name, outcome.step, last_points(log))
+            self._allocate_model()
+            line = kept.keep(outcome.checkpoint, name, outcome.step, last_points(log))
         except Exception as error:
-            # The training is done and its checkpoint is safe: an export that fails must not undo that.
+            # The training is done and its checkpoint is safe: a model that can't be kept must not undo that.
             line = " ".join(str(error).split())[:200]
-            self._display.note(f"the model could not be exported: {type(error).__name__}: {line}")
+            self._display.note(f"the model could not be kept in tracking: {type(error).__name__}: {line}")
             self.tracker.set_tags({"descent.export_error": line})
             return None
-        return name
-
-    def _export(self, target: Location, name: str, step: int, points: dict[str, Point]) -> None:
-        import torch
-
-        from descent.checkpoint.weights import put_into, read_weights
-        from descent.tracking.pyfunc import log_model
-
-        model, sample = self._prepared.model, self._prepared.sample
-        self._allocate_model()
-        put_into(model, read_weights(target), target, strict=True)
-        model.eval()
-        with torch.no_grad():
-            predictions = model(sample)
-        # The model takes along what its data went through, and the names of its classes.
-        train = self._prepared.train
-        raw = sample if train.preprocessing is None else train.preprocessing.undo(sample)
-        log_model(
-            self.tracker,
-            model,
-            raw,
-            predictions,
-            name,
-            step,
-            points,
-            preprocessing=train.preprocessing,
-            class_names=train.class_names,
+        if line is None:
+            return name
+        self._display.note(
+            f"{line}. Its weights are kept instead, in the checkpoint and in MLflow as model/model.safetensors; "
+            f'descent.load("{self._run_dir.name}") gives the model'
         )
+        self.tracker.set_tags({"descent.export_error": line})
+        return None
 
     def abandon(self) -> None:
         """The run has broken off: say so in tracking, if delivery has begun; otherwise leave no trace there."""

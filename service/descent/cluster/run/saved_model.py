@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from descent.checkpoint.manifest import MANIFEST, checkpoint_root, rescue_root, step_of
 from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 from descent.cluster.record import run_log
+from descent.cluster.run.kept_model import WEIGHTS
 from descent.config import RunConfig, recompose
 from descent.config.environment import with_variables
 from descent.config.import_path import append_current_folder
@@ -29,7 +30,8 @@ def load(
 ) -> "nn.Module":
     """Build the model of a run and put its trained weights into it; in evaluation mode, on the CPU.
 
-    run: the run's name, its MLflow run id, its folder, or the folder of one of its checkpoints.
+    run: the run's name, its MLflow run id, its folder, the folder of one of its checkpoints, or a copy of the artifact
+        folder `model` that MLflow has of a run whose model could not be exported.
     step: the checkpoint of this step instead of the newest.
     trusted_modules: your own modules that may be imported for the model's class. A run's folder can
         come from anywhere, so what it trusted itself does not count.
@@ -62,6 +64,8 @@ def load(
 def _checkpoint(run: str, run_dir: Path, config: RunConfig, step: int | None) -> Location:
     if (Path(run).expanduser() / MANIFEST).is_file() and step is None:
         return Path(run).expanduser().resolve()
+    if step is None and (run_dir / WEIGHTS).is_file():
+        return run_dir / WEIGHTS  # the artifact folder of a run whose model could not be exported
     root, rescue = checkpoint_root(run_dir, config.checkpoint.dir), rescue_root(run_dir)
     if step is None:
         return newest_checkpoint(root, rescue=rescue)[0]
