@@ -269,6 +269,10 @@ def _build(config: RunConfig) -> Any:
     if not inspect.isclass(target) and _num_required(target) >= 2:  # loss(model, batch) itself, not a factory
         arguments = {key: value for key, value in spec.items() if key != "_target_"}
         return partial(target, **arguments) if arguments else target
+    if inspect.isfunction(target) and _num_required(target) == 1 and len(spec) == 1:
+        raise ConfigError(
+            f"task._target_={spec['_target_']}: takes {inspect.signature(target)}; it must take (model, batch)"
+        )
     return build(spec, config.trusted_modules, "task")
 
 

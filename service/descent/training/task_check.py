@@ -35,7 +35,7 @@ from descent.training.task import OwnTask, Supervised
 
 _SAMPLES = 8
 """Samples on which the meaning of a loss is found out."""
-_CLOSE = 1e-3
+_CLOSE = 3e-5
 """Relative difference that rounding in float32 explains."""
 WAYS_OUT = (
     "if the loss compares the samples of a batch with each other, give the task the two methods features(model, batch), "
@@ -115,8 +115,14 @@ def check_task(
     if written and cut.slots > 1:
         where = f"model._target_={config.model['_target_']}"
         rules = find_rules(model, written, lambda a, b: _loss(task, model, few_of(more, a, b)), more.num, where)
-    task, terms, understood = _meaning(task, model, more, whole=cut.whole)
+    # In full precision, in which nothing but the meaning can tell the parts from the whole.
+    precise = replace(task, autocast=contextlib.nullcontext)
+    precise, terms, understood = _meaning(precise, model, more, whole=cut.whole)
+    task = replace(task, reading=precise.reading)
     before.put_back(model)
+    if task.reading is not Reading.TOTAL:
+        _refuse_nothing_counted(config, task, model, data, most)
+        before.put_back(model)
     evaluated = _evaluation(task, model, more)
     before.put_back(model)
     changed = next((name for name, value in numbers_kept(task.task) if kept.get(name) != value), None)
@@ -195,6 +201,21 @@ def _loss(task: OwnTask, model: nn.Module, samples: _Samples) -> MicroBatchLoss:
     if not 0.0 <= count < math.inf:
         raise ConfigError(f"{task.where}: gives the count {count:g}; a count is what a mean divides by: 0 or more")
     return found
+
+
+def _refuse_nothing_counted(config: RunConfig, task: OwnTask, model: nn.Module, data: Data, most: int) -> None:
+    """Raise ConfigError where the losses of many samples count nothing."""
+    looked_at = 0
+    for count in (min(_SAMPLES, most), min(8 * _SAMPLES, most)):
+        samples = _samples(config, data, count, spread=True)
+        looked_at = samples.num
+        with torch.no_grad(), own_generators(seed=0):
+            if float(_loss(task, model, samples).terms):
+                return
+    raise ConfigError(
+        f"{task.where}: its count is 0 for {looked_at} samples from everywhere in the training set, so there is nothing to "
+        "learn from; a count is what the mean divides by, such as the number of labels that are not ignored"
+    )
 
 
 def _backward(task: OwnTask, model: nn.Module, loss: MicroBatchLoss) -> None:
@@ -329,14 +350,18 @@ class _Parts(NamedTuple):
     """(total, count)."""
     parts: tuple[float, float]
     """(total, count) of the parts, added up."""
+    size: float
+    """The sum of the parts' absolute totals, by which rounding is measured where totals cancel out."""
 
     @property
     def adds_up(self) -> bool:
-        finite = all(map(math.isfinite, (*self.whole, *self.parts)))
-        return not finite or all(_close(a, b) for a, b in zip(self.whole, self.parts, strict=True))
+        (total, count), (added, counts) = self.whole, self.parts
+        if not all(map(math.isfinite, (total, count, added, counts))):
+            return True
+        return abs(total - added) <= _CLOSE * max(abs(total), self.size) + 1e-9 and _close(count, counts)
 
     def __str__(self) -> str:
-        (a, b), (c, d) = self.whole, self.parts
+        (a, b), (c, d), _ = self
         return f"({a:.6g}, {b:.6g}), their parts together ({c:.6g}, {d:.6g})"
 
 
@@ -347,7 +372,8 @@ def _parts(task: OwnTask, model: nn.Module, samples: _Samples, part: Callable[[i
         return float(found.total), float(found.terms)
 
     pieces = [numbers(part(a, b), b - a) for a, b in ((0, cut), (cut, samples.num))]
-    return _Parts(numbers(samples.batch, samples.num), (sum(p[0] for p in pieces), sum(p[1] for p in pieces)))
+    added = (sum(p[0] for p in pieces), sum(p[1] for p in pieces))
+    return _Parts(numbers(samples.batch, samples.num), added, sum(abs(p[0]) for p in pieces))
 
 
 def _bare(task: OwnTask, model: nn.Module, samples: _Samples) -> OwnTask:
@@ -386,13 +412,16 @@ def _fitting(task: OwnTask, model: nn.Module, samples: _Samples, readings: list[
 
     def fits(reading: Reading, part: Callable[[int, int], Batch]) -> bool:
         read_so = replace(task, reading=reading)
-        return all(_parts(read_so, model, samples, part, cut).adds_up for cut in sorted({samples.num // 2, 1}))
+        return all(
+            _parts(read_so, model, samples, part, cut).adds_up
+            for cut in sorted({samples.num // 2, samples.num // 3 or 1, 1})
+        )
 
     return [reading for reading in readings if fits(reading, samples.part) or fits(reading, samples.collated)]
 
 
 def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= _CLOSE * max(abs(a), abs(b)) + 1e-6
+    return abs(a - b) <= _CLOSE * max(abs(a), abs(b)) + 1e-9
 
 
 def _evaluation(task: OwnTask, model: nn.Module, samples: _Samples) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from descent.config import RunConfig, build, resolve_target
 from descent.data.bad_records import BadRecords
@@ -123,6 +123,11 @@ def _data_set(config: RunConfig, spec: Mapping[str, Any], where: str, collate: C
             f"{where}: {type(data).__name__} is a stream (IterableDataset), whose samples have no numbers, so nobody can say "
             "which of them a step has used; write it into shards once (`descent data index`), or make it a map-style "
             "Dataset with __len__ and __getitem__"
+        )
+    if isinstance(data, DataLoader):
+        raise ConfigError(
+            f"{where}: is a DataLoader, but Descent makes the batches itself; give the data set that the loader reads: its "
+            "batch_size is batch.size, its collate_fn data.collate, its sampler data.sampler, and no num_workers is needed"
         )
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise ConfigError(
