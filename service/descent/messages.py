@@ -132,6 +132,8 @@ class ShareWritten:
     generation: int
     files: tuple[FileWritten, ...] = ()
     scalars: dict[str, float] = field(default_factory=dict)
+    frozen: str = ""
+    """The digest of the frozen parameters, where the checkpoint goes without them."""
     error: str | None = None
     stalled_s: float = 0.0
     """Seconds for which the training thread waited for it."""

@@ -152,3 +152,54 @@ def test_a_model_that_can_not_be_exported_leaves_its_weights_that_load_takes(tmp
     again = load(downloaded, trusted_modules=[__name__.split(".")[0]])
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in trained.state_dict().items())
     tracker.discard()
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+
+class WithTokenizer:
+    def __init__(self) -> None:
+        self.processing_class = tokenizer()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).loss
+
+
+def test_a_model_of_hugging_face_leaves_as_its_own_folder_with_adapters_merged_and_the_tokenizer(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.distributed.adapters import base, lora
+
+    base().save_pretrained(tmp_path / "base")
+    model, trained = lora(str(tmp_path / "base")), lora(str(tmp_path / "base"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    names = set(dict(trained.named_parameters()))
+    write_weights({n: t for n, t in trained.state_dict().items() if n in names}, tmp_path / "w.safetensors", {})
+    tokens = torch.randint(0, 17, (3, 8))
+    sample = {"input_ids": tokens, "labels": tokens}
+    task = OwnTask.of(WithTokenizer(), "task")
+    keeper, tracker, run_dir = keeper_of(model, tmp_path, sample=sample, task=task)
+    assert keeper.keep(tmp_path / "w.safetensors", "kept", 7, {}) is None
+    with torch.no_grad():
+        expected = trained.eval()(input_ids=tokens).logits
+        loaded = AutoModelForCausalLM.from_pretrained(run_dir / "huggingface")
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(run_dir / "huggingface")("a b a")["input_ids"] == [1, 2, 1]
+    records = spooled(run_dir)
+    kept = {
+        Path(record["file"]).name for record in records if record["op"] == "file" and record["path"] == "huggingface"
+    }
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= kept
+    assert [record["name"] for record in records if record["op"] == "model"] == ["kept"]
+    tracker.discard()

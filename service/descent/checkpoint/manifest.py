@@ -64,6 +64,8 @@ class Manifest:
     versions: dict[str, str]
     time_ms: int = 0
     """Unix time of the commit in milliseconds."""
+    frozen: str = ""
+    """The digest of the frozen parameters, where the checkpoint goes without them (see `checkpoint.frozen`)."""
 
     @property
     def size(self) -> int:
@@ -145,6 +147,7 @@ def commit_checkpoint(
         dict(shares[0].scalars),
         {"torch": version("torch"), "descent-service": version("descent-service")},
         time_ms,
+        shares[0].frozen,
     )
     content = _with_seal(manifest)
     if not store.put_if_absent(MANIFEST, content):
@@ -182,7 +185,7 @@ def _parse(raw: Any, folder: str) -> Manifest:
     manifest = Manifest(**raw)
     _require(_is_count(manifest.step) and folder == f"step-{manifest.step:08d}", f"of step {manifest.step}")
     _require(_is_count(manifest.time_ms), f"time_ms {manifest.time_ms!r}")
-    for text in (manifest.run, manifest.config_sha256, *manifest.versions.values()):
+    for text in (manifest.run, manifest.config_sha256, manifest.frozen, *manifest.versions.values()):
         _require(isinstance(text, str), f"{text!r} is no text")
     for value in manifest.scalars.values():
         _require(type(value) in (int, float), f"scalars: {manifest.scalars}")
@@ -207,6 +210,8 @@ def _is_count(value: object) -> bool:
 def _with_seal(manifest: Manifest) -> bytes:
     """The manifest as JSON with a hash over itself, so that damage to the manifest shows as well."""
     content = asdict(manifest)
+    if not manifest.frozen:  # earlier versions don't know the key
+        del content["frozen"]
     content["sha256"] = _seal(content)
     return json.dumps(content, indent=1, sort_keys=True).encode()
 

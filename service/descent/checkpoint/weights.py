@@ -1,7 +1,7 @@
 """A model's weights: read from what people have, put into a model, written to a file."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from descent.checkpoint.fit import Rules, fit
+from descent.checkpoint.frozen import require_same
+from descent.checkpoint.manifest import read_manifest, step_of
 from descent.checkpoint.weight_files import model_weights as model_weights
 from descent.checkpoint.weight_files import read_parts
 from descent.errors import CheckpointError
@@ -26,6 +28,28 @@ def read_weights(source: Location) -> dict[str, Tensor]:
     if len(parts) > 1:
         raise CheckpointError(f"{source}: has several sets of weights: {', '.join(parts)}")
     return next(iter(parts.values()))
+
+
+def put_checkpoint_into(model: nn.Module, target: Location) -> dict[str, Tensor]:
+    """Give a model the weights of one of Descent's checkpoints, or of a file with all of them; returns these weights.
+
+    What the checkpoint leaves out because it is frozen, the model must have already. Raises CheckpointError, StoreError.
+    """
+    weights = _with_frozen(model, read_weights(target), target)
+    put_into(model, weights, target, strict=True)
+    return weights
+
+
+def _with_frozen(model: nn.Module, weights: Mapping[str, Tensor], source: Location) -> dict[str, Tensor]:
+    """The weights of a checkpoint, with the model's own frozen parameters where the checkpoint goes without them."""
+    digest = _frozen_of(source)
+    return {**require_same(model, digest, source), **weights} if digest else dict(weights)
+
+
+def _frozen_of(source: Location) -> str:
+    if step_of(source.name) is None:
+        return ""
+    return read_manifest(source).frozen
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,10 @@ class InitialWeights:
         Raises CheckpointError, StoreError.
         """
         try:
-            fitted = fit(model, read_parts(self.source), key=self.key, rules=self.rules)
+            parts = read_parts(self.source)
+            if _frozen_of(self.source):
+                parts = {"": _with_frozen(model, parts[""], self.source)}
+            fitted = fit(model, parts, key=self.key, rules=self.rules)
         except CheckpointError as error:
             line = str(error)
             raise error if str(self.source) in line else CheckpointError(f"{self.source}: {line}") from error
@@ -121,14 +148,17 @@ def write_weights(
         raise CheckpointError(f"{target}: is there already; give another name, or delete it first")
 
 
-def free_parameters(model: nn.Module) -> Callable[[], None]:
+def free_parameters(model: nn.Module, keep: Collection[str] = ()) -> Callable[[], None]:
     """Give the memory of a model's parameters back; returns a function that allocates it again.
 
     For a process that has looked at a model and needs its weights only after the training. The
     parameters stay the same objects, with their shapes and ties; their values are lost, so only
     parameters are freed that `put_into` sets, and `put_into` must follow the allocation.
+
+    keep: names of parameters that `put_into` won't set.
     """
-    of_buffers = {b.untyped_storage()._cdata for b in model.buffers()}
+    kept = [tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in keep]
+    of_buffers = {b.untyped_storage()._cdata for b in [*model.buffers(), *kept]}
     freed: dict[int, tuple[torch.UntypedStorage, int]] = {}
     for tensor in model.state_dict(keep_vars=True).values():
         if isinstance(tensor, nn.Parameter):

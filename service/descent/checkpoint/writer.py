@@ -108,6 +108,7 @@ class ShareWriter:
         scalars: Mapping[str, float],
         copy_now: Collection[str] = (),
         patience_s: float | None = None,
+        frozen: str = "",
     ) -> None:
         """Write this rank's share of the tensors, whose names are "model/…", "optimizer/…" or "ema/…".
 
@@ -115,9 +116,10 @@ class ShareWriter:
         named in `copy_now`, which are copied before the return.
         patience_s: how long to wait for the share before this one, which still uses the buffer (None:
         as long as it takes); if it isn't written by then, this share is given up and reported so.
+        frozen: the digest of frozen parameters that are not among the tensors.
         """
         begin = time.perf_counter()
-        outcome = ShareWritten(step, rank, world_size, generation, scalars=dict(scalars))
+        outcome = ShareWritten(step, rank, world_size, generation, scalars=dict(scalars), frozen=frozen)
         if not self._buffer_is_free(patience_s):
             problem = f"the checkpoint before is still being written to {self.root}; it is too slow for this cadence"
             self._report(replace(outcome, error=problem, stalled_s=time.perf_counter() - begin))

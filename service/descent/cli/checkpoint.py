@@ -215,7 +215,8 @@ def export(
         about = {"format": "pt", "step": str(manifest.step), "run": manifest.run}
         weights = model_weights(kept)
         write_weights(weights, target.expanduser().absolute(), about, overwrite=force)
-    print(f"{target}: {len(weights)} tensors of {source.name}")
+    rest = ", what was trained; the frozen parameters are those of the base model" if manifest.frozen else ""
+    print(f"{target}: {len(weights)} tensors of {source.name}{rest}")
 
 
 @app.command("prune")

@@ -116,6 +116,7 @@ class Checkpoint(Section):
     keep_every: Positive | None = None
     keep_best: KeepBest | None = None
     required: bool = False
+    save_frozen: Literal["auto"] | bool = "auto"
 
     @field_validator("every")
     @classmethod

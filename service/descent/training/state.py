@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descent.checkpoint.frozen import require_same
 from descent.errors import CheckpointError
 from descent.optim.ema import Ema
 from descent.optim.optimizer_state import load_named_state, named_state
@@ -54,10 +55,15 @@ class TrainState:
         best = {} if self.best is None else {"best_score": self.best}
         return {**memory, **best, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
 
-    def load(self, tensors: Mapping[str, Tensor], step: int, scalars: Mapping[str, float]) -> None:
-        """Replace the state by this one. Raises CheckpointError when names or shapes don't fit this model."""
+    def load(self, tensors: Mapping[str, Tensor], step: int, scalars: Mapping[str, float], frozen: str = "") -> None:
+        """Replace the state by this one. Raises CheckpointError when names or shapes don't fit this model.
+
+        frozen: the digest of the frozen parameters, where the tensors go without them; the model's own must be the same.
+        """
         own = dict(_module_tensors(self.model))
         given = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
+        if frozen:
+            given = {**require_same(self.model, frozen, f"step {step}"), **given}
         wrong = sorted(own.keys() ^ given.keys()) or sorted(n for n in own if own[n].shape != given[n].shape)
         if wrong:
             raise CheckpointError(

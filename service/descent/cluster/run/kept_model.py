@@ -35,11 +35,10 @@ class ModelKeeper:
         name: of the model in MLflow. Returns why the model could not be exported and its weights were kept instead; None
         where it was. Raises DescentError, OSError.
         """
-        from descent.checkpoint.weights import put_into, read_weights
+        from descent.checkpoint.weights import put_checkpoint_into
 
         prepared = self._prepared
-        weights = read_weights(target)
-        put_into(prepared.model, weights, target, strict=True)
+        weights = put_checkpoint_into(prepared.model, target)
         model = for_use(prepared.model)
         for line in self._hugging_face(model):
             self._tracker.set_tags({"descent.huggingface_error": line})

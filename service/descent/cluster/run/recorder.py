@@ -71,9 +71,12 @@ class RunRecorder:
             artifact_root=None if self._config.tracking.uri else output_dir / "mlartifacts",
             run_id=run_id,
         )
+        from descent.checkpoint.frozen import are_left_out, frozen_parameters
         from descent.checkpoint.weights import free_parameters
 
-        self._allocate_model = free_parameters(prepared.model)  # this process needs its weights only at the end
+        left_out = are_left_out(prepared.model, self._config.checkpoint.save_frozen)
+        kept = frozen_parameters(prepared.model) if left_out else ()
+        self._allocate_model = free_parameters(prepared.model, kept)  # this process needs its weights only at the end
 
     def write_run_file(self, result: RunResult | None = None) -> None:
         """Write to the run's folder what a resume needs; with the result, how the run ended."""

@@ -68,6 +68,8 @@ class Resumed:
     """As the run's checkpoints have it, whatever today's version would compute for the same config."""
     data: Mapping[str, Any] | None
     """The identities of the data sets that the run began with; None for a run of an earlier version."""
+    frozen: str
+    """The digest of the frozen parameters, where the checkpoint goes without them."""
     skipped: tuple[str, ...]
     """A line for each newer checkpoint that could not be used."""
 
@@ -164,6 +166,7 @@ def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
         finished=RunResult.from_json(run_dir, saved) if saved.get("state") == "FINISHED" else None,
         config_sha256=saved["config_sha256"],
         data=saved.get("data"),
+        frozen=manifest.frozen,
         skipped=tuple(skipped),
     )
 

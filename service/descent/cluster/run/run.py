@@ -98,7 +98,9 @@ class Run:
         if self.config.checkpoint.dir is not None:
             check_place(self.config.checkpoint.dir, "checkpoint.dir")
         self.config_sha256 = self.resumed.config_sha256 if self.resumed else config_sha256(self.config)
-        self.init_from = None if self.resumed else find_weights(self.config)
+        # A checkpoint without the frozen parameters needs the weights that the run began with.
+        begins_with = self.resumed is None or bool(self.resumed.frozen)
+        self.init_from = find_weights(self.config) if begins_with else None
         self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
         check_tracking(
             self.tracking_uri, self.config.tracking.experiment, self.resumed.run_id if self.resumed else None
@@ -157,8 +159,13 @@ class Run:
             from descent.checkpoint.weights import InitialWeights
 
             weights = InitialWeights(self.init_from, config.init_strict, config.init_key, config.init_rules)
-            if said := weights.put_into(prepared.model):
+            said = weights.put_into(prepared.model)
+            if said and self.resumed is None:
                 print_line(self.console, f"init_from={said}")
+        if self.resumed is not None and self.resumed.frozen:
+            from descent.checkpoint.frozen import require_same
+
+            require_same(prepared.model, self.resumed.frozen, f"resume={self.config.resume}")
         return prepared
 
     def _train(self, prepared: "Prepared", cluster: "Cluster") -> RunResult:

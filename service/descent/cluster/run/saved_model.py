@@ -8,6 +8,7 @@ from descent.checkpoint.manifest import MANIFEST, checkpoint_root, rescue_root, 
 from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.run.kept_model import WEIGHTS
+from descent.cluster.run.resume import find_weights
 from descent.config import RunConfig, recompose
 from descent.config.environment import with_variables
 from descent.config.import_path import append_current_folder
@@ -55,9 +56,15 @@ def load(
     spec = saved.get("model")
     model = _model(config, None if spec is None else with_variables(spec, "model"))
 
-    from descent.checkpoint.weights import put_into, read_weights
+    from descent.checkpoint.frozen import are_left_out
+    from descent.checkpoint.weights import InitialWeights, put_checkpoint_into
 
-    put_into(model, read_weights(target), target, strict=True)
+    if config.init_from is not None and are_left_out(model, config.checkpoint.save_frozen):
+        # The checkpoint may go without the frozen parameters, which came from there.
+        begin = find_weights(config)
+        assert begin is not None
+        InitialWeights(begin, config.init_strict, config.init_key, config.init_rules).put_into(model)
+    put_checkpoint_into(model, target)
     return model.eval()
 
 

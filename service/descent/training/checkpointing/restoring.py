@@ -99,7 +99,7 @@ def exchange(group: Group, share: Share, state: TrainState, device: torch.device
         received, _ = broadcast_state(group, owner, share.tensors if owner == group.rank else None, device)
         tensors.update(received)
     try:
-        state.load(tensors, share.manifest.step, share.manifest.scalars)
+        state.load(tensors, share.manifest.step, share.manifest.scalars, share.manifest.frozen)
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise DoesNotFit(f"{share.source}: is not of this run: {what}") from error

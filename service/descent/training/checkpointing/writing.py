@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from descent.checkpoint.frozen import are_left_out, digest_of, frozen_parameters
 from descent.checkpoint.manifest import checkpoint_root
 from descent.checkpoint.writer import ShareWriter
 from descent.config import RunConfig
@@ -38,6 +39,10 @@ class ReplicaCheckpoints:
         # The share is copied while the next gradients are computed; only the update must wait for the copy.
         state.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
         self._changed_by_forward = frozenset(MODEL + n for n, _ in state.model.named_buffers())
+        frozen = frozen_parameters(state.model)
+        left_out = are_left_out(state.model, config.checkpoint.save_frozen)
+        self._left_out = frozenset(MODEL + name for name in frozen) if left_out else frozenset()
+        self._frozen = digest_of(frozen) if left_out else ""
 
     def is_due(self) -> bool:
         """Whether there is a checkpoint after this step by the config; the answer is the same on every rank."""
@@ -53,7 +58,7 @@ class ReplicaCheckpoints:
         scores = self._evaluator.scores()
         self._evaluator.improved = False
         self._writer.write(
-            self._state.tensors(),
+            {name: t for name, t in self._state.tensors().items() if name not in self._left_out},
             step=self._state.step,
             rank=group.rank,
             world_size=group.world_size,
@@ -61,6 +66,7 @@ class ReplicaCheckpoints:
             scalars={**self._state.scalars(), **scores},
             copy_now=self._changed_by_forward,
             patience_s=None if wait else _PATIENCE_S,
+            frozen=self._frozen,
         )
 
     def _report(self, share: ShareWritten) -> None:
