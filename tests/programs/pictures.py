@@ -10,7 +10,7 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self) -> None:
         digits = load_digits()
         self.images = torch.tensor(digits.images[:96] / 16, dtype=torch.float32)[:, None]
-        self.labels = torch.tensor(digits.target[:96])
+        self.labels = torch.tensor(digits.target[:96])  # also where data.sampler=class_balanced looks
 
     def __len__(self) -> int:
         return len(self.images)

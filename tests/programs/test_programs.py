@@ -15,7 +15,7 @@ import tests.programs
 from tests.distributed.led import assert_survives
 from tests.distributed.replicas import Case, Crew, fail
 from tests.distributed.test_resume import resumed, saved
-from tests.programs import mixup
+from tests.programs import digits_classifier, mixup
 from tests.programs.program import RUN, STEPS, Program
 
 MODULES = [importlib.import_module(f"tests.programs.{m.name}") for m in pkgutil.iter_modules(tests.programs.__path__)]
@@ -49,3 +49,11 @@ def test_what_a_collate_function_draws_depends_on_no_worker(pool: Crew, tmp_path
     assert {told.sha256 for world in (2, 3) for told in pool.train(case, world)} == {alone.sha256}
     assert pool.train(straight, 1)[0].losses[0] != alone.losses[0]
     assert_survives(pool, case, alone, 3, fail(worker=0).at(step=2, phase="forward"))
+
+
+def test_an_order_of_its_own_is_the_same_for_any_world_and_after_a_resume(pool: Crew, tmp_path: Path) -> None:
+    overrides = [*RUN, *digits_classifier.PROGRAM.overrides, "data.sampler=class_balanced"]
+    case = Case.of(overrides, tmp_path / "run", 3)
+    alone, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 1, 3)
+    assert {told.sha256 for told in pool.train(case, 3)} == {alone[0].sha256}
+    assert resumed(pool, case, target, 2).finish().state_sha256 == alone[0].sha256

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-Kind = Literal["module", "optimizer", "schedule", "data set", "task"]
+Kind = Literal["module", "optimizer", "schedule", "data set", "task", "sampler"]
 
 KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "model": ("module",),
     "loss": ("module",),
     "optimizer": ("optimizer",),
     "schedule": ("schedule",),
-    "data": ("data set",),
+    "data": ("data set", "sampler"),
     "task": ("task",),
 }
 """Group of the config -> kinds of classes that a `_target_` in it may name."""
@@ -69,6 +69,12 @@ DESCENT_CLASSES: Mapping[Kind, tuple[str, ...]] = {
         "descent.data.tokens.Tokens",
     ),
     "task": ("descent.training.model_loss.ModelLoss",),
+    "sampler": (
+        "descent.training.input.samplers.ByLength",
+        "descent.training.input.samplers.ClassBalanced",
+        "descent.training.input.samplers.Sequential",
+        "descent.training.input.samplers.Weighted",
+    ),
 }
 """Descent's own classes. A class that is meant for a config must be added here."""
 

@@ -67,15 +67,22 @@ class Data(BaseModel):
     evaluate: Spec | None = None
     collate: Spec | None = None
     """Makes a batch of a list of samples; None: the task's own, else torch's."""
+    sampler: Literal["sequential", "class_balanced", "by_length", "weighted"] | Spec | None = None
+    """Which samples an epoch has; None: each of them once, shuffled."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
     on_error: Literal["fail", "skip"] = "fail"
     cache: DataCache = Field(default_factory=DataCache)
 
-    @field_validator("train", "evaluate", "collate")
+    @field_validator("collate", mode="before")
     @classmethod
-    def _target(cls, value: Spec | None) -> Spec | None:
-        return value if value is None else _has_target(value)
+    def _path_alone(cls, value: Any) -> Any:
+        return {"_target_": value} if isinstance(value, str) else value
+
+    @field_validator("train", "evaluate", "collate", "sampler")
+    @classmethod
+    def _target(cls, value: Spec | str | None) -> Spec | str | None:
+        return _has_target(value) if isinstance(value, dict) else value
 
 
 class Batch(Section):

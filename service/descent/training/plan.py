@@ -21,7 +21,7 @@ from descent.optim.optimizers import build_optimizer
 from descent.training.buffers import Rule, own_buffer, owners_of
 from descent.training.determinism import deterministic
 from descent.training.input.building import build_data as build_data
-from descent.training.input.building import digest_to_compare, keep_precision, refuse_unrepeatable
+from descent.training.input.building import digest_to_compare, epoch_order_of, keep_precision, refuse_unrepeatable
 from descent.training.loss_check import refuse_unseeded
 from descent.training.objective import Objective, Reading
 from descent.training.phases import Phase, build_phased, check_modules, phases_of
@@ -294,6 +294,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     own = build_task(config)
     train, evaluate = build_data(config, collate=None if own is None else own.collate)
     batch, slots = share_out(config, len(train), high)
+    epoch_order_of(config, train, batch)
     model = build_model(config, train)
     keep_precision(model, train, evaluate)
     check_builds_alike(config, model, train)

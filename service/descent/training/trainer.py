@@ -26,7 +26,7 @@ from descent.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyB
 from descent.training.coupling import Coupling
 from descent.training.determinism import compiled, only_deterministic, refuse_undeterministic
 from descent.training.evaluation import Evaluator
-from descent.training.input.building import keep_precision
+from descent.training.input.building import epoch_order_of, keep_precision
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metrics import StepMetrics
@@ -82,7 +82,7 @@ class Trainer:
         self.task = own.to(device, self._autocast)
         self.state = first_state(config, plan, model, device)
         self._forward = compiled(model, exact) if config.compile else model
-        self.order = SampleOrder.of(train, plan.batch_size, config.seed)
+        self.order = SampleOrder.of(train, plan.batch_size, config.seed, epoch_order_of(config, train, plan.batch_size))
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
         self.evaluator = Evaluator(config, plan, held_out, self.state, self.task, device)

@@ -22,7 +22,9 @@ from descent.data.identity import require_digest
 from descent.data.map_style import Collate, MapStyle, UserData, adapt
 from descent.data.splits import split
 from descent.errors import ConfigError, DataError
-from descent.training.input.sampling import stream_seed
+from descent.training.input import samplers
+from descent.training.input.permutation import stream_seed
+from descent.training.input.samplers import EpochOrder
 
 _COMPARED, _COMPARED_AT_LEAST = 64, 4  # samples that are read twice
 _COMPARE_S = 3.0
@@ -70,6 +72,24 @@ def _collate_of(config: RunConfig) -> Collate | None:
         )
     made: Collate = collate
     return made
+
+
+def epoch_order_of(config: RunConfig, train: Data, batch_size: int) -> EpochOrder | None:
+    """The order of `data.sampler`; None where every sample comes up once an epoch. Raises ConfigError."""
+    given = config.data.sampler
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return samplers.bound(samplers.SHORT_NAMES[given](), train, batch_size, config.seed, f"data.sampler={given}")
+    where = f"data.sampler._target_={given['_target_']}"
+    target = resolve_target(given["_target_"], config.trusted_modules, "data.sampler._target_")
+    with own_generators(seed=config.seed):
+        if inspect.isfunction(target):
+            arguments = {key: value for key, value in given.items() if key != "_target_"}
+            sampler: Any = functools.partial(target, **arguments) if arguments else target
+        else:
+            sampler = build(given, config.trusted_modules, "data.sampler")
+    return samplers.bound(sampler, train, batch_size, config.seed, where)
 
 
 def _takes_samples(function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:

@@ -16,83 +16,28 @@ from numpy.typing import NDArray
 
 from descent.data.base import Data
 from descent.data.layout import Layout
+from descent.training.input.permutation import permute as permute
+from descent.training.input.permutation import stream_seed as stream_seed
+from descent.training.input.samplers import EpochOrder
 
 Indices = NDArray[np.int64]
-_ROUNDS = 4
 _BLOCK = 1 << 14
 
 
-def _scramble(x: NDArray[np.uint64], key: np.uint64, mask: np.uint64) -> NDArray[np.uint64]:
-    """The function of a Feistel round: multiplications by the odd `key`, of which the well-mixed upper bits count.
+def order(start: int, stop: int, n: int, seed: int, epoch_order: EpochOrder | None = None) -> Indices:
+    """The samples at positions start … stop-1 of the endless sequence of epochs.
 
-    Multiply-shift hashing (Dietzfelbinger et al. 1997). A round needs nothing better, since rounds are
-    repeated; and every step computes it.
+    epoch_order: the samples of an epoch; None: each of the n samples once, shuffled.
     """
-    out = x + (key >> np.uint64(7))
-    out *= key
-    out ^= out >> np.uint64(29)
-    out *= key
-    out >>= np.uint64(32)
-    out &= mask
-    return out
-
-
-def stream_seed(seed: int, *path: int) -> int:
-    """A 63-bit seed for the random stream that `path` names, for example (step, slot).
-
-    >>> stream_seed(0, 1, 0) == stream_seed(0, 1, 0), stream_seed(0, 1, 0) == stream_seed(0, 0, 1)
-    (True, False)
-    """
-    mask = (1 << 64) - 1
-    x = seed & mask
-    for part in path:
-        x = (x + 0x9E3779B97F4A7C15 * (part + 1)) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        x ^= x >> 31
-    return x >> 1
-
-
-def permute(positions: Indices, n: int, key: int) -> Indices:
-    """The images of `positions` under a keyed bijection on 0 … n-1.
-
-    A Feistel network (Luby and Rackoff 1988) permutes the smallest power of two that is at least n. An
-    image outside 0 … n-1 is permuted again until it falls inside (cycle walking, Black and Rogaway 2002),
-    fewer than twice on average.
-
-    >>> sorted(permute(np.arange(10), 10, key=7).tolist())
-    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    """
-    if n <= 2:
-        return (positions ^ (key & 1)) % n if n == 2 else np.zeros_like(positions)
-    bits = (n - 1).bit_length()
-    low = np.uint64(bits // 2)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    keys = [np.uint64(2 * stream_seed(key, r) + 1) for r in range(2 * _ROUNDS)]
-
-    def once(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = x >> low, x & low_mask
-        for r in range(_ROUNDS):
-            left ^= _scramble(right, keys[2 * r], high_mask)
-            right ^= _scramble(left, keys[2 * r + 1], low_mask)
-        return (left << low) | right
-
-    # For much of the domain, all of it is computed in one call and then looked up: a NumPy call has a fixed cost.
-    whole = once(np.arange(1 << bits, dtype=np.uint64)) if 2 * len(positions) >= n else None
-    x = once(positions.astype(np.uint64)) if whole is None else whole[positions]
-    while (outside := np.flatnonzero(x >= np.uint64(n))).size:
-        x[outside] = once(x[outside]) if whole is None else whole[x[outside]]
-    return x.astype(np.int64)
-
-
-def order(start: int, stop: int, n: int, seed: int) -> Indices:
-    """The samples at positions start … stop-1 of the endless sequence of epochs."""
     pieces = []
     while start < stop:
         epoch, offset = divmod(start, n)
         count = min(stop - start, n - offset)
-        pieces.append(permute(np.arange(offset, offset + count), n, stream_seed(seed, epoch)))
+        positions, key = np.arange(offset, offset + count), stream_seed(seed, epoch)
+        if epoch_order is None:
+            pieces.append(permute(positions, n, key))
+        else:
+            pieces.append(epoch_order.samples(positions, key, epoch))
         start += count
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -160,7 +105,16 @@ class ShardStream:
 class SampleOrder:
     """The samples of each step. The samples of many steps are computed together, so that a small batch costs little."""
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, layout: Layout | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        layout: Layout | None = None,
+        epoch_order: EpochOrder | None = None,
+    ) -> None:
+        """layout: of a data set that is read shard by shard. epoch_order: that of `data.sampler`, where there is one."""
+        self._epoch_order = epoch_order
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
@@ -170,9 +124,9 @@ class SampleOrder:
         self._indices: Indices = np.empty(0, np.int64)
 
     @classmethod
-    def of(cls, data: Data, batch_size: int, seed: int) -> "SampleOrder":
+    def of(cls, data: Data, batch_size: int, seed: int, epoch_order: EpochOrder | None = None) -> "SampleOrder":
         """The order for a data set: shard by shard where it has a layout."""
-        return cls(len(data), batch_size, seed, data.layout)
+        return cls(len(data), batch_size, seed, data.layout, epoch_order)
 
     def samples_of(self, step: int) -> Indices:
         """The sample numbers of step >= 1, [batch_size]."""
@@ -182,7 +136,7 @@ class SampleOrder:
             start = block * self._steps_per_block * self.batch_size
             stop = start + self._steps_per_block * self.batch_size
             if self._stream is None:
-                self._indices = order(start, stop, self.num_samples, self.seed)
+                self._indices = order(start, stop, self.num_samples, self.seed, self._epoch_order)
             else:
                 self._indices = self._stream.order(start, stop)
             self._block = block
