@@ -16,7 +16,7 @@ from descent.errors import ConfigError
 from descent.optim.memory_layout import is_dense
 from descent.optim.muon import MuonWithAdamW
 from descent.optim.optimizer_state import load_named_state, named_state
-from descent.optim.parameter_groups import Override, as_tuple, number, parameter_groups, shown
+from descent.optim.parameter_groups import FROM_STEP, Override, as_tuple, groups_of, number, parameter_groups, shown
 
 __all__ = [
     "MuonWithAdamW",
@@ -53,9 +53,7 @@ def build_optimizer(
     decay_all = options.get("decay_norm_and_bias", False)
     if not isinstance(decay_all, bool):
         raise ConfigError(f"optimizer.decay_norm_and_bias={shown(decay_all)}: must be true or false")
-    entries = options.get("groups") or ()
-    if not isinstance(entries, list | tuple):
-        raise ConfigError(f"optimizer.groups={entries}: must be a list of {{match: …, …}}")
+    entries = groups_of(options)
     own = {k: as_tuple(v) for k, v in options.items() if k not in _OF_THE_RUN}
     probe = _checked(factory, own)
     groups = parameter_groups(model, lr, decay, decay_norm_and_bias=decay_all, groups=entries)
@@ -124,7 +122,7 @@ def _check_override(
     """Refuse a value of an override. torch checks only defaults, so the value is tried as a default."""
     settable = [key for key in probe.defaults if key not in _KERNELS]
     for key in override.entry:
-        _known(f"{override.where}.{key}", key, _name(factory), [*settable, "lr_scale"])
+        _known(f"{override.where}.{key}", key, _name(factory), [*settable, "lr_scale", FROM_STEP, "freeze"])
     arguments, _ = _arguments_of(factory)
     tried = {k: v for k, v in override.options(lr).items() if k in arguments}
     _refusals_named(factory, {**own, **tried}, override.where)

@@ -23,6 +23,9 @@ _NORMS = (
     nn.RMSNorm,
 )
 
+FROM_STEP = "from_step"
+"""Key of a group: the first step that updates its parameters."""
+
 
 def parameter_groups(
     model: nn.Module,
@@ -47,7 +50,9 @@ def parameter_groups(
         groups: overrides, `{match: regex, …}`. The regex is searched in parameter names (in all
             names of a tied weight), and the first override that matches applies. `lr_scale`
             multiplies `lr`. `lr`, `weight_decay` (then for biases and norms too) and any other
-            option of the optimizer replace the general value.
+            option of the optimizer replace the general value. `freeze: true` leaves the parameters
+            as they are (see `freeze`). `from_step: n` leaves them as they are in the steps before
+            step n (see `training.freezing`).
 
     Returns:
         One dict per group: `params` as [(name, parameter), …], the form from which torch takes
@@ -56,8 +61,9 @@ def parameter_groups(
     Raises:
         ConfigError: an override has no valid `match`, matches no parameter or only those of an
             earlier override, or has both `lr` and `lr_scale`; or the model has no trainable
-            parameters.
+            parameters, or none that is trained from the first step.
     """
+    freeze(model, groups)
     names = _names_by_parameter(model)
     if not names:
         raise ConfigError("model: has no trainable parameters, so there is nothing to optimize")
@@ -76,9 +82,44 @@ def parameter_groups(
         group = found.setdefault(key, {"params": [], **options})
         group["params"].append((aliases[0], parameter))
     for override in overrides:
-        if override.index not in taken:
-            raise ConfigError(override.why_unused(list(names.values())))
+        if override.index not in taken and not override.freezes:
+            raise ConfigError(override.why_unused(list(names.values()), model))
+    if all(group.get(FROM_STEP, 1) > 1 for group in found.values()):
+        first = min(group[FROM_STEP] for group in found.values())
+        raise ConfigError(
+            f"optimizer.groups: nothing would be trained before step {first}; let a group begin at step 1"
+        )
     return list(found.values())
+
+
+def groups_of(options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The entries of `optimizer.groups`. Raises ConfigError where they are no list."""
+    entries = options.get("groups") or ()
+    if not isinstance(entries, list | tuple):
+        raise ConfigError(f"optimizer.groups={entries}: must be a list of {{match: …, …}}")
+    return entries
+
+
+def freeze(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Let the parameters for which `optimizer.groups` says `freeze: true` require no gradient.
+
+    Raises ConfigError for an entry of the wrong form, and for one with `freeze: true` that applies to no parameter.
+    """
+    overrides = [Override(index, entry) for index, entry in enumerate(groups)]
+    if not any(override.freezes for override in overrides):
+        return
+    names = _names_by_parameter(model, frozen=True)
+    taken = set()
+    for parameter, aliases in names.items():
+        hit = next((o for o in overrides if o.matches(aliases)), None)
+        if hit is not None and hit.freezes:
+            parameter.requires_grad_(False)
+            taken.add(hit.index)
+    for override in overrides:
+        if override.freezes and override.index not in taken:
+            raise ConfigError(override.why_unused(list(names.values()), model))
+    if not any(parameter.requires_grad for parameter in names):
+        raise ConfigError("optimizer.groups: every parameter is frozen, so there is nothing to train")
 
 
 class Override:
@@ -100,6 +141,17 @@ class Override:
         for key in ("lr", "lr_scale", "weight_decay"):
             if key in self.entry:
                 number(f"{self.where}.{key}", self.entry[key])
+        first = self.entry.get(FROM_STEP, 1)
+        if type(first) is not int or first < 1:
+            raise ConfigError(f"{self.where}.{FROM_STEP}={shown(first)}: must be the number of a step, 1 or more")
+        given = self.entry.pop("freeze", False)
+        if not isinstance(given, bool):
+            raise ConfigError(f"{self.where}.freeze={shown(given)}: must be true or false")
+        self.freezes = given
+        if given and self.entry:
+            raise ConfigError(
+                f"{self.where}: has freeze: true and {next(iter(self.entry))}, which says how to train; keep one of them"
+            )
 
     def matches(self, aliases: Sequence[str]) -> bool:
         """Whether the regex is found in one of a parameter's names."""
@@ -112,20 +164,29 @@ class Override:
             given["lr"] = lr * given.pop("lr_scale")
         return given
 
-    def why_unused(self, names: Sequence[Sequence[str]]) -> str:
-        """The error message for an entry that applies to no parameter; `names` are those of the model."""
+    def why_unused(self, names: Sequence[Sequence[str]], model: nn.Module) -> str:
+        """The error message for an entry that applies to no parameter; `names` are those of its trained parameters."""
         where = f"{self.where}.match={self.pattern}"
         if any(self.matches(aliases) for aliases in names):
             return f"{where}: an earlier entry takes every parameter that it matches; put it before that one"
         known = [alias for aliases in names for alias in aliases]
+        frozen = next(
+            (name for name, p in model.named_parameters() if not p.requires_grad and self.matches([name])), None
+        )
+        if frozen is not None:
+            return (
+                f"{where}: matches only parameters that are frozen, such as {frozen}; leave them trainable in the model's "
+                "__init__ and in earlier entries, or leave this entry out"
+            )
         similar = difflib.get_close_matches(re.sub(r"[^\w.]+", "", self.pattern), known, 1, cutoff=0.0)
         return f"{where}: matches no trainable parameter; the nearest name is {similar[0]}"
 
 
-def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+def _names_by_parameter(model: nn.Module, *, frozen: bool = False) -> dict[nn.Parameter, list[str]]:
+    """All names of each trainable parameter; frozen: of the others too."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if parameter.requires_grad or frozen:
             names.setdefault(parameter, []).append(name)
     return names
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from descent.training.buffers import own_buffer, owners_of
+from descent.training.freezing import released_by_itself
 from descent.training.sentinel import hash_on_device
 
 
@@ -20,6 +21,8 @@ class ModelSnapshot:
     """Name -> hash."""
     strides: dict[str, tuple[int, ...]]
     """Name of a parameter -> how it lies in memory."""
+    frozen: frozenset[str]
+    """Names of the parameters that require no gradient."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSnapshot":
@@ -27,6 +30,7 @@ class ModelSnapshot:
             {name: (id(b), b._version, b.clone()) for name, b in model.named_buffers()},
             {name: _hash(p) for name, p in model.named_parameters()},
             {name: p.stride() for name, p in model.named_parameters()},
+            frozenset(name for name, p in model.named_parameters() if not p.requires_grad),
         )
 
     def written(self, model: nn.Module) -> tuple[str, ...]:
@@ -64,6 +68,8 @@ class ModelSnapshot:
                     f"its forward changes how the parameter {name!r} lies in memory (memory_format, or .data), after "
                     "gradients and the optimizer's state were laid out like it; do that in __init__"
                 )
+            if parameter.requires_grad and name in self.frozen:
+                return f"in its forward {released_by_itself(name)}"
         for name in written:
             if name not in kept:
                 return (

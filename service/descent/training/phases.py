@@ -115,6 +115,11 @@ def build_phased(config: RunConfig, phases: Sequence[Phase], model: nn.Module, b
     if unknown is not None:
         names = ", ".join(phase.name for phase in phases) or "none"
         raise ConfigError(f"optimizer.phases.{unknown}: the task has no such phase; its phases are {names}")
+    for name, own in of_phases.items():
+        if any(isinstance(entry, Mapping) and entry.get("freeze") for entry in own.get("groups") or ()):
+            raise ConfigError(
+                f"optimizer.phases.{name}.groups: freeze: true holds for all phases; put it into optimizer.groups"
+            )
     made = {}
     for phase in phases:
         with trained_alone(model, phase):

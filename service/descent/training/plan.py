@@ -18,8 +18,10 @@ from descent.data.identity import identity_of
 from descent.errors import ConfigError
 from descent.optim.memory_layout import shares_places
 from descent.optim.optimizers import build_optimizer
+from descent.optim.parameter_groups import freeze, groups_of
 from descent.training.buffers import Rule, own_buffer, owners_of
 from descent.training.determinism import deterministic
+from descent.training.freezing import check_length
 from descent.training.input.building import build_data as build_data
 from descent.training.input.building import digest_to_compare, epoch_order_of, keep_precision, refuse_unrepeatable
 from descent.training.loss_check import refuse_unseeded
@@ -150,6 +152,7 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         )
     if any(is_lazy(p) for p in model.parameters()):
         materialize(config, model, data)
+    freeze(model, groups_of(config.optimizer))
     for name, parameter in model.named_parameters():
         if shares_places(parameter):
             raise ConfigError(
@@ -309,9 +312,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     _one_dtype(config, model)
     cpu = torch.device("cpu")
     if phases:
-        build_phased(config, phases, model, lambda of: build_optimizer_for(of, model, cpu))
+        check_length(build_phased(config, phases, model, lambda of: build_optimizer_for(of, model, cpu)), total)
     else:
-        build_optimizer_for(config, model, cpu)
+        check_length(build_optimizer_for(config, model, cpu), total)
     refuse_unrepeatable(config, train, evaluate)
     check_schedule(config, build_schedule(config, total), evaluate is not None)
     cut = Cut(batch, slots, micro)

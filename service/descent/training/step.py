@@ -21,6 +21,7 @@ from descent.training.buffers import Buffers
 from descent.training.collectives import Group, PeerLost
 from descent.training.coupling import Coupling
 from descent.training.determinism import begin_stream
+from descent.training.freezing import Freezing
 from descent.training.input.sampling import stream_seed
 from descent.training.reduction import Reducer
 from descent.training.results import MicroBatchLoss
@@ -82,6 +83,7 @@ class StepContext:
     reducer: Reducer
     group: Group
     buffers: Buffers
+    freezing: Freezing
     sentinel: Sentinel
     stopwatch: Stopwatch
     enter_phase: Callable[[str], None]
@@ -146,7 +148,8 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
 
     Raises PeerLost when a collective can't be finished: the model is then still at the last committed
     step. Raises Diverged when the replicas' hashes differ, before the update. Raises HalfUpdated when
-    the update itself fails. Raises TrainingError for a buffer that has begun to change.
+    the update itself fails. Raises TrainingError for a buffer that has begun to change, or a frozen
+    parameter that the model has released.
     """
     buffers, reducer = context.buffers, context.reducer
     totals = StepTotals(context.num_slots, buffers, context.group, given.votes, given.report, context.logged)
@@ -170,6 +173,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
             if micro.ends_slot:
                 reducer.end_slot(micro.slot)
         buffers.check_constants(given.step)
+        context.freezing.check(given.step)
         context.stopwatch.stop(sum(m.stop - m.first for m in given.micro_batches))
         reduced = totals.wait()
         _check_same_step(reduced, given.step)

@@ -26,6 +26,7 @@ from descent.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyB
 from descent.training.coupling import Coupling
 from descent.training.determinism import compiled, only_deterministic, refuse_undeterministic
 from descent.training.evaluation import Evaluator
+from descent.training.freezing import Freezing
 from descent.training.input.building import epoch_order_of, keep_precision
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
@@ -89,6 +90,7 @@ class Trainer:
         self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
         self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
         self.buffers = Buffers(model, plan.changing_buffers, plan.buffer_rules or None)
+        self.freezing = Freezing(model, self.state.optimizer)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
         self.make_slot_balancer: Callable[..., SlotBalancer] = SlotBalancer
         self._find_unused = plan.unused_parameters
@@ -218,7 +220,7 @@ class Trainer:
             compress=self.config.compress,
             shares=membership.slots,
             slots=self.plan.slots,
-            find_unused=self._find_unused,
+            find_unused=self._find_unused or self.state.step < self.freezing.last - 1,
             stopwatch=stopwatch,
         ) as reducer:
             first = self._turns.all[0]
@@ -230,6 +232,7 @@ class Trainer:
                 reducer=reducer,
                 group=group,
                 buffers=self.buffers,
+                freezing=self.freezing,
                 sentinel=self.sentinel,
                 stopwatch=stopwatch,
                 enter_phase=self.control.enter,
@@ -296,7 +299,7 @@ class Trainer:
 
     def _attempt(self, generation: Generation, given: StepInput) -> StepResult:
         self.feed.prepare(given.batch_number, generation.slots, generation.membership.micro_size)
-        with self._turns.taken(given.step):
+        with self.freezing.taken(given.step), self._turns.taken(given.step):
             return train_step(generation.contexts[self._turns.index(given.step)], given)
 
     def _repeat(self, generation: Generation, given: StepInput, first: StepResult) -> tuple[StepResult, Notice]:
