@@ -27,7 +27,8 @@ soak: $(STAMP)   ## 200 faults in one run, and whether anything of them shows in
 	@$(BIN)/descent chaos experiment=digits name=soak-$$(date +%s) epochs=null steps=6000 batch.size=64 \
 		workers=4 spares=3 resources.cpus=0.25 evaluate.every=500 checkpoint.every=30s regroup.heartbeat_s=2 \
 		tracking.system_metrics=false diagnostics.every=1000 chaos.faults=200 chaos.every_s=0.3 chaos.kinds.kill=2 \
-		chaos.kinds.nan=4 chaos.kinds.slow=3 chaos.kinds.partition=6 chaos.kinds.kill_in_save=0.5 chaos.kinds.stop=0.5 $(ARGS)
+		chaos.kinds.nan=4 chaos.kinds.slow=3 chaos.kinds.partition=6 chaos.kinds.kill_in_save=0.5 chaos.kinds.stop=0.5 \
+		chaos.kinds.raylet=0.2 chaos.kinds.gcs=0.2 chaos.kinds.driver=0.2 $(ARGS)
 
 ui: $(STAMP)     ## open the MLflow UI on the embedded store
 	@$(BIN)/descent ui $(ARGS)

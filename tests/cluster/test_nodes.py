@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.runs import (
@@ -56,8 +57,10 @@ subprocess.run([program, "kill-actor", "--address", address, "--name", name, "--
 class Nodes:
     """A head with one CPU; more nodes of one CPU each come and go."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], address: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], address: str, head: int) -> None:
+        """head: its process id."""
         self.folder, self._environment, self.address = folder, environment, address
+        self._head = psutil.Process(head)
         self._count = 0
 
     @contextmanager
@@ -84,6 +87,11 @@ class Nodes:
     def kill_actor(self, name: str, *options: str) -> None:
         """End an actor as `ray kill-actor` does."""
         self._tell_ray(_KILL, name, *options)
+
+    def kill_gcs(self) -> None:
+        """End the process in which the head keeps the cluster's state: the head is gone for good."""
+        (gcs,) = [child for child in self._head.children(recursive=True) if child.name() == "gcs_server"]
+        gcs.kill()
 
     def _tell_ray(self, script: str, *arguments: str) -> str:
         done = subprocess.run(
@@ -118,10 +126,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
             f"--temp-dir={temporary}",
             *SMALL,
         ]
-        stack.enter_context(process(head, folder / "head.log", {**os.environ}))
+        started = stack.enter_context(process(head, folder / "head.log", {**os.environ}))
         url = f"http://127.0.0.1:{dashboard}/api/gcs_healthz"
         until(lambda: answers(url), "the Ray head")
-        yield Nodes(folder, {**os.environ}, f"{own_address()}:{port}")
+        yield Nodes(folder, {**os.environ}, f"{own_address()}:{port}", started.pid)
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +247,23 @@ def test_with_too_few_nodes_left_the_state_is_saved_and_the_run_goes_on_later(
     assert code == 0, err
     assert summary["state_sha256"] == undisturbed["state_sha256"]
     assert logged_steps(nodes.folder, "few") == list(range(1, STEPS + 1))
+
+
+def test_a_cluster_whose_head_is_gone_ends_the_run_with_its_reason_and_it_goes_on_elsewhere(
+    nodes: Nodes, undisturbed: dict[str, Any]
+) -> None:
+    """The last test of this file, because no head is left after it."""
+    run = start(
+        nodes.folder, "headless", "Slow", *LENGTH, f"ray.address={nodes.address}", "workers=1", "checkpoint.every=10"
+    )
+    wait_for_step(run, nodes.folder, "headless", 25)
+    nodes.kill_gcs()
+    code, summary, err = end(run)
+    assert (code, summary["state"]) == (1, "FAILED"), err
+    assert "has not answered for" in summary["reason"] and "resume" in summary["reason"]
+    assert "cluster lost" in [i["kind"] for i in incidents_of(nodes.folder, "headless")]
+    assert Path(summary["checkpoint"]).is_dir()
+    code, summary, err = end(resume(nodes.folder, "headless", "ray.address=null"))
+    assert code == 0, err
+    assert summary["state_sha256"] == undisturbed["state_sha256"]
+    assert logged_steps(nodes.folder, "headless") == list(range(1, STEPS + 1))

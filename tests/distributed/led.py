@@ -99,11 +99,17 @@ class ProcessGroup:
     def capacity(self) -> int:
         return len(self._workers)
 
+    def owns_cluster(self) -> bool:
+        return False
+
     def cluster_failure(self) -> str | None:
         return None
 
     def restart_cluster(self) -> None:
         raise AssertionError("it isn't lost")
+
+    def kill_process(self, name: str, delay_s: float) -> None:
+        raise AssertionError(f"there is no {name} to kill after {delay_s} s")
 
     def draining_nodes(self) -> set[str]:
         return set()

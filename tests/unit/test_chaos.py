@@ -1,12 +1,14 @@
 """What chaos injects, where and when, and how it judges what it saw; the controller is played by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from descent.cluster.chaos.injector import Chaos, check
+from descent.cluster.chaos.verdict import StrikeFile, driver_was_struck
 from descent.config import compose
-from descent.config.schema import CHAOS_KINDS
+from descent.config.schema import CHAOS_KINDS, CLUSTER_KINDS
 from descent.config.schema import Chaos as ChaosConfig
 from descent.errors import ConfigError
 from descent.messages import Fault, Notice, StepRecord
@@ -17,6 +19,10 @@ MEMBERS = ("w0", "w1", "w2")
 
 def settings(**given: Any) -> ChaosConfig:
     return ChaosConfig(**{"faults": 12, "kinds": EVERY, "every_s": 1.0, **given})
+
+
+class Killed(Exception):
+    """The process of the run is gone."""
 
 
 class Played:
@@ -38,7 +44,14 @@ class Played:
         self.chaos.step_committed(StepRecord(self.step, {"train/loss": 1.0}, int(self.now * 1000)))
 
     def suffer(self, worker: str, fault: Fault) -> None:
-        if fault.kind in ("kill", "stop"):
+        if fault.kind == "driver":
+            raise Killed
+        if fault.kind in ("raylet", "gcs"):
+            assert worker == ""
+            self.chaos.cluster_lost()
+            self.turn(settled=False)
+            self.generation += 2
+        elif fault.kind in ("kill", "stop"):
             self.dead.add(worker)
             self.turn(settled=False)
             self.members = [w for w in self.members if w != worker] + [f"n{len(self.dead)}"]
@@ -59,13 +72,54 @@ class Played:
 
 
 def test_all_faults_strike_each_kind_at_least_once_and_are_survived() -> None:
-    played = Played(Chaos(settings(), 1000)).play()
+    without_driver = {kind: weight for kind, weight in EVERY.items() if kind != "driver"}
+    played = Played(Chaos(settings(kinds=without_driver), 1000, killable=CLUSTER_KINDS)).play()
     verdict = played.chaos.verdict(steps_lost=0).to_dict()
     assert verdict["struck"] == verdict["survived"] == verdict["faults"] == 12
-    assert set(verdict["kinds"]) == set(CHAOS_KINDS)
+    assert set(verdict["kinds"]) == {*CHAOS_KINDS} - {"driver"}
     assert all(kind["survived"] == kind["struck"] >= 1 for kind in verdict["kinds"].values())
     assert verdict["recovery_worst_s"] == pytest.approx(0.1, abs=0.002)  # the next step
     assert verdict["kinds"]["nan"]["recovery_median_s"] is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_whose_driver_is_killed_goes_on_with_the_faults_that_are_to_come(tmp_path: Path, seed: int) -> None:
+    kinds, step, killed = settings(seed=seed, kinds={**EVERY, "driver": 3.0}, faults=16), 0, 0
+    while True:
+        file = StrikeFile(tmp_path)
+        played = Played(Chaos(kinds, 1000, step, killable=CLUSTER_KINDS, file=file, last_logged=step + 5 * killed))
+        played.step = step
+        assert driver_was_struck(tmp_path) is (killed > 0)
+        try:
+            played.play()
+            break
+        except Killed:
+            killed += 1
+            step = max(0, played.step - 5)  # the last checkpoint
+    verdict = played.chaos.verdict(steps_lost=0).to_dict()
+    assert not driver_was_struck(tmp_path)
+    assert verdict["struck"] == verdict["survived"] == 16
+    assert verdict["kinds"]["driver"]["survived"] == killed >= 1
+    assert verdict["kinds"]["driver"]["steps_lost"] >= 5
+    assert {kind for kind, found in verdict["kinds"].items() if found["struck"]} == set(CHAOS_KINDS)
+    # Faults of other settings are another story.
+    assert Chaos(settings(seed=99), 1000, file=StrikeFile(tmp_path)).strikes == []
+
+
+def test_a_driver_is_not_killed_where_nobody_could_remember_it(tmp_path: Path) -> None:
+    only = settings(kinds={"driver": 1.0}, every_s=0.1)
+    played = Played(Chaos(only, 100, killable=CLUSTER_KINDS, file=StrikeFile(tmp_path / "run.json" / "no folder")))
+    (tmp_path / "run.json").touch()
+    played.play(100)
+    assert played.chaos.verdict(0).struck == 0
+
+
+def test_processes_of_anothers_cluster_are_left_alone() -> None:
+    chaos = Chaos(settings(kinds={**EVERY, "driver": 0.0}), 1000, killable=("driver",))
+    assert {strike.kind for strike in Played(chaos).play().chaos.strikes} == {*CHAOS_KINDS} - {*CLUSTER_KINDS}
+    with pytest.raises(ConfigError, match="private cluster only"):
+        check(settings(kinds={"raylet": 1.0}), max_workers=2, private=False)
+    check(settings(kinds={"raylet": 1.0}), max_workers=1)
 
 
 def test_the_seed_decides_what_is_injected() -> None:

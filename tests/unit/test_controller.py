@@ -499,6 +499,67 @@ def test_a_cluster_that_can_not_be_started_again_ends_the_run_with_the_reason(
     assert play.ended == policy.End(TerminalState.FAILED, "a local Ray cluster: can't start")
 
 
+def test_anothers_cluster_that_is_gone_for_a_while_disturbs_nobody_who_still_trains(tmp_path: Path) -> None:
+    play = Play(tmp_path).training()
+    play.group.owned, play.group.lost_cluster = False, "the cluster's head doesn't answer"
+    play.turn()
+    assert play.sent("checkpoint") == [("w0", None)]
+    play.clock.now += 20.0
+    play.all_answer("w0 w1", S.RUNNING, 5).turn()
+    play.group.lost_cluster = None
+    play.clock.now += 20.0
+    play.all_answer("w0 w1", S.RUNNING, 7).turn()
+    assert play.listener.notes[-1] == "the cluster's head answers again"
+    assert play.state is C.TRAINING and not play.sent("restart") and not play.sent("pause")
+    assert [i.kind for i in play.log.incidents] == ["cluster lost"]
+
+
+def test_anothers_cluster_that_stays_away_ends_the_run_with_a_checkpoint_and_the_reason(tmp_path: Path) -> None:
+    play = Play(tmp_path).training()
+    play.group.owned, play.group.lost_cluster = False, "the cluster's head doesn't answer"
+    play.turn()
+    play.clock.now += 31.0
+    play.all_answer("w0 w1", S.RUNNING, 5).turn()
+    assert [worker for worker, _ in play.sent("pause")] == ["w0", "w1"]
+    play.all_answer("w0 w1", S.PAUSED, 6).turn()
+    assert play.ended is not None and play.ended.state is TerminalState.FAILED
+    assert "has not answered for 30 s" in play.ended.reason
+
+
+def test_workers_that_go_down_with_anothers_cluster_are_counted_and_the_run_ends_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    play = Play(tmp_path).training()
+    play.group.owned, play.group.free, play.group.lost_cluster = False, 0, "the cluster's head doesn't answer"
+    play.turn()
+    play.group.die("w0")
+    play.group.die("w1")
+    play.turn()
+    assert play.ended is None
+    play.clock.now += 31.0
+    play.turn()
+    assert play.ended is not None and play.ended.state is TerminalState.FAILED
+    assert "has not answered for 30 s" in play.ended.reason
+    assert [i.kind for i in play.log.incidents] == ["cluster lost", "worker lost", "worker lost"]
+
+
+def test_a_checkpoint_is_never_ahead_of_the_records_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may be killed at any moment; a resume from the checkpoint must not leave steps out of the log."""
+    play = Play(tmp_path, 1, 1).training("w0")
+    on_disk = []
+    add = play.committer.add_share
+    monkeypatch.setattr(
+        play.committer,
+        "add_share",
+        lambda share: (on_disk.append((tmp_path / "metrics.jsonl").read_text()), add(share)),
+    )
+    records = tuple(StepRecord(step, {"train/loss": 1.0}, 0) for step in (1, 2, 3))
+    play.answer("w0", S.RUNNING, 3, records=records, shares=(written(play, 3, 1),)).turn()
+    assert [line.split(",")[0] for line in on_disk[0].splitlines()] == ["[1", "[2", "[3"]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_ends_with_the_reason(tmp_path: Path) -> None:
     play = Play(tmp_path, 1, 1).training("w0")
     play.answer("w0", S.RUNNING, 3, shares=(written(play, 2, 1),)).turn()

@@ -1,5 +1,7 @@
 """A run's folder: one process at a time, resumed from what its file says."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from descent.checkpoint.manifest import checkpoint_root, commit_checkpoint
+from descent.cluster.control.control_file import STATUS_FILE
 from descent.cluster.record import run_log
 from descent.cluster.run.lock import RunLock, is_locked
 from descent.cluster.run.resume import config_sha256, resume, schedule_change, with_implied_length
@@ -87,6 +90,29 @@ def _file(root: Path):
 def resumed(folder: Path, *overrides: str):
     composed = compose(with_implied_length([f"output_dir={folder}", "resume=first", *overrides]))
     return resume(composed, folder / "runs" / "first")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    run_dir = saved_run(tmp_path, compose(["seed=3"]), ["seed=3"])
+    shutil.rmtree(checkpoint_root(run_dir, None))
+    for status in (None, {"checkpoint": None}):
+        if status is not None:
+            (run_dir / STATUS_FILE).write_text(json.dumps(status))
+        composed, old = resumed(tmp_path)
+        assert (composed.config.seed, old.checkpoint, old.step, old.died) == (3, None, 0, True)
+    # Where there was one, or perhaps was, its absence is nothing to pass over.
+    for status in ({"checkpoint": 20}, {}):
+        (run_dir / STATUS_FILE).write_text(json.dumps(status))
+        with pytest.raises(CheckpointError, match="no complete checkpoint"):
+            resumed(tmp_path)
+
+
+def test_a_run_that_has_ended_and_has_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    run_dir = saved_run(tmp_path, compose([]), [], state="KILLED")
+    assert not resumed(tmp_path)[1].died
+    shutil.rmtree(checkpoint_root(run_dir, None))
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        resumed(tmp_path)
 
 
 def test_a_new_length_needs_no_word_about_the_unit_of_the_old_one(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def chaos(
 ) -> None:
     """Put a training through faults and say whether anything of it shows in the result.
 
-    Workers are killed, stopped, slowed down and cut off, gradients become NaN, a worker dies in the middle of a checkpoint, at random moments that chaos.seed fixes. The verdict: faults survived, steps lost, whether the result has the same bits as without faults, and how long the next step took to come.
+    Workers are killed, stopped, slowed down and cut off, gradients become NaN, a worker dies in the middle of a checkpoint, Ray's raylet or GCS is killed and with it the cluster, or the run's own process is, at random moments that chaos.seed fixes. The run goes on by itself each time. The verdict: faults survived, steps lost, whether the result has the same bits as without faults, and how long the next step took to come.
 
     With RUN, a finished run is done once more under chaos, with a new name, and its result is the reference. With overrides, the reference is trained first: one worker, no faults.
 
@@ -209,7 +209,7 @@ def chaos(
 
       descent train chaos.faults=20     (faults in a training of its own, without comparing)
 
-    chaos.kinds holds a weight for each kind: kill, stop (no answer any more: found after regroup.heartbeat_s), slow, nan, partition (cut off from the others), kill_in_save; 0 leaves one out. Injected faults don't count towards regroup.max_failures. The bits can be compared with reduction=exact, which is the default here unless RUN or you say fast.
+    chaos.kinds holds a weight for each kind: kill, stop (no answer any more: found after regroup.heartbeat_s), slow, nan, partition (cut off from the others), kill_in_save, raylet and gcs (in a private cluster, which is started again), driver (the run's own process, which is resumed here; descent train leaves that to you, so its weight is 0 there); 0 leaves one out. Faults of workers cost no step; raylet, gcs and driver cost the steps since the last checkpoint. Injected faults don't count towards regroup.max_failures. The bits can be compared with reduction=exact, which is the default here unless RUN or you say fast.
 
     Exit codes: 0 survived and equal, 1 otherwise, 2 refused before it started.
     """

@@ -167,9 +167,9 @@ def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:
     def row(name: str, v: dict[str, Any]) -> list[str]:
         times = [v["recovery_median_s"], v["recovery_worst_s"]]
         shown = ["" if t is None else f"{t:.2f} s" for t in times]
-        return [name, f"{v['survived']} of {v['struck']}", *shown]
+        return [name, f"{v['survived']} of {v['struck']}", f"{v['steps_lost']:,}", *shown]
 
-    table = Table("fault", "survived", "median recovery", "worst", box=None, padding=(0, 3, 0, 0))
+    table = Table("fault", "survived", "steps lost", "median recovery", "worst", box=None, padding=(0, 3, 0, 0))
     for name, kind in verdict["kinds"].items():
         table.add_row(*row(name, kind))
     table.add_row(*row("[bold]all[/bold]", verdict))
@@ -182,7 +182,6 @@ def _print_verdict(console: Console, verdict: dict[str, Any]) -> None:
             f"{missed} of {verdict['faults']} faults found no moment to strike: the run was over "
             "first; a longer run (steps=…) or a smaller chaos.every_s takes them all",
         )
-    console.print(f"steps lost  {verdict['steps_lost']}", highlight=False)
 
 
 def print_trial(console: Console, result: "ChaosComparison") -> None:

@@ -22,7 +22,9 @@ Spec = dict[str, Any]
 Renaming = dict[str, str | None]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
-CHAOS_KINDS = ("kill", "stop", "slow", "nan", "partition", "kill_in_save")
+CLUSTER_KINDS = ("raylet", "gcs", "driver")
+"""Faults that end a process of the cluster, or the driver, instead of a worker."""
+CHAOS_KINDS = ("kill", "stop", "slow", "nan", "partition", "kill_in_save", *CLUSTER_KINDS)
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 

@@ -41,6 +41,8 @@ class ScriptedGroup:
         self.polled: dict[str, bool] = {}
         """Workers with an unanswered poll, and whether that poll asks for records."""
         self.answered_at: dict[str, float] = {}
+        self.owned = True
+        """Whether the cluster is the run's own."""
         self.on_poll: Callable[[], None] = lambda: None
         """Called before each poll: a test may answer there."""
         self.lost_cluster: str | None = None
@@ -66,6 +68,9 @@ class ScriptedGroup:
     def capacity(self) -> int:
         return self.free + sum(not worker.dead for worker in self.known.values())
 
+    def owns_cluster(self) -> bool:
+        return self.owned
+
     def cluster_failure(self) -> str | None:
         return self.lost_cluster
 
@@ -75,6 +80,9 @@ class ScriptedGroup:
             if not worker.dead:
                 self.die(worker_id, "its cluster was lost", excused=True)
         self.sent.append(("restart", "", None))
+
+    def kill_process(self, name: str, delay_s: float) -> None:
+        self.sent.append(("kill process", name, delay_s))
 
     def draining_nodes(self) -> set[str]:
         return self.draining

@@ -1,9 +1,11 @@
 """A run with injected faults against the same run without: whether the two differ in a single bit.
 
-Each is a `descent train` in a process of its own, so that neither can influence the other.
+Each is a `descent train` in a process of its own, so that neither can influence the other, and so that
+a fault may kill that process: the run is then resumed.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from descent.cluster.chaos import injector
+from descent.cluster.chaos.verdict import driver_was_struck
 from descent.cluster.record import run_log
 from descent.cluster.run.resume import config_of_run, config_sha256
-from descent.cluster.run.trust import overrides_to_repeat
+from descent.cluster.run.trust import keys_to_type, overrides_to_repeat
 from descent.config import Composed, RunConfig, compose
 from descent.config.overrides import shown_override
 from descent.errors import ConfigError
 
+DRIVER_WEIGHT = 0.5
+"""Of killing the run's own process, which `descent chaos` resumes; `descent train` leaves that out."""
 FAULTS, STEPS_EACH = 20, 4
 """Unless chaos.faults says otherwise: so many faults, but at most one in so many steps."""
 _TRAIN = "import json, sys; sys.argv[1:] = json.load(sys.stdin); from descent.cli.main import main; main()"
@@ -155,6 +160,8 @@ def _with_faults(overrides: Sequence[str], dirs: Sequence[str], name: str, total
     named = {o.lstrip("+").split("=")[0] for o in overrides}
     count = FAULTS if total_steps is None else max(1, min(FAULTS, total_steps // STEPS_EACH))
     faults = [] if "chaos.faults" in named else [f"chaos.faults={count}"]
+    if not named & {"chaos", "chaos.kinds", "chaos.kinds.driver"}:
+        faults.append(f"chaos.kinds.driver={DRIVER_WEIGHT}")
     config = compose([*overrides, *faults], dirs).config
     if config.chaos.faults == 0:
         raise ConfigError("chaos.faults=0: nothing to inject; say how many, such as chaos.faults=20")
@@ -181,13 +188,29 @@ def _free(config: RunConfig, wanted: str) -> str:
 
 def under_chaos(reference: Reference, composed: Composed) -> ChaosComparison:
     """Train again with faults and compare. Raises Ended."""
-    summary = train(composed.overrides, composed.config_dirs)
+    summary = _train_to_the_end(composed)
     equal: bool | None = None
     if composed.config.reduction == "exact":
         equal = summary["state_sha256"] == reference.state_sha256 and (
             losses(Path(summary["run_dir"])) == losses(reference.run_dir)
         )
     return ChaosComparison(reference.run_dir, summary, equal)
+
+
+def _train_to_the_end(composed: Composed) -> dict[str, Any]:
+    """Train, and resume as often as a fault has killed the run's process. Raises Ended."""
+    overrides = [*composed.overrides]
+    run_dir = Path(composed.config.output_dir).expanduser().resolve() / "runs" / str(composed.config.name)
+    while True:
+        try:
+            return train(overrides, composed.config_dirs)
+        except Ended as ended:
+            if ended.exit_code != -signal.SIGKILL or not driver_was_struck(run_dir):
+                raise
+        # What a run's folder may not decide is given again; all other settings are the run's own.
+        again = {*keys_to_type(run_log.read_run_file(run_dir)), "trusted_modules", "output_dir"}
+        overrides = [o for o in composed.overrides if o.lstrip("+").partition("=")[0] in again]
+        overrides.append(f"resume={run_dir.name}")
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -201,7 +224,9 @@ def train(overrides: Sequence[str], config_dirs: Sequence[str]) -> dict[str, Any
     """`descent train --json` in a process of its own; its progress goes to our stderr. Raises Ended."""
     folders = [part for folder in config_dirs for part in ("--config-dir", folder)]
     command = [sys.executable, "-P", "-c", _TRAIN]  # -P: no module of the current folder in place of a library's
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Without the variable the command would begin anew to set it, and its arguments would be gone.
+    environment = {**os.environ, "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     arguments: str | None = json.dumps(["train", "--json", *folders, *overrides])
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Faults injected into a live run at seeded random moments, and the verdict on how the run survived them.
+"""Faults injected into a live run at seeded random moments.
 
 The controller asks in each of its turns which faults to inject, and reports what becomes of them. One fault
 at a time: the next is sent only when a step was committed after the last one. The seed decides the kinds,
@@ -7,18 +7,14 @@ victims, phases and pauses; when a fault strikes depends on the run, too.
 
 import math
 import random
-import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
+from descent.cluster.chaos.verdict import DEADLY, NEED_PEERS, Strike, StrikeFile, Verdict, verdict_on
+from descent.config.schema import CLUSTER_KINDS
 from descent.config.schema import Chaos as ChaosConfig
 from descent.errors import ConfigError
 from descent.messages import Fault, Notice, StepRecord
 
-DEADLY = ("kill", "stop", "kill_in_save")
-NEED_PEERS = (*DEADLY, "partition")
-"""With one worker alone these would test the checkpoint, not the survivors."""
 _PHASES = ("step", "forward", "reduce", "update")
 _MISSED_S = 120.0
 """A fault that hasn't struck by then won't: there may be no checkpoint to be killed in."""
@@ -28,34 +24,25 @@ _SECONDS_EACH = 10.0
 """A run whose rest would last less than this for each fault to come is a short one."""
 
 
-@dataclass
-class Strike:
-    """One injected fault, from its sending to the next committed step."""
-
-    kind: str
-    worker: str
-    step: int
-    """The last committed step when it was sent."""
-    sent: float
-    """Unix time, as all times here."""
-    generation: int
-    struck: bool = False
-    resumed_at: int | None = None
-    """The committed step with which the first generation after it began."""
-    recovered_s: float | None = None
-    survived: bool = False
-
-    @property
-    def regroups(self) -> bool:
-        """Whether it ends its generation."""
-        return self.kind in NEED_PEERS
-
-
 class Chaos:
     """Decides which fault strikes which worker when, and keeps what became of it."""
 
-    def __init__(self, config: ChaosConfig, total_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        config: ChaosConfig,
+        total_steps: int,
+        first_step: int = 0,
+        *,
+        killable: Collection[str] = (),
+        file: StrikeFile | None = None,
+        last_logged: int = 0,
+    ) -> None:
+        """killable: those of `CLUSTER_KINDS` that may be injected here. file: keeps the strikes.
+        last_logged: the last step that the run has logged, which `first_step` may lie before.
+        """
         self._config = config
+        self._killable = killable
+        self._file = file or StrikeFile(None)
         self._random = random.Random(config.seed)
         self._first, self._total = first_step, total_steps
         self._watched: tuple[float, int] | None = None
@@ -66,12 +53,31 @@ class Chaos:
         self._next: float | None = None
         self.strikes: list[Strike] = []
         self._open: Strike | None = None
+        if config.faults:
+            self._go_on(last_logged)
+        self._before = len(self.strikes)
+        """Faults that struck in earlier processes of this run."""
+
+    def _go_on(self, last_logged: int) -> None:
+        """Take over what earlier processes of this run have injected; the last of these may have been killed by it."""
+        found = self._file.read(self._config)
+        self.strikes = [strike for strike in found if strike.struck]
+        for index, strike in enumerate(self.strikes):
+            if strike.kind in self._kinds[index:]:
+                self._kinds.insert(index, self._kinds.pop(self._kinds.index(strike.kind, index)))
+        if self.strikes:
+            self._random.seed(f"{self._config.seed}, {len(self.strikes)}")
+        last = self.strikes[-1] if self.strikes else None
+        if last is not None and last.kind == "driver" and not last.survived:
+            self._open = last
+            last.resumed_at = self._first
+            last.steps_lost = max(0, max(last.step, last_logged) - self._first)
 
     def _draw_kinds(self) -> list[str]:
         """Each kind once in a random order, then by weight."""
         if not self._config.faults:
             return []
-        weights = {kind: w for kind, w in self._config.kinds.items() if w > 0}
+        weights = {kind: w for kind, w in possible_kinds(self._config, self._killable).items() if w > 0}
         once = sorted(weights)
         self._random.shuffle(once)
         rest = max(0, self._config.faults - len(once))
@@ -115,7 +121,7 @@ class Chaos:
         if self._next is None:
             self._next = now + self._random.expovariate(1.0 / self._config.every_s)
         # Sooner where the run would end before all have struck: the faults then share its steps evenly.
-        share = (count + 1) / (len(self._kinds) + 1)
+        share = (count - self._before + 1) / (len(self._kinds) - self._before + 1)
         latest = self._first + round(share * (self._total - self._first))
         if now < self._next and committed + _AHEAD_S * self._steps_per_s < latest:
             return []
@@ -126,9 +132,14 @@ class Chaos:
         kind = fit[0]
         self._kinds.insert(count, self._kinds.pop(self._kinds.index(kind, count)))
         due, self._next = self._next, None
-        worker = members[self._random.randrange(len(members))]
-        self._open = Strike(kind, worker, committed, now, generation)
+        worker = "" if kind in CLUSTER_KINDS else members[self._random.randrange(len(members))]
+        self._open = Strike(kind, worker, committed, now, generation, struck=kind == "driver")
         self.strikes.append(self._open)
+        if not self._file.write(self._config, self.strikes) and kind == "driver":
+            # The next process would not know of it, and kill its driver again and again.
+            self._open = None
+            self.strikes[-1].struck = False
+            return []
         at = committed + 1 if now >= due else max(committed + 1, latest)
         return [(worker, self._fault(kind, at, committed + 1))]
 
@@ -146,6 +157,9 @@ class Chaos:
             return Fault("kill", step, "save", delay_s=self._random.uniform(0.0, 0.02))
         if kind == "nan":
             return Fault("nan", step, "forward")
+        if kind in CLUSTER_KINDS:  # every other time while a checkpoint is on its way
+            phase = self._random.choice(["step", "save"])
+            return Fault(kind, next_step, phase, delay_s=self._random.uniform(0.0, 0.05))
         if kind == "slow":
             return Fault("slow", step, seconds=self._random.uniform(0.05, 0.2), count=3)
         phase = self._random.choice(_PHASES)
@@ -182,6 +196,16 @@ class Chaos:
         if not strike.regroups:
             strike.resumed_at = notice.step - 1
 
+    def cluster_lost(self) -> None:
+        """A process of the cluster is gone, and the cluster with it."""
+        if self._open is not None and self._open.kind in CLUSTER_KINDS:
+            self._open.struck = True
+
+    def steps_lost(self, steps: int) -> None:
+        """The run goes back to a checkpoint."""
+        if self._open is not None:
+            self._open.steps_lost += steps
+
     def step_committed(self, record: StepRecord) -> None:
         """A step was committed."""
         strike = self._open
@@ -190,84 +214,41 @@ class Chaos:
         strike.survived = True
         strike.recovered_s = max(0.0, record.time_ms / 1000 - strike.sent)
         self._open = None
+        self._file.write(self._config, self.strikes)
 
     def finished(self, ok: bool) -> None:
         """The run is over; a fault that has struck in its last moments was survived if the run finished."""
         if self._open is not None and self._open.struck:
             self._open.survived = ok
 
-    def verdict(self, steps_lost: int) -> "Verdict | None":
+    def verdict(self, steps_lost: int) -> Verdict | None:
         """How the run survived its faults; None where none was wanted."""
         if not self._config.faults:
             return None
-        kinds = {k: [s for s in self.strikes if s.kind == k and s.struck] for k in self._kinds}
-        return Verdict(
-            wanted=self._config.faults,
-            struck=sum(s.struck for s in self.strikes),
-            survived=sum(s.survived for s in self.strikes),
-            steps_lost=steps_lost,
-            kinds={
-                kind: KindVerdict(
-                    len(found),
-                    sum(s.survived for s in found),
-                    # What doesn't end a generation needs no recovery.
-                    [s.recovered_s for s in found if s.regroups and s.recovered_s is not None],
-                )
-                for kind, found in kinds.items()
-            },
-        )
+        return verdict_on(self.strikes, self._config.faults, self._kinds, steps_lost)
 
 
-@dataclass(frozen=True)
-class KindVerdict:
-    """How the run survived one kind of fault."""
-
-    struck: int
-    survived: int
-    recovered_s: list[float] = field(default_factory=list)
-    """From the sending of the fault to the next committed step."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {"struck": self.struck, "survived": self.survived, **_times(self.recovered_s)}
+def possible_kinds(config: ChaosConfig, killable: Collection[str]) -> dict[str, float]:
+    """Kind -> weight, without those processes that must not be killed here."""
+    return {kind: w for kind, w in config.kinds.items() if kind not in CLUSTER_KINDS or kind in killable}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How a run survived its faults."""
+def check(config: ChaosConfig, max_workers: int, *, private: bool = True) -> None:
+    """Refuse faults that no worker would survive, and those that would strike others. Raises ConfigError.
 
-    wanted: int
-    struck: int
-    survived: int
-    steps_lost: int
-    kinds: dict[str, KindVerdict]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json` and the run's folder."""
-        everything = [t for kind in self.kinds.values() for t in kind.recovered_s]
-        return {
-            "faults": self.wanted,
-            "struck": self.struck,
-            "survived": self.survived,
-            "steps_lost": self.steps_lost,
-            **_times(everything),
-            "kinds": {name: kind.to_dict() for name, kind in sorted(self.kinds.items())},
-        }
-
-
-def _times(seconds: list[float]) -> dict[str, float | None]:
-    return {
-        "recovery_median_s": round(statistics.median(seconds), 3) if seconds else None,
-        "recovery_worst_s": round(max(seconds), 3) if seconds else None,
-    }
-
-
-def check(config: ChaosConfig, max_workers: int) -> None:
-    """Refuse faults that no worker would survive. Raises ConfigError."""
+    private: whether the cluster is the run's own.
+    """
+    if not config.faults:
+        return
     asked = [kind for kind in NEED_PEERS if config.kinds.get(kind, 0) > 0]
-    if config.faults and asked and max_workers < 2:
+    if asked and max_workers < 2:
         without = " ".join(f"chaos.kinds.{kind}=0" for kind in asked)
         raise ConfigError(
             f"chaos.faults={config.faults}: with one worker a {asked[0]} leaves nobody to go on; use workers=2 "
             f"or more (resources.cpus=0.25 lets several share a core), or {without}"
+        )
+    if not private and not any(possible_kinds(config, ("driver",)).values()):
+        raise ConfigError(
+            f"chaos.faults={config.faults}: raylet and gcs are killed in a private cluster only, since others may use "
+            "the one at ray.address; give another kind a weight, such as chaos.kinds.kill=1"
         )

@@ -106,6 +106,17 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return status
 
 
+def had_checkpoint(run_dir: Path) -> bool:
+    """Whether the run's last process knew of a checkpoint; True where that can't be told."""
+    try:
+        status = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
+        return status["checkpoint"] is not None
+    except FileNotFoundError:  # it died before it had trained
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
 def ask_to_scale(run_dir: Path, workers: int | WorkerRange, wait_s: float) -> str:
     """Ask a running run for another number of workers; its answer.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from descent.cluster.chaos.injector import Chaos
+from descent.cluster.chaos.verdict import StrikeFile
 from descent.cluster.clock import SYSTEM_CLOCK, Clock
 from descent.cluster.control import policy
 from descent.cluster.control.checkpoints import CheckpointCommitter
@@ -18,6 +19,7 @@ from descent.cluster.record.listener import Listener
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.workers.group import WorkerGroup
 from descent.config import RunConfig
+from descent.config.schema import CLUSTER_KINDS
 from descent.errors import CheckpointError, ClusterError, StoreError
 from descent.messages import (
     Notice,
@@ -73,7 +75,14 @@ class Controller:
         control_file = ControlFile(log.run_dir, clock)
         self._journal = Journal(log, listener, control_file, plan.batch_size, clock)
         self._scaling = Scaling(plan, config.spares, group, control_file, self._journal.listener.note, clock)
-        self._chaos = Chaos(config.chaos, plan.total_steps, first_step)
+        self._chaos = Chaos(
+            config.chaos,
+            plan.total_steps,
+            first_step,
+            killable=CLUSTER_KINDS if group.owns_cluster() else ("driver",),
+            file=StrikeFile(log.run_dir),
+            last_logged=log.last_step,
+        )
         self._nodes_looked_at = 0.0
 
     def stop(self) -> None:
@@ -89,6 +98,12 @@ class Controller:
             decision = self.turn()
             if decision is not None:
                 return self._end(decision)
+
+    def note_lost_driver(self) -> None:
+        """The run's process before this one died: what was committed since its last checkpoint is computed again."""
+        logged = self._journal.log.last_step
+        self._journal.incidents.open("driver lost", logged, detail="the process of the run ended without a word")
+        self._journal.incidents.lost(max(0, logged - self._first_step))
 
     def start(self) -> None:
         """Start the first workers, unless that has been done."""
@@ -134,13 +149,17 @@ class Controller:
 
     def _receive(self, status: WorkerStatus) -> None:
         state, journal = self._state, self._journal
-        for share in status.shares:
-            self._committer.add_share(share)
         for notice in status.notices:
             self._receive_notice(notice, status.worker_id)
         for record in journal.add_records(status.records, state.generation):
             if isinstance(record, StepRecord):
                 self._chaos.step_committed(record)
+        if status.shares:
+            # A checkpoint is never ahead of the records on the disk: should this process die now, a
+            # resume from it would leave out the steps in between.
+            journal.log.flush()
+            for share in status.shares:
+                self._committer.add_share(share)
         micro_size = state.micro_size
         state.receive(status, self._now_ms())
         if state.micro_size < micro_size:
@@ -201,11 +220,17 @@ class Controller:
         self._group.request_checkpoint(worker_id)  # in case the worker is gone before another one has its state
 
     def _check_cluster(self) -> None:
-        """A private cluster that is gone: whoever still trains is asked for a checkpoint to go on from."""
-        failure = self._group.cluster_failure()
-        if failure is None or not self._state.cluster_lost(self._clock.monotonic()):
+        """A cluster that is gone: whoever still trains is asked for a checkpoint to go on from."""
+        failure, owned = self._group.cluster_failure(), self._group.owns_cluster()
+        if failure is None and not owned and self._state.cluster_is_back():
+            self._journal.listener.note("the cluster's head answers again")
+        if failure is None or not self._state.cluster_lost(self._clock.monotonic(), restartable=owned):
             return
-        self._journal.incidents.open("cluster lost", self._state.committed, detail=failure)
+        self._chaos.cluster_lost()
+        if owned:
+            self._journal.incidents.open("cluster lost", self._state.committed, detail=failure)
+        else:  # those of its workers that can be reached train on
+            self._journal.incidents.add("cluster lost", self._state.committed, detail=failure)
         reporter = self._reporter
         if reporter is not None:
             self._group.request_checkpoint(reporter)
@@ -219,7 +244,7 @@ class Controller:
             return
         for worker_id in self._group.workers:
             self._state.worker_released(worker_id)
-        self._state.cluster_restarted()
+        self._state.cluster_is_back()
         self._scaling.start(self._scaling.high + self._scaling.spares)
 
     def _release(self, worker_id: str, why: str) -> None:
@@ -258,6 +283,7 @@ class Controller:
             earlier=state.raised,
             cluster_lost_s=lost_s,
             cluster_lost_at_step=lost_at_step,
+            restartable=self._group.owns_cluster(),
         )
 
     def _least_workers(self, waited_s: float) -> int:
@@ -348,6 +374,7 @@ class Controller:
             self._journal.listener.note(f"skipped checkpoint: {reason}")
         source = committer.newest
         self._journal.state_lost(state.committed, source.name if source else None, committer.step)
+        self._chaos.steps_lost(state.committed - max(committer.step, 0))
         if source is None:
             # A replica that has taken steps can't go back to the initial state.
             for worker_id, worker in self._group.workers.items():
@@ -371,9 +398,12 @@ class Controller:
         for worker_id, fault in self._chaos.due_faults(
             self._clock.time(), generation.members, dead, generation.number, self._state.committed, undisturbed
         ):
-            self._group.inject(worker_id, fault)
             if fault.phase == "save":
-                self._group.request_checkpoint(worker_id)
+                self._group.request_checkpoint(worker_id or generation.members[0])
+            if worker_id:
+                self._group.inject(worker_id, fault)
+            else:
+                self._group.kill_process(fault.kind, fault.delay_s)
 
     def _request_due_checkpoint(self) -> None:
         now, reporter = self._clock.monotonic(), self._reporter
@@ -392,7 +422,9 @@ class Controller:
     def _show(self, run_state: str) -> None:
         bounds = {"min": self._scaling.low, "max": self._scaling.high}
         total_steps = self._plan.total_steps
-        self._journal.show(run_state, self._state, self._group.workers, total_steps=total_steps, workers=bounds)
+        checkpoint = self._committer.step if self._committer.newest is not None else None
+        more: dict[str, Any] = {"total_steps": total_steps, "workers": bounds, "checkpoint": checkpoint}
+        self._journal.show(run_state, self._state, self._group.workers, **more)
 
     def _now_ms(self) -> int:
         return int(self._clock.time() * 1000)
@@ -438,7 +470,7 @@ class Controller:
             incidents=self._journal.log.incidents,
             peak_rss_mb=max((s.peak_rss_mb for s in statuses.values()), default=0.0),
             workers={w: s.node for w, s in last.items()},
-            chaos=self._chaos.verdict(sum(i.steps_lost for i in self._journal.log.incidents)),
+            chaos=self._chaos.verdict(self._journal.log.steps_lost),
         )
 
     def _drain(self, members: tuple[str, ...], patience_s: float) -> None:

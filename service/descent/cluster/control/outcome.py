@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from descent.cluster.chaos.injector import Verdict
+from descent.cluster.chaos.verdict import Verdict
 from descent.messages import Incident, TerminalState, WorkerFailure
 from descent.storage import Location
 

@@ -1,7 +1,7 @@
 """What the controller does next: pure functions from a `View` of the run to one decision. No Ray, no clock, no state."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from descent.messages import TerminalState, WorkerState
 
@@ -68,9 +68,11 @@ class View:
     earlier: frozenset[Failure] = frozenset()
     """The exceptions of workers that were replaced."""
     cluster_lost_s: float | None = None
-    """Seconds since the cluster that can be started again was found to be gone; None while it is there."""
+    """Seconds since the cluster was found to be gone; None while it is there."""
     cluster_lost_at_step: int = 0
     """The last step that was committed by then."""
+    restartable: bool = True
+    """Whether the cluster is the run's own, which can be started again."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,25 @@ class End:
 Decision = Wait | Abort | Pause | Form | Start | Retire | Restore | RestartCluster | End
 _CLUSTER_GRACE_S = 10.0
 """How long workers that outlive their cluster may take for a checkpoint."""
+_HEAD_PATIENCE_S = 30.0
+"""How long the head of a cluster that isn't the run's own may be gone: after 60 s Ray ends all processes that use it."""
 
 
 def decide(view: View) -> Decision:
     """The next decision; the same view gives the same decision."""
+    if view.restartable or view.cluster_lost_s is None or view.cluster_lost_s < _HEAD_PATIENCE_S or view.stopping:
+        return _decide(view)
+    decision = _decide(replace(view, stopping=True))  # those that still train stop with a checkpoint
+    if isinstance(decision, End) and decision.state is TerminalState.KILLED:
+        return End(
+            TerminalState.FAILED,
+            f"the cluster's head (Ray's GCS) has not answered for {_HEAD_PATIENCE_S:.0f} s; "
+            "when the cluster is there again, resume goes on from the checkpoint",
+        )
+    return decision
+
+
+def _decide(view: View) -> Decision:
     alive = {w: v for w, v in view.workers.items() if not v.dead}
     if view.failures > view.max_failures:
         return End(
@@ -155,7 +172,7 @@ def decide(view: View) -> Decision:
     members = [view.workers.get(w) for w in view.members]
     if members and all(m is not None and not m.dead and m.state is WorkerState.FINISHED for m in members):
         return End(TerminalState.FINISHED)
-    if view.cluster_lost_s is not None and not view.stopping:
+    if view.cluster_lost_s is not None and view.restartable and not view.stopping:
         return _without_cluster(view, alive)
     running = [w for w in view.members if w in alive and alive[w].state is WorkerState.RUNNING]
     broken = any(

@@ -103,6 +103,8 @@ class RunState:
         self._losses_handled: frozenset[str] = frozenset()
         self._cluster_lost: tuple[float, int] | None = None
         """(monotonic time, last committed step) when the cluster was found to be gone; None while it is there."""
+        self._restartable = True
+        """Whether the cluster that is gone is the run's own."""
         self._crashes = 0
         self._futile_regroups = self._futile_in_a_row = 0
         self._formed_at: tuple[int, int] | None = None
@@ -203,7 +205,7 @@ class RunState:
         """Count a worker's death once, if it is a crash; False if it was counted, or went with its cluster."""
         known = worker.worker_id in self._losses_handled
         self._losses_handled |= {worker.worker_id}
-        if known or self._cluster_lost is not None:
+        if known or (self._cluster_lost is not None and self._restartable):
             return False
         self._crashes += not (worker.excused or worker.worker_id in self.leaving)
         return True
@@ -222,17 +224,19 @@ class RunState:
         """Crashes, and regroups that led to no step: what `regroup.max_failures` bounds."""
         return self._crashes + self._futile_regroups
 
-    def cluster_lost(self, now: float) -> bool:
-        """Note that the cluster is gone, a crash; False if that was known."""
+    def cluster_lost(self, now: float, *, restartable: bool) -> bool:
+        """Note that the cluster is gone, a crash where it is the run's own; False if that was known."""
         if self._cluster_lost is not None:
             return False
-        self._cluster_lost = (now, self.committed)
-        self._crashes += 1
+        self._cluster_lost, self._restartable = (now, self.committed), restartable
+        self._crashes += restartable
         return True
 
-    def cluster_restarted(self) -> None:
-        """The cluster runs again, without workers."""
+    def cluster_is_back(self) -> bool:
+        """The cluster runs again, the run's own one without workers; False if it was there all the time."""
+        was_lost = self._cluster_lost is not None
         self._cluster_lost = None
+        return was_lost
 
     def cluster_lost_since(self, now: float) -> tuple[float | None, int]:
         """(seconds since the cluster was lost, the last step committed by then); (None, 0) while it is there."""

@@ -51,6 +51,15 @@ class RunLog:
         """The last records that are logged."""
         return Acknowledged(self.last_step, self.last_evaluation)
 
+    @property
+    def steps_lost(self) -> int:
+        """Committed steps that had to be computed again, in all processes of this run."""
+        earlier = 0
+        for line in self.earlier_incidents:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                earlier += int(json.loads(line)["steps_lost"])
+        return earlier + sum(incident.steps_lost for incident in self.incidents)
+
     def _ends_torn(self) -> bool:
         """Whether a crash has left half a line, which must be ended so that it spoils no other."""
         with (self.run_dir / METRICS_FILE).open("rb") as file:

@@ -2,8 +2,9 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from descent.cluster.record import run_log
 from descent.cluster.run.lock import RunLock, is_locked, owner_host
@@ -52,6 +53,11 @@ def settle_left_over(
             yield f"{run_dir.name}: {_REASON}; it is FAILED now, and resume={run_dir.name} goes on with it"
         elif count:
             yield f"delivered {count:,} records that {run_dir.name} had left behind"
+
+
+def process_died(saved: Mapping[str, Any]) -> bool:
+    """Whether the last process of a run ended without a word, so that its run.json (`saved`) has no end of its own."""
+    return "state" not in saved or saved.get("reason") == _REASON
 
 
 def _mark_failed(run_dir: Path) -> bool:

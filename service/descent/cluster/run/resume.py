@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from descent.checkpoint.manifest import MANIFEST, checkpoint_root, read_manifest, rescue_root
-from descent.checkpoint.reader import newest_checkpoint, verify_checkpoint
+from descent.checkpoint.reader import NoCheckpoint, newest_checkpoint, verify_checkpoint
+from descent.cluster.control import control_file
 from descent.cluster.record import run_log
 from descent.cluster.run.console import significant
+from descent.cluster.run.left_over import process_died
 from descent.cluster.run.result import RunResult
 from descent.cluster.run.trust import overrides_to_repeat, refuse_untyped_trust
 from descent.config import Composed, RunConfig, compose, flatten, groups, recompose
@@ -55,7 +57,8 @@ class Resumed:
     run_dir: Path
     run_id: str | None
     """The MLflow run; None when the run never reached its tracking server."""
-    checkpoint: Location
+    checkpoint: Location | None
+    """None where the run's process died before the first checkpoint: it begins again."""
     step: int
     slots: int
     total_steps: int | None
@@ -72,6 +75,8 @@ class Resumed:
     """The digest of the frozen parameters, where the checkpoint goes without them."""
     skipped: tuple[str, ...]
     """A line for each newer checkpoint that could not be used."""
+    died: bool
+    """Whether the run's last process ended without a word: killed, or lost with its machine."""
 
     def already_finished(self) -> RunResult:
         """The result of the finished run, marked as such."""
@@ -145,29 +150,39 @@ def resume(composed: Composed, run_dir: Path) -> tuple[Composed, Resumed]:
         raise CheckpointError(f"resume={wanted}: the config disagrees in {shown}; leave these out, or start a new run")
     root = checkpoint_root(run_dir, merged.config.checkpoint.dir)
     skipped: list[str] = []
-    target: Location
+    died = process_died(saved)
+    target: Location | None
     if (Path(wanted).expanduser() / MANIFEST).is_file():
         target = Path(wanted).expanduser().resolve()
         verify_checkpoint(target)
     else:
-        target, skipped = newest_checkpoint(root, saved["config_sha256"], rescue_root(run_dir))
-    manifest = read_manifest(target)
-    if manifest.config_sha256 != saved["config_sha256"]:
-        raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
+        try:
+            target, skipped = newest_checkpoint(root, saved["config_sha256"], rescue_root(run_dir))
+        except NoCheckpoint:
+            if not died or control_file.had_checkpoint(run_dir):
+                raise
+            target = None
+    step, frozen = 0, ""
+    if target is not None:
+        manifest = read_manifest(target)
+        step, frozen = manifest.step, manifest.frozen
+        if manifest.config_sha256 != saved["config_sha256"]:
+            raise CheckpointError(f"{target}: belongs to another config than {run_dir.name}")
     kept = replace(merged, config=merged.config.model_copy(update={"name": run_dir.name}))
     return kept, Resumed(
         run_dir=run_dir,
         run_id=saved.get("run_id"),
         checkpoint=target,
-        step=manifest.step,
+        step=step,
         slots=int(saved["slots"]),
         total_steps=(saved.get("plan") or {}).get("total_steps"),
         same_length=all(before.get(key) == now.get(key) for key in ("steps", "epochs")),
         finished=RunResult.from_json(run_dir, saved) if saved.get("state") == "FINISHED" else None,
         config_sha256=saved["config_sha256"],
         data=saved.get("data"),
-        frozen=manifest.frozen,
+        frozen=frozen,
         skipped=tuple(skipped),
+        died=died,
     )
 
 

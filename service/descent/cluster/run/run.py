@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from descent.training.plan import Plan, Prepared
 
 
+_BEGINS_AGAIN = "the run's process died before the first checkpoint: beginning again at its first step"
+
+
 class Run:
     """One run; the same for the command line and for `descent.train`.
 
@@ -99,7 +102,8 @@ class Run:
             check_place(self.config.checkpoint.dir, "checkpoint.dir")
         self.config_sha256 = self.resumed.config_sha256 if self.resumed else config_sha256(self.config)
         # A checkpoint without the frozen parameters needs the weights that the run began with.
-        begins_with = self.resumed is None or bool(self.resumed.frozen)
+        old = self.resumed
+        begins_with = old is None or old.checkpoint is None or bool(old.frozen)
         self.init_from = find_weights(self.config) if begins_with else None
         self.tracking_uri = self.config.tracking.uri or f"sqlite:///{self.output_dir / 'mlflow.db'}"
         check_tracking(
@@ -135,7 +139,7 @@ class Run:
             gpus=prepared.plan.gpus,
             wanted=f"workers={workers}" + (f" and spares={spares}" if spares else ""),
         )
-        injector.check(self.config.chaos, workers)
+        injector.check(self.config.chaos, workers, private=ray_cluster.is_private())
         return self._train(prepared, cluster)
 
     def _prepare(self, cores: float, gpus: float) -> "Prepared":
@@ -200,6 +204,8 @@ class Run:
                 check_health=lambda: recorder.check(stepping=listeners.first_step_at is not None),
             )
             self._announce(prepared, display)
+            if resumed is not None and resumed.died:
+                controller.note_lost_driver()
             with StopSignals(controller.stop, self.console) as signals:
                 with display:
                     outcome = controller.run()
@@ -373,7 +379,9 @@ class Run:
             changed = schedule_change(self.config, self.resumed, plan.total_steps)
             if changed is not None:
                 display.note(changed)
-            print_line(self.console, f"going on from step {self.resumed.step:,} ({self.resumed.checkpoint.name})")
+            source = self.resumed.checkpoint
+            where = f"going on from step {self.resumed.step:,} ({source.name})" if source else _BEGINS_AGAIN
+            print_line(self.console, where)
 
 
 def name_of(composed: Composed) -> str:

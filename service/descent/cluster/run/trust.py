@@ -47,6 +47,11 @@ def overrides_to_repeat(
     return [override for override in saved["overrides"] if _key(override) not in again]
 
 
+def keys_to_type(saved: Mapping[str, Any]) -> set[str]:
+    """The keys that must be typed again where a run is repeated; `trusted_modules` besides. saved: its run.json."""
+    return {_key(override) for override in _to_be_typed(saved)}
+
+
 def refuse_untyped_trust(saved: Mapping[str, Any], trusted_modules: Sequence[str], where: str) -> None:
     """Raise ConfigError if a run trusts modules that are not in `trusted_modules`, which were typed."""
     if any(name not in trusted_modules for name in _trusted(saved)):

@@ -51,12 +51,20 @@ class WorkerGroup(Protocol):
         """How many workers the cluster's nodes hold when nothing else runs."""
         ...
 
+    def owns_cluster(self) -> bool:
+        """Whether the cluster is the run's own: it can be started again, and nobody else uses it."""
+        ...
+
     def cluster_failure(self) -> str | None:
-        """Why the cluster is lost with all its workers, and can be started again; None while it runs."""
+        """Why the cluster is lost: an own one with all its workers, another one perhaps for a while; None while it runs."""
         ...
 
     def restart_cluster(self) -> None:
         """Start a lost cluster again; all workers of before are dead. Raises ClusterError if it can't be started."""
+        ...
+
+    def kill_process(self, name: str, delay_s: float) -> None:
+        """Kill "raylet" or "gcs" of the run's own cluster, or "driver", this process, after so many seconds (chaos)."""
         ...
 
     def draining_nodes(self) -> set[str]:

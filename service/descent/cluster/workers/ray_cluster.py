@@ -1,5 +1,6 @@
 """Getting a Ray cluster: a private one on this machine, or one that is there already."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
+from filelock import FileLock, Timeout
 
 from descent.errors import ClusterError
 
@@ -33,9 +35,15 @@ OLDEST_RAY = (2, 52)
 # is 127.0.0.1, and Ray's servers then listen there alone; otherwise they listen on all interfaces.
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
+_LEAVE_S = 10.0
+"""How long leaving another's cluster may take."""
+
 _TOKEN = ""
+_PREFIX, _LOCK = "descent-ray-", "in-use.lock"
 _folder: Path | None = None
 """The folder of this process's private cluster: its sockets and logs, for the user alone."""
+_folder_lock: FileLock | None = None
+"""Held as long as the folder is in use."""
 
 _PRIVATE: dict[str, psutil.Process] = {}
 """The processes without which the private cluster is none: name -> process. Empty where it isn't ours."""
@@ -127,10 +135,23 @@ def _private_folder() -> Path:
 
     The path is short, because Ray puts Unix sockets into the folder.
     """
-    global _folder
+    global _folder, _folder_lock
     base = tempfile.gettempdir()
-    _folder = Path(tempfile.mkdtemp(prefix="descent-ray-", dir=base if len(base) <= 24 else "/tmp"))
+    base = base if len(base) <= 24 else "/tmp"
+    _remove_left_over(Path(base))
+    _folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    _folder_lock = FileLock(_folder / _LOCK, thread_local=False)
+    _folder_lock.acquire()
     return _folder / "ray"
+
+
+def _remove_left_over(base: Path) -> None:
+    """Remove the folders of this user's processes that were killed: the kernel has released their locks."""
+    for lock_file in base.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError, Timeout):
+            if lock_file.parent.stat().st_uid == os.getuid():
+                with FileLock(lock_file, blocking=False):
+                    shutil.rmtree(lock_file.parent, ignore_errors=True)
 
 
 def _remove_private_folder() -> None:
@@ -138,6 +159,8 @@ def _remove_private_folder() -> None:
     if _folder is not None:
         shutil.rmtree(_folder, ignore_errors=True)
         _folder = None
+        if _folder_lock is not None:
+            _folder_lock.release()
 
 
 def _job_config() -> Any:
@@ -182,6 +205,16 @@ def _initialize(address: str | None) -> None:
                 if address
                 else f"{where}: can't start: {first}"
             ) from error
+
+
+def is_private() -> bool:
+    """Whether the cluster is this process's own."""
+    return bool(_PRIVATE)
+
+
+def private_process(name: str) -> psutil.Process:
+    """The private cluster's process "raylet" or "gcs"."""
+    return _PRIVATE["gcs_server" if name == "gcs" else name]
 
 
 def private_failure() -> str | None:
@@ -275,15 +308,34 @@ def disconnect() -> None:
     for process in _PRIVATE.values():
         with contextlib.suppress(psutil.Error):
             processes += process.children(recursive=True)
+    private = bool(_PRIVATE)
     _PRIVATE.clear()
-    with contextlib.suppress(Exception):
-        ray.shutdown()
+    if private:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+    else:
+        _leave()
     _, alive = psutil.wait_procs(processes, timeout=0.2)
     for process in alive:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=5.0)
     _remove_private_folder()
+
+
+def _leave() -> None:
+    """Leave a cluster that isn't ours; one whose head is gone is not waited for."""
+    import ray
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_S)
+    if leaving.is_alive():
+        atexit.unregister(ray.shutdown)  # which would wait once more when this process ends
 
 
 def capacity(cpus: float, gpus: float) -> int:

@@ -4,17 +4,20 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from descent.cluster.workers import ray_cluster
 from descent.cluster.workers.group import WorkerInfo
+from descent.cluster.workers.head import Head
 from descent.cluster.workers.worker import Worker
 from descent.messages import Acknowledged, Fault, Membership, WorkerSpec, WorkerStatus
 
@@ -40,6 +43,8 @@ class RayWorkerGroup:
         self._template, self._cpus, self._gpus = template, cpus, gpus
         self._workers: dict[str, WorkerInfo] = {}
         self._handles: dict[str, _Handle] = {}
+        self._owns_cluster = ray_cluster.is_private()
+        self._head = Head()
 
     @property
     def workers(self) -> Mapping[str, WorkerInfo]:
@@ -61,34 +66,46 @@ class RayWorkerGroup:
             started.append(worker_id)
         return started
 
+    def owns_cluster(self) -> bool:
+        return self._owns_cluster
+
     def cluster_failure(self) -> str | None:
-        return ray_cluster.private_failure()
+        if self._owns_cluster:
+            return ray_cluster.private_failure()
+        return "the cluster's head (Ray's GCS) doesn't answer" if self._head.lost else None
 
     def restart_cluster(self) -> None:
         for worker in self._workers.values():
             if not worker.dead:
                 worker.dead, worker.cause, worker.excused = True, "its cluster was lost", True
         ray_cluster.restart_private()
+        self._head = Head()
 
     def room(self) -> int:
         if self.cluster_failure():
-            return 0  # asking a cluster that is gone takes as long as Ray tries to reach it
-        free = ray.available_resources()
+            return 0
+        nothing: dict[str, float] = {}
+        free = self._head.ask(ray.available_resources, nothing)
         room = float(free.get("CPU", 0)) / self._cpus
         if self._gpus:
             room = min(room, float(free.get("GPU", 0)) / self._gpus)
         return int(room + 1e-9)
 
     def capacity(self) -> int:
-        return ray_cluster.capacity(self._cpus, self._gpus)
+        return self._head.ask(lambda: ray_cluster.capacity(self._cpus, self._gpus), 0)
+
+    def kill_process(self, name: str, delay_s: float) -> None:
+        process = psutil.Process() if name == "driver" else ray_cluster.private_process(name)
+        # On a thread, so that it can strike anywhere in what the controller does next.
+        timer = threading.Timer(delay_s, _kill, (process,))
+        timer.daemon = True
+        timer.start()
 
     def draining_nodes(self) -> set[str]:
-        if self.cluster_failure():
+        if self._owns_cluster and self.cluster_failure():
             return set()
-        # Ray has no public way to ask; its own Train library reads the same place.
-        with contextlib.suppress(RayError, AttributeError, RuntimeError):
-            return set(ray._private.state.state.get_draining_nodes())
-        return set()
+        # With another cluster that is lost this is also the question that shows that its head is back.
+        return self._head.ask(_draining_nodes, set())
 
     def poll(self, *, acknowledged: Acknowledged, reporter: str | None, wait_s: float) -> list[WorkerStatus]:
         pending = {}
@@ -170,6 +187,8 @@ class RayWorkerGroup:
         self._end_actor(worker_id)
 
     def _end_actor(self, worker_id: str) -> None:
+        if self.cluster_failure():
+            return  # its workers end by themselves, and Ray would wait for a head that is gone
         with contextlib.suppress(RayError, ValueError):
             ray.kill(self._handles[worker_id].actor, no_restart=True)
 
@@ -177,6 +196,18 @@ class RayWorkerGroup:
         for worker_id, worker in self._workers.items():
             if not worker.dead:
                 self.release(worker_id, "released")
+
+
+def _draining_nodes() -> set[str]:
+    # Ray has no public way to ask; its own Train library reads the same place.
+    with contextlib.suppress(AttributeError):
+        return set(ray._private.state.state.get_draining_nodes())
+    return set()
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
 def _cause(error: BaseException) -> str:
