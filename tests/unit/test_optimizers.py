@@ -211,7 +211,7 @@ class Counting(torch.optim.Optimizer):
                 state["rate"] = group["lr"] / 3
                 state["odd"] = state["count"] % 2 == 1
                 if group["keep"]:
-                    state["kept"] = [1]
+                    state["kept"] = {1}
 
 
 def test_python_numbers_in_the_state_are_restored_with_their_type() -> None:
@@ -229,7 +229,7 @@ def test_python_numbers_in_the_state_are_restored_with_their_type() -> None:
 def test_a_state_that_cannot_be_tensors_is_refused() -> None:
     optimizer = build_optimizer(Net(), Counting, {"lr": 0.1, "keep": 1}, CPU)
     optimizer.step()
-    with pytest.raises(ConfigError, match="keeps a list"):
+    with pytest.raises(ConfigError, match="keeps a set"):
         named_state(optimizer)
 
 

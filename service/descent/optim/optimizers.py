@@ -14,8 +14,9 @@ from torch import nn
 
 from descent.errors import ConfigError
 from descent.optim.memory_layout import is_dense
+from descent.optim.modes import to_training
 from descent.optim.muon import MuonWithAdamW
-from descent.optim.optimizer_state import load_named_state, named_state
+from descent.optim.optimizer_state import load_named_state, named_state, remember_options
 from descent.optim.parameter_groups import FROM_STEP, Override, as_tuple, groups_of, number, parameter_groups, shown
 
 __all__ = [
@@ -79,6 +80,8 @@ def build_optimizer(
         raise ConfigError(message) from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    to_training(optimizer)
+    remember_options(optimizer)
     return optimizer
 
 
@@ -109,7 +112,34 @@ def _checked(factory: Factory, own: dict[str, Any]) -> torch.optim.Optimizer:
     except Exception as error:
         message = f"optimizer._target_={name}: can't take a step on a dense gradient: {error}"
         raise ConfigError(message) from error
+    _refuse_hidden_state(_refusals_named(factory, own, "optimizer"), name)
     return probe
+
+
+def _refuse_hidden_state(trial: torch.optim.Optimizer, name: str) -> None:
+    """Raise ConfigError for an optimizer that keeps numbers neither in its `state` per parameter nor in its groups."""
+    for _ in range(2):  # a flag such as `initialized` changes in the first step
+        _step_once(trial, gradient=1.0)
+    before = _numbers_of(trial)
+    _step_once(trial, gradient=1.0)
+    after = _numbers_of(trial)
+    changed = [key for key in after if key not in before or not torch.equal(before[key], after[key])]
+    own = {id(parameter) for group in trial.param_groups for parameter in group["params"]}
+    changed += [f"state[{key!r}]" for key in trial.state if id(key) not in own]
+    if changed:
+        raise ConfigError(
+            f"optimizer._target_={name}: keeps {changed[0]!r} on itself, which changes from step to step and which no "
+            "checkpoint holds; keep it in self.state[parameter] or in self.param_groups"
+        )
+
+
+def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of the numbers and tensors that are attributes of the optimizer."""
+    return {
+        key: torch.as_tensor(value).detach().clone()
+        for key, value in vars(optimizer).items()
+        if isinstance(value, torch.Tensor | bool | int | float) and not key.startswith("_opt_called")
+    }
 
 
 def _check_override(
@@ -182,10 +212,11 @@ def _kernels(
     return {}
 
 
-def _step_once(optimizer: torch.optim.Optimizer) -> None:
+def _step_once(optimizer: torch.optim.Optimizer, gradient: float = 0.0) -> None:
+    to_training(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.full_like(parameter, gradient)
     optimizer.step()
 
 

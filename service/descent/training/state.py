@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from descent.checkpoint.frozen import require_same
 from descent.errors import CheckpointError
 from descent.optim.ema import Ema
+from descent.optim.modes import as_evaluated, has_modes
 from descent.optim.optimizer_state import load_named_state, named_state
 from descent.optim.plateau import Plateau
 from descent.training.collectives import Group
@@ -105,12 +106,22 @@ class TrainState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights, if there are any."""
-        if self.ema is None:
+        """Within the block the model has the weights to evaluate: the averaged ones, or what the optimizer gives for it."""
+        with as_evaluated(self.optimizer) if self.ema is None else self.ema.swapped(self.model):
             yield
-        else:
-            with self.ema.swapped(self.model):
-                yield
+
+    def average(self, step: int) -> None:
+        """Take the weights into the average, where there is one; `step` is 0 after the first update."""
+        if self.ema is not None:
+            with as_evaluated(self.optimizer):
+                self.ema.update(self.model, step)
+
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """Copies of the weights to evaluate, as averages are named, where an optimizer alone can compute them."""
+        if self.ema is not None or not has_modes(self.optimizer):
+            return {}
+        with as_evaluated(self.optimizer):
+            return {EMA + n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
 
 
 def broadcast_state(

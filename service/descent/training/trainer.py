@@ -356,8 +356,7 @@ class Trainer:
         """Count the step, committed or skipped. Raises TooManyBadSteps after too many skipped ones in a row."""
         if result.committed:
             self.state.bad_steps = 0
-            if self.state.ema is not None:
-                self.state.ema.update(self.state.model, step - 1)
+            self.state.average(step - 1)
         else:
             self.state.bad_steps += 1
             if self.state.bad_steps >= self.config.regroup.max_bad_steps:

@@ -16,9 +16,10 @@ from torch import Tensor
 from descent.checkpoint.manifest import Manifest, read_manifest
 from descent.checkpoint.reader import files_of_rank, read_files
 from descent.errors import CheckpointError, DescentError
+from descent.optim.modes import has_modes
 from descent.storage import to_location
 from descent.training.collectives import Group
-from descent.training.state import MODEL, OPTIMIZER, TrainState, broadcast_state
+from descent.training.state import EMA, MODEL, OPTIMIZER, TrainState, broadcast_state
 
 
 class NotRestored(Exception):
@@ -64,6 +65,8 @@ def _misfit(tensors: Mapping[str, Tensor], state: TrainState) -> str:
     own = state.tensors()
     elementwise = type(state.optimizer).__module__.startswith(("torch.optim.", "descent.optim."))
     for name, tensor in tensors.items():
+        if name.startswith(EMA) and state.ema is None and has_modes(state.optimizer):
+            continue  # written for evaluation and export only
         if not name.startswith(OPTIMIZER):
             if name not in own:
                 return f"this run's state has no {name}"

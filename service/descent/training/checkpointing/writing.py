@@ -7,6 +7,7 @@ from descent.checkpoint.manifest import checkpoint_root
 from descent.checkpoint.writer import ShareWriter
 from descent.config import RunConfig
 from descent.messages import ShareWritten
+from descent.optim.modes import has_modes
 from descent.storage import Location
 from descent.training.collectives import Group
 from descent.training.control import Control
@@ -57,8 +58,12 @@ class ReplicaCheckpoints:
         self._control.enter("save")
         scores = self._evaluator.scores()
         self._evaluator.improved = False
+        tensors = self._state.tensors()
+        if has_modes(self._state.optimizer):
+            self.wait_for_copy()  # the weights are others for a moment
+            tensors |= self._state.evaluated_weights()
         self._writer.write(
-            {name: t for name, t in self._state.tensors().items() if name not in self._left_out},
+            {name: t for name, t in tensors.items() if name not in self._left_out},
             step=self._state.step,
             rank=group.rank,
             world_size=group.world_size,
