@@ -1,5 +1,6 @@
 """Tracking against a real `mlflow server` that stalls, dies and returns."""
 
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 from descent.errors import TrackingError
 from descent.tracking import Tracker, replay
 from descent.tracking.check import check_tracking
+from descent.tracking.delivery import DeliveryThread
 from descent.tracking.mlflow_sink import MlflowSink, RunIdentity
 from descent.tracking.spool import Spool
 from tests.end_to_end.mlflow_server import MlflowServer
@@ -261,7 +263,93 @@ def test_a_proxys_400_is_tried_again_and_mlflows_own_is_not(tmp_path):
     proxy.error_code = "BAD_REQUEST"
     assert not sink.refuses(proxy)
     assert sink.refuses(RestException({"error_code": "BAD_REQUEST", "message": "no"}))
+    assert sink.refuses(RestException({"error_code": "RESOURCE_ALREADY_EXISTS", "message": "no"}))
+    assert not sink.refuses(RestException({"error_code": "INTERNAL_ERROR", "message": "no"}))
     assert sink.refuses(RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}))
+
+
+def spoil(tracker, tmp_path):
+    """Records that never arrive: a text whose path the server answers with 400, a file that is lost, no Unicode."""
+    tracker.log_text("no", "a%2e%2e/#no?.txt")
+    lost = tmp_path / "lost.txt"
+    lost.write_text("soon gone")
+    tracker.log_file(lost)
+    for kept in (tmp_path / "spool" / "files").glob("*/lost.txt"):
+        kept.unlink()
+    tracker.set_tags({"name": "a\udc80b", "other": "arrives"})
+
+
+def arrived(server, tracker, tmp_path):
+    client = MlflowClient(server.uri)
+    run = client.get_run(tracker.run_id)
+    assert history(server.uri, tracker.run_id, "loss") == [(step, 0.5) for step in range(6)]
+    assert run.data.tags["other"] == "arrives" and "name" not in run.data.tags
+    assert "yes.txt" in [f.path for f in client.list_artifacts(tracker.run_id)]
+    refused = [json.loads(line) for line in (tmp_path / "spool" / "refused.jsonl").read_text().splitlines()]
+    for found, says in zip(refused, ("400", "No such file", "utf-8"), strict=True):
+        assert says in found["reason"]
+    assert [r["record"]["op"] for r in refused] == ["text", "file", "batch"]
+    assert refused[2]["record"]["tags"] == {"name": "a\udc80b"}
+    return run.info.status
+
+
+def test_records_that_always_fail_are_set_aside_and_the_later_ones_arrive(server, tmp_path):
+    tracker = connected_tracker(server.uri, tmp_path)
+    for step in range(3):
+        tracker.log_metrics(step, {"loss": 0.5})
+    wait_until(lambda: tracker.status().pending == 0)
+    spoil(tracker, tmp_path)
+    for step in range(3, 6):
+        tracker.log_metrics(step, {"loss": 0.5})
+    tracker.log_text("yes", "yes.txt")
+    assert tracker.finish("FINISHED", deadline_s=120) == 0
+    assert tracker.status().refused == 3
+    assert "refused.jsonl" in tracker.status().last_error
+    assert arrived(server, tracker, tmp_path) == "FINISHED"
+
+
+def test_nor_do_they_block_what_a_dead_run_left_behind(server, tmp_path):
+    tracker = connected_tracker(server.uri, tmp_path)
+    tracker._delivery.finish(60)  # from here on nothing is delivered, as if the process had died
+    tracker._spool = Spool(tmp_path / "spool")
+    for step in range(3):
+        tracker.log_metrics(step, {"loss": 0.5})
+    spoil(tracker, tmp_path)
+    for step in range(3, 6):
+        tracker.log_metrics(step, {"loss": 0.5})
+    tracker.log_text("yes", "yes.txt")
+    tracker._sampler = None
+    tracker._spool.close()
+    refused = []
+    assert replay(tmp_path / "spool", server.uri, ended=("FAILED", 1), on_refused=refused.append) > 0
+    assert refused == [3]
+    assert arrived(server, tracker, tmp_path) == "FAILED"
+
+
+def test_a_proxy_that_answers_everything_with_400_costs_no_record(server, tmp_path):
+    """What fails then is the proxy, not the record."""
+    from mlflow.exceptions import MlflowException
+
+    class BehindProxy(MlflowSink):
+        bad = 30
+
+        def send(self, batch):
+            if self.bad:
+                self.bad -= 1
+                raise MlflowException(
+                    "API request to endpoint /x failed with error code 400 != 200. Response body: '<p>'"
+                )
+            super().send(batch)
+
+    spool = Spool(tmp_path / "spool")
+    sink = BehindProxy(server.uri, tmp_path / "spool", RunIdentity(run_name="proxy"), running=True)
+    for step in range(6):
+        spool.append({"op": "batch", "metrics": {"loss": 0.5}, "step": step, "time": 1})
+    delivery = DeliveryThread(spool, sink)
+    delivery.start()
+    assert delivery.finish(60)
+    assert (delivery.refused, sink.bad) == (0, 0)
+    assert history(server.uri, sink.identity.run_id, "loss") == [(step, 0.5) for step in range(6)]
 
 
 def test_a_spool_that_cannot_be_delivered_is_named(server, tmp_path):

@@ -174,6 +174,12 @@ class RefusingSink:
     def refuses(self, error: Exception) -> bool:
         return isinstance(error, ValueError)
 
+    def is_transient(self, error: Exception) -> bool:
+        return isinstance(error, ConnectionError)
+
+    def probe(self) -> None:
+        self.send(Batch())
+
 
 def test_one_refused_value_costs_nothing_else(tmp_path):
     spool = Spool(tmp_path)

@@ -2,7 +2,8 @@
 
 The thread reads records from the spool in order, hands them to a `Sink` in batches, and acknowledges
 them; it knows nothing of MLflow. When the sink fails, the thread waits and tries again for as long as
-it lives. When the sink refuses a record for good, that record is set aside and the others go on.
+it lives. When the sink refuses a record for good, that record is set aside and the others go on. So is
+a record that fails again and again for a reason of its own while the sink accepts another call.
 """
 
 import threading
@@ -18,6 +19,8 @@ FLUSH_EVERY_S = 0.5  # how long a record waits for others that go out in the sam
 SYNC_EVERY_S = 1.0
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
+TRIES = 4
+"""After so many failures in a row a record may be to blame, and not the server."""
 
 Record = dict[str, Any]
 Metric = tuple[str, float, int, int]  # key, value, timestamp in ms, step
@@ -46,6 +49,12 @@ class Sink(Protocol):
 
     def refuses(self, error: Exception) -> bool:
         """Whether the same call would fail for ever."""
+
+    def is_transient(self, error: Exception) -> bool:
+        """Whether the same call may succeed later: no answer, a server in trouble, a missing right, a full disk."""
+
+    def probe(self) -> None:
+        """Send something harmless; raises when even that fails."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class DeliveryThread(threading.Thread):
         self.failing_since: float | None = None
         """time.monotonic() of the first of the failures that are going on."""
         self._refusal: str | None = None
+        self._failures = self._probes = 0
+        """In a row: failures that don't look transient, and probes after them that the sink has accepted."""
 
     def run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -119,7 +130,7 @@ class DeliveryThread(threading.Thread):
         for end, record in self._spool.read():
             if record is None:
                 pass
-            elif record["op"] == "batch":
+            elif record.get("op") == "batch":
                 if count and not _fits(batch, record):
                     break
                 _add(batch, record)
@@ -134,7 +145,32 @@ class DeliveryThread(threading.Thread):
             self._send(batch)
             self._spool.acknowledge(offset)
             self.delivered += count
+            self._failures = self._probes = 0
         return count
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the last failure may be the record's own: some more tries will tell."""
+        return self._failures > 0
+
+    def _is_refused(self, error: Exception) -> bool:
+        """Whether a record is to be set aside after this error. Raises what a probe raises: then the record isn't to blame."""
+        if self._sink.refuses(error):
+            return True
+        if self._sink.is_transient(error):
+            self._failures = self._probes = 0
+            return False
+        self._failures += 1
+        if self._failures <= TRIES:
+            return False
+        try:
+            self._sink.probe()
+        except Exception:
+            self._failures = self._probes = 0
+            raise
+        # The server may have come back between the failure and the probe: a second one decides.
+        self._probes += 1
+        return self._probes > 1
 
     def _sync_if_due(self) -> None:
         now = time.monotonic()
@@ -146,7 +182,7 @@ class DeliveryThread(threading.Thread):
         try:
             self._sink.perform(record)
         except Exception as error:
-            if not self._sink.refuses(error):
+            if not self._is_refused(error):
                 raise
             self._refuse(record, error)
             return
@@ -154,9 +190,10 @@ class DeliveryThread(threading.Thread):
             self._spool.drop_file(name)
 
     def _refuse(self, record: Record, error: Exception) -> None:
-        self._spool.refuse(record, str(error))
+        reason = str(error) or repr(error)
+        self._spool.refuse(record, reason)
         self.refused += 1
-        self._refusal = f"the server refused a record, which is kept in {self._spool.refused}: {error}"
+        self._refusal = f"the server refused a record, which is kept in {self._spool.refused}: {reason.splitlines()[0]}"
 
     def _send(self, batch: Batch) -> None:
         for part in _parts(batch):
@@ -167,7 +204,7 @@ class DeliveryThread(threading.Thread):
         try:
             self._sink.send(batch)
         except Exception as error:
-            if not self._sink.refuses(error):
+            if not self._is_refused(error):
                 raise
             halves = _halves(batch)
             if halves is None:

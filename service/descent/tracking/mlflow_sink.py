@@ -6,6 +6,7 @@ mlflow is imported inside functions: importing this module is cheap.
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,6 +27,8 @@ CONNECT_TIMEOUT_S = 4
 CALL_TIMEOUT_S = 20
 _IDENTITY_FILE = "run.json"
 _MARK = "descent.mark"
+_MAY_CHANGE = (401, 403, 404, 407, 408, 409, 425, 429)
+"""HTTP statuses below 500 that say nothing about the values that were sent."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,34 @@ class MlflowSink:
                 self._log_model(record)
             case "end":
                 client.set_terminated(run_id, record["status"], record["time"])
+            case other:
+                raise TrackingError(f"a record of an unknown kind: {other}")
 
     def refuses(self, error: Exception) -> bool:
         """Whether MLflow itself answered that the values are wrong; a proxy's 400 doesn't count."""
         from mlflow.exceptions import RestException
 
         code = getattr(error, "error_code", None)
-        return code == "INVALID_PARAMETER_VALUE" or (code == "BAD_REQUEST" and isinstance(error, RestException))
+        return code == "INVALID_PARAMETER_VALUE" or (isinstance(error, RestException) and _http_status(error) == 400)
+
+    def is_transient(self, error: Exception) -> bool:
+        """Whether the same call may succeed later: no answer, a server in trouble, a missing right, a full disk."""
+        import requests
+        from mlflow.exceptions import MlflowException
+
+        status = _http_status(error)
+        if status is not None:
+            return status >= 500 or status in _MAY_CHANGE
+        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+            return not isinstance(error, FileNotFoundError)  # of a record's own file
+        if isinstance(error, MlflowException):
+            # Without a status there was no answer, or MLflow's own code has refused the values.
+            return error.error_code == "TEMPORARILY_UNAVAILABLE" or str(error).startswith("API request to")
+        return isinstance(error, requests.RequestException)
+
+    def probe(self) -> None:
+        """Set a tag that the run has already; raises when even that fails."""
+        self.send(Batch(tags={_MARK: self.identity.mark}))
 
     def _log_model(self, record: Record) -> None:
         """Upload a model directory as a logged model of the run, with its metrics; the same one on a retry."""
@@ -206,6 +230,19 @@ class MlflowSink:
         ]
         if metrics:
             client.log_batch(run_id, metrics=metrics)
+
+
+def _http_status(error: Exception) -> int | None:
+    """The HTTP status of the answer that an error is about; None where there was no answer."""
+    from mlflow.exceptions import RestException
+
+    if isinstance(error, RestException):
+        return int(error.get_http_status_code())
+    answer = getattr(error, "response", None)  # of requests
+    if answer is not None:
+        return int(answer.status_code)
+    found = re.search(r"failed with error code (\d{3}) != ", str(error))  # what MLflow makes of an answer without JSON
+    return int(found[1]) if found else None
 
 
 def _client(uri: str) -> "MlflowClient":

@@ -14,13 +14,13 @@ import posixpath
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from descent.errors import TrackingError
-from descent.tracking.delivery import DeliveryThread, Record, TrackerStatus
+from descent.tracking.delivery import FIRST_BACKOFF_S, DeliveryThread, Record, TrackerStatus
 from descent.tracking.mlflow_sink import MAX_KEY_LENGTH, MlflowSink, RunIdentity, page_of
 from descent.tracking.provenance import (
     code_tags,
@@ -224,10 +224,17 @@ class Tracker:
             self._unspooled = f"not recorded: {error}"
 
 
-def replay(spool_dir: Path, uri: str, *, ended: tuple[TerminalStatus, int] | None = None) -> int:
+def replay(
+    spool_dir: Path,
+    uri: str,
+    *,
+    ended: tuple[TerminalStatus, int] | None = None,
+    on_refused: Callable[[int], None] = lambda _: None,
+) -> int:
     """Deliver what an earlier process left in `spool_dir`; returns the number of records.
 
     ended: (status, Unix time in ms) of a run whose process died before it could say how it ended.
+    on_refused: called with the number of records that were set aside, if there are any.
 
     0 if there is nothing left, or if a living process holds the spool. Raises `TrackingError`
     if the server can't be reached or the spool can't be read; what was not delivered stays.
@@ -249,14 +256,20 @@ def replay(spool_dir: Path, uri: str, *, ended: tuple[TerminalStatus, int] | Non
         if not spool.pending_bytes:
             return 0
         delivery = DeliveryThread(spool, MlflowSink(uri, spool_dir, identity, running=False))
-        try:
-            while delivery.deliver_some():
-                pass
-        except TrackingError:
-            raise
-        except Exception as error:  # MLflow, SQLAlchemy and the file system each have their own
-            line = " ".join(str(error).split())[:300]
-            raise TrackingError(f"tracking.uri={redact(uri)}: {redact(line)}") from None
+        while True:
+            try:
+                if not delivery.deliver_some():
+                    break
+            except Exception as error:  # MLflow, SQLAlchemy and the file system each have their own
+                if delivery.in_doubt:  # a record that fails for a reason of its own keeps no others back
+                    time.sleep(FIRST_BACKOFF_S)
+                    continue
+                if isinstance(error, TrackingError):
+                    raise
+                line = " ".join(str(error).split())[:300]
+                raise TrackingError(f"tracking.uri={redact(uri)}: {redact(line)}") from None
+        if delivery.refused:
+            on_refused(delivery.refused)
         return delivery.delivered
     finally:
         spool.close()

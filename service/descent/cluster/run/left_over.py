@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from descent.cluster.record import run_log
 from descent.cluster.run.lock import RunLock, is_locked, owner_host
@@ -40,8 +40,10 @@ def settle_left_over(
         if saved.get("tracking_uri") != tracking_uri:
             continue
         died = "state" not in saved and owner_host(run_dir) == socket.gethostname()
+        refused: list[int] = []
         try:
-            count = replay(spool, uri, ended=("FAILED", _last_sign_ms(run_dir)) if died else None)
+            ended: tuple[Literal["FAILED"], int] | None = ("FAILED", _last_sign_ms(run_dir)) if died else None
+            count = replay(spool, uri, ended=ended, on_refused=refused.append)
         except TrackingError as error:
             yield f"{run_dir.name}: its records could not be delivered: {error}"
             failures += 1
@@ -49,6 +51,9 @@ def settle_left_over(
                 return
             continue
         failures = 0
+        if refused:
+            aside = spool / "refused.jsonl"
+            yield f"{run_dir.name}: {sum(refused):,} records were refused for good; they and the reasons are in {aside}"
         if died and _mark_failed(run_dir):
             yield f"{run_dir.name}: {_REASON}; it is FAILED now, and resume={run_dir.name} goes on with it"
         elif count:
