@@ -17,7 +17,8 @@ from torch.optim import lr_scheduler as ref
 from descent.errors import CheckpointError, ConfigError
 from descent.optim import schedules as ours
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "schedule").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs" / "schedule"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom")
 WARMUPS = st.integers(0, 7)
 GAMMAS = st.floats(0.05, 1.0)
 # The first example pays for imports, and the machine may be busy: time decides nothing here.

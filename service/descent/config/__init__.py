@@ -4,7 +4,7 @@
 `_target_`; it calls only the classes on its list and the modules that the user trusts.
 """
 
-from descent.config.build import build, check_arguments, resolve_target
+from descent.config.build import build, build_function, check_arguments, resolve_target
 from descent.config.compose import Composed, compose, recompose
 from descent.config.files import groups
 from descent.config.schema import RunConfig, WorkerRange, flatten
@@ -14,6 +14,7 @@ __all__ = [
     "RunConfig",
     "WorkerRange",
     "build",
+    "build_function",
     "check_arguments",
     "compose",
     "flatten",

@@ -255,6 +255,23 @@ def build(spec: Mapping[str, Any], trusted_modules: Iterable[str], where: str, *
         raise ConfigError(f"{where}: {_described(target)} failed: {in_one_line(error)}") from error
 
 
+def build_function(spec: Mapping[str, Any], trusted_modules: Iterable[str], where: str, *, takes: int) -> Any:
+    """What is to be called with `takes` things: the object that `spec` builds, or the function itself that it names.
+
+    A function of the user's that can't be called with the arguments of `spec` alone, and can with `takes` more before
+    them, is what is wanted, with these arguments; every other one makes it. Raises ConfigError as `build` does.
+    """
+    trusted = tuple(trusted_modules)
+    target = resolve_target(spec["_target_"], trusted, f"{where}._target_")
+    plain = "_args_" not in spec and "_partial_" not in spec
+    if not inspect.isclass(target) and plain:
+        kwargs = {k: _arguments(value, trusted, f"{where}.{k}") for k, value in spec.items() if k not in _RESERVED}
+        itself = not _binds(target, [], kwargs) and _binds(target, list(range(takes)), kwargs)
+        if itself:
+            return functools.partial(target, **kwargs) if kwargs else target
+    return build(spec, trusted, where)
+
+
 def _binds(target: Callable[..., Any], args: list[Any], kwargs: Mapping[str, Any]) -> bool:
     try:
         inspect.signature(target).bind(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Losses as a sum and a count: these add up exactly over uneven shares of a batch, means don't."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -65,6 +66,26 @@ class Reading(StrEnum):
     """A mean over the batch's labels that are not -100."""
     NEXT_LABELS = "next labels"
     """A mean over the labels but for the first of each sequence, as a model that predicts the next token has it."""
+
+
+def with_tensors(spec: Mapping[str, Any], target: Callable[..., Any]) -> dict[str, Any]:
+    """The spec of a loss with float32 tensors in the place of numbers and lists of numbers, where the class wants a tensor.
+
+    Raises ConfigError for a list that is no tensor.
+    """
+    try:
+        wanted = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return dict(spec)
+    filled = dict(spec)
+    for key, value in spec.items():
+        numbers = isinstance(value, list | int | float) and not isinstance(value, bool)
+        if key in wanted and numbers and "Tensor" in str(wanted[key].annotation):
+            try:
+                filled[key] = torch.tensor(value, dtype=torch.float32)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"loss.{key}={value}: must be a number, or a list of numbers: {error}") from error
+    return filled
 
 
 @dataclass(frozen=True)

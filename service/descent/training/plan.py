@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from descent.config import RunConfig, WorkerRange, build, resolve_target
+from descent.config import RunConfig, WorkerRange, build, build_function, resolve_target
 from descent.data.base import Data
 from descent.data.generators import own_generators, python_and_numpy_seeded
 from descent.data.identity import identity_of
@@ -25,7 +25,7 @@ from descent.training.freezing import check_length
 from descent.training.input.building import build_data as build_data
 from descent.training.input.building import digest_to_compare, epoch_order_of, keep_precision, refuse_unrepeatable
 from descent.training.loss_check import refuse_unseeded
-from descent.training.objective import Objective, Reading
+from descent.training.objective import Objective, Reading, with_tensors
 from descent.training.phases import Phase, build_phased, check_modules, phases_of
 from descent.training.preflight import (
     Cut,
@@ -193,9 +193,10 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def build_loss(config: RunConfig) -> Any:
-    """The loss object; what its __init__ draws follows `seed`."""
+    """The loss, an object or a function; what its __init__ draws follows `seed`."""
+    target = resolve_target(config.loss["_target_"], config.trusted_modules, "loss._target_")
     with own_generators(seed=config.seed):
-        return build(config.loss, config.trusted_modules, "loss")
+        return build_function(with_tensors(config.loss, target), config.trusted_modules, "loss", takes=2)
 
 
 def build_optimizer_for(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -212,7 +213,7 @@ def build_schedule(config: RunConfig, total_steps: int) -> Any:
     spec = dict(config.schedule)
     if spec.get("total_steps", 0) is None:
         spec["total_steps"] = total_steps
-    return build(spec, config.trusted_modules, "schedule")
+    return build_function(spec, config.trusted_modules, "schedule", takes=1)
 
 
 def pick_device(config: RunConfig, gpus: float) -> str:
@@ -316,7 +317,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     else:
         check_length(build_optimizer_for(config, model, cpu), total)
     refuse_unrepeatable(config, train, evaluate)
-    check_schedule(config, build_schedule(config, total), evaluate is not None)
+    check_schedule(config, build_schedule(config, total), total, evaluates=evaluate is not None)
     cut = Cut(batch, slots, micro)
     mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
     with deterministic(config.reduction == "exact"):

@@ -317,17 +317,23 @@ def _refuse_all_ignored(objective: Objective, labels: Tensor, where: str) -> Non
         )
 
 
-def check_schedule(config: RunConfig, schedule: Any, evaluates: bool) -> None:
-    """Whether it is a function from step to multiplier, and has what it goes by."""
-    name = config.schedule["_target_"]
+def check_schedule(config: RunConfig, schedule: Any, total_steps: int, *, evaluates: bool) -> None:
+    """Whether it is a function from step to multiplier, gives the same whenever it is asked, and has what it goes by."""
+    where = f"schedule._target_={config.schedule['_target_']}"
+    steps = sorted({0, 1, total_steps // 2, max(total_steps - 1, 0)})
     try:
-        first = schedule(0)
+        found = {step: schedule(step) for step in steps}
+        again = {step: schedule(step) for step in reversed(steps)}
     except Exception as error:
-        raise ConfigError(
-            f"schedule._target_={name}: must be a function from step to multiplier: {in_one_line(error)}"
-        ) from error
-    if isinstance(first, bool) or not isinstance(first, int | float) or not math.isfinite(first):
-        raise ConfigError(f"schedule._target_={name}: gives {first!r} for step 0, must be a finite number")
+        raise ConfigError(f"{where}: must be a function from step to multiplier: {in_one_line(error)}") from error
+    for step, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{where}: gives {value!r} for step {step}, must be a finite number")
+        if again[step] != value:
+            raise ConfigError(
+                f"{where}: gives {value:g} for step {step}, and {again[step]:g} when it is asked again; a schedule is a "
+                "function of the step alone, so that a resumed run goes on with the same learning rates"
+            )
     if isinstance(schedule, Plateau) and not evaluates:
         raise ConfigError(
             "schedule=plateau: goes by the evaluation loss, and there is nothing to evaluate on; "
