@@ -134,6 +134,8 @@ class ShareWritten:
     scalars: dict[str, float] = field(default_factory=dict)
     frozen: str = ""
     """The digest of the frozen parameters, where the checkpoint goes without them."""
+    names: str = ""
+    """The digest of the names of all tensors of the checkpoint, of whatever rank."""
     error: str | None = None
     stalled_s: float = 0.0
     """Seconds for which the training thread waited for it."""

@@ -146,6 +146,12 @@ def _take_one(tensors: dict[str, Tensor]) -> None:
     del tensors[max(tensors)]
 
 
+def _take_all_of_one(tensors: dict[str, Tensor]) -> None:
+    parameter = max(tensors).rpartition("/")[0]
+    for name in [name for name in tensors if name.rpartition("/")[0] == parameter]:
+        del tensors[name]
+
+
 FOREIGN: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "dtype": ("model", lambda t: _first(t, lambda x: x.double()), r"is float64 .*, this run's is float32"),
     "shape": ("model", lambda t: _first(t, lambda x: x[:-1].clone()), r"is float32 \[.*, this run's is float32"),
@@ -153,6 +159,8 @@ FOREIGN: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "missing": ("model", _take_one, r"is missing"),
     "moments of another shape": ("optimizer", lambda t: _first(t, lambda x: x[:-1].clone()), r"its parameter float32"),
     "moments of nobody": ("optimizer", lambda t: t.update({"other/exp_avg": torch.zeros(1)}), r"no parameter of this"),
+    "a moment missing": ("optimizer", _take_one, r"optimizer/.* is missing"),
+    "a parameter's moments missing": ("optimizer", _take_all_of_one, r"the optimizer's state of a parameter"),
     "averages missing": ("ema", _take_one, r"is missing"),
 }
 

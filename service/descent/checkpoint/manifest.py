@@ -18,7 +18,7 @@ and is compared on demand (`descent checkpoint verify`).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +66,11 @@ class Manifest:
     """Unix time of the commit in milliseconds."""
     frozen: str = ""
     """The digest of the frozen parameters, where the checkpoint goes without them (see `checkpoint.frozen`)."""
+    names: str = ""
+    """The digest of the names of all tensors (`digest_of_names`); empty in checkpoints of earlier versions.
+
+    An optimizer has no state for a parameter that never had a gradient, so only this tells what must be there.
+    """
 
     @property
     def size(self) -> int:
@@ -118,6 +123,11 @@ def partition(sizes: Mapping[str, int], num_parts: int) -> list[list[str]]:
     return [sorted(names) for names in parts]
 
 
+def digest_of_names(names: Iterable[str]) -> str:
+    """XXH3 over the sorted names of tensors."""
+    return str(xxhash.xxh3_128("\n".join(sorted(names)).encode()).hexdigest())
+
+
 # -- the manifest ---------------------------------------------------------------------
 
 
@@ -148,6 +158,7 @@ def commit_checkpoint(
         {"torch": version("torch"), "descent-service": version("descent-service")},
         time_ms,
         shares[0].frozen,
+        shares[0].names,
     )
     content = _with_seal(manifest)
     if not store.put_if_absent(MANIFEST, content):
@@ -185,7 +196,7 @@ def _parse(raw: Any, folder: str) -> Manifest:
     manifest = Manifest(**raw)
     _require(_is_count(manifest.step) and folder == f"step-{manifest.step:08d}", f"of step {manifest.step}")
     _require(_is_count(manifest.time_ms), f"time_ms {manifest.time_ms!r}")
-    for text in (manifest.run, manifest.config_sha256, manifest.frozen, *manifest.versions.values()):
+    for text in (manifest.run, manifest.config_sha256, manifest.frozen, manifest.names, *manifest.versions.values()):
         _require(isinstance(text, str), f"{text!r} is no text")
     for value in manifest.scalars.values():
         _require(type(value) in (int, float), f"scalars: {manifest.scalars}")
@@ -210,8 +221,9 @@ def _is_count(value: object) -> bool:
 def _with_seal(manifest: Manifest) -> bytes:
     """The manifest as JSON with a hash over itself, so that damage to the manifest shows as well."""
     content = asdict(manifest)
-    if not manifest.frozen:  # earlier versions don't know the key
-        del content["frozen"]
+    for key in ("frozen", "names"):  # earlier versions don't know these keys
+        if not content[key]:
+            del content[key]
     content["sha256"] = _seal(content)
     return json.dumps(content, indent=1, sort_keys=True).encode()
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descent.checkpoint.manifest import DIGESTS, file_name, partition, step_dir
+from descent.checkpoint.manifest import DIGESTS, digest_of_names, file_name, partition, step_dir
 from descent.checkpoint.safetensors_file import Layout, layout
 from descent.errors import StoreError
 from descent.messages import FileWritten, ShareWritten
@@ -119,7 +119,8 @@ class ShareWriter:
         frozen: the digest of frozen parameters that are not among the tensors.
         """
         begin = time.perf_counter()
-        outcome = ShareWritten(step, rank, world_size, generation, scalars=dict(scalars), frozen=frozen)
+        names = digest_of_names(tensors)
+        outcome = ShareWritten(step, rank, world_size, generation, scalars=dict(scalars), frozen=frozen, names=names)
         if not self._buffer_is_free(patience_s):
             problem = f"the checkpoint before is still being written to {self.root}; it is too slow for this cadence"
             self._report(replace(outcome, error=problem, stalled_s=time.perf_counter() - begin))

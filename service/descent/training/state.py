@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from descent.checkpoint.frozen import require_same
+from descent.checkpoint.manifest import digest_of_names
 from descent.errors import CheckpointError
 from descent.optim.ema import Ema
 from descent.optim.modes import as_evaluated, has_modes
@@ -56,10 +57,19 @@ class TrainState:
         best = {} if self.best is None else {"best_score": self.best}
         return {**memory, **best, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
 
-    def load(self, tensors: Mapping[str, Tensor], step: int, scalars: Mapping[str, float], frozen: str = "") -> None:
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        step: int,
+        scalars: Mapping[str, float],
+        frozen: str = "",
+        names: str = "",
+    ) -> None:
         """Replace the state by this one. Raises CheckpointError when names or shapes don't fit this model.
 
         frozen: the digest of the frozen parameters, where the tensors go without them; the model's own must be the same.
+        names: the digest of the names of all tensors as they were written, where that is known: of the optimizer's
+        state nothing may be missing, though a parameter without a gradient has none.
         """
         own = dict(_module_tensors(self.model))
         given = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
@@ -70,6 +80,8 @@ class TrainState:
             raise CheckpointError(
                 f"the state doesn't fit this model: {wrong[0]} is missing, unknown or of another shape"
             )
+        if names and names != digest_of_names(tensors):
+            raise CheckpointError(f"the tensors are not those that were written: {_first_gap(tensors)} is missing")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
@@ -161,6 +173,16 @@ def broadcast_state(
     }
     group.broadcast_(list(received.values()), source)
     return received, described["values"]
+
+
+def _first_gap(tensors: Mapping[str, Tensor]) -> str:
+    """What is most likely missing of an optimizer's state: what one parameter has and another doesn't."""
+    keys = {name.rpartition("/")[2] for name in tensors if name.startswith(OPTIMIZER)}
+    for parameter in sorted(name.removeprefix(MODEL) for name in tensors if name.startswith(MODEL)):
+        here = {key for key in keys if f"{OPTIMIZER}{parameter}/{key}" in tensors}
+        if here and here != keys:
+            return f"{OPTIMIZER}{parameter}/{min(keys - here)}"
+    return "the optimizer's state of a parameter, or another tensor,"
 
 
 def _module_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -102,7 +102,8 @@ def exchange(group: Group, share: Share, state: TrainState, device: torch.device
         received, _ = broadcast_state(group, owner, share.tensors if owner == group.rank else None, device)
         tensors.update(received)
     try:
-        state.load(tensors, share.manifest.step, share.manifest.scalars, share.manifest.frozen)
+        manifest = share.manifest
+        state.load(tensors, manifest.step, manifest.scalars, manifest.frozen, manifest.names)
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise DoesNotFit(f"{share.source}: is not of this run: {what}") from error
