@@ -150,3 +150,29 @@ def test_a_setting_with_dashes_is_answered_with_how_it_is_typed(tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error: {words[0].partition('=')[0]}: there is no such option")
         assert f" {typed} " in done.stderr and done.stderr.count("\n") == 1
+
+
+DIES_WHILE_LEAVING = """
+import os
+from pathlib import Path
+from descent.cluster.run import run
+from descent.cluster.run.result import RunResult
+
+class Run(run.Run):
+    def __init__(self, *_): ...
+    def execute(self): return RunResult(state="FINISHED", step=3, run_dir=Path("r"))
+    def close(self): os._exit(134)
+
+run.Run = Run
+from descent.cli.main import main
+main()
+"""
+
+
+def test_a_process_that_dies_while_it_leaves_the_cluster_has_told_its_result(tmp_path):
+    """As a native library may do at a process's end; standard output is a pipe, and so has a buffer."""
+    command = [sys.executable, "-c", DIES_WHILE_LEAVING, "train", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 134
+    summary = json.loads(done.stdout)
+    assert (summary["state"], summary["step"]) == ("FINISHED", 3)

@@ -95,14 +95,13 @@ def resumed(folder: Path, *overrides: str):
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
     run_dir = saved_run(tmp_path, compose(["seed=3"]), ["seed=3"])
     shutil.rmtree(checkpoint_root(run_dir, None))
-    for status in (None, {"checkpoint": None}):
-        if status is not None:
-            (run_dir / STATUS_FILE).write_text(json.dumps(status))
-        composed, old = resumed(tmp_path)
-        assert (composed.config.seed, old.checkpoint, old.step, old.died) == (3, None, 0, True)
+    status_file = run_dir / STATUS_FILE
+    status_file.write_text(json.dumps({"checkpoint": None}))
+    composed, old = resumed(tmp_path)
+    assert (composed.config.seed, old.checkpoint, old.step, old.died) == (3, None, 0, True)
     # Where there was one, or perhaps was, its absence is nothing to pass over.
-    for status in ({"checkpoint": 20}, {}):
-        (run_dir / STATUS_FILE).write_text(json.dumps(status))
+    for status in ({"checkpoint": 20}, {}, None):
+        status_file.unlink() if status is None else status_file.write_text(json.dumps(status))
         with pytest.raises(CheckpointError, match="no complete checkpoint"):
             resumed(tmp_path)
 

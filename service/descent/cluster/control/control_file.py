@@ -111,8 +111,6 @@ def had_checkpoint(run_dir: Path) -> bool:
     try:
         status = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
         return status["checkpoint"] is not None
-    except FileNotFoundError:  # it died before it had trained
-        return False
     except (OSError, ValueError, KeyError, TypeError):
         return True
 
