@@ -107,7 +107,9 @@ def resolve_target(path: str, trusted_modules: Iterable[str], where: str) -> Cal
     if listed is None:
         raise ConfigError(_not_listed(path, trusted_modules, where, group))
     kinds = KINDS_BY_GROUP.get(group)
-    if kinds is not None and where.removesuffix("._target_") not in (group, "data.train", "data.evaluate"):
+    holder = where.removesuffix("._target_")
+    whole = holder in (group, "data.train", "data.evaluate") or (group == "metrics" and holder.count(".") == 1)
+    if kinds is not None and not whole:
         kinds = (*kinds, "module")  # an argument, such as the transform of a data set
     if kinds is not None and listed.kind not in kinds:
         raise ConfigError(
@@ -123,7 +125,7 @@ def _not_listed(path: str, trusted_modules: tuple[str, ...], where: str, group: 
         "is not a public class of torch.nn, torch.optim, torch.utils.data or Descent, "
         f"and not under the trusted modules ({trusted})"
     )
-    if top in ("torch", "descent"):
+    if top in ("torch", "descent", "torchmetrics"):
         names = public_names(group)
         similar = difflib.get_close_matches(path, [n for n in names if n.endswith(f".{name}")] or names, 1)
         return f"{where}={path}: {rule}" + (f"; did you mean {similar[0]}?" if similar else "")

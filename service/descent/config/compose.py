@@ -85,6 +85,18 @@ def plain_tree(overrides: Sequence[str], dirs: Sequence[str] = ()) -> dict[str, 
     return {str(k): v for k, v in plain.items() if k != "hydra"}
 
 
+_OPEN = (
+    "metrics.",
+    "observers.",
+    "optimizer.phases.",
+    "data.collate.",
+    "data.sampler.",
+    "data.evaluations.",
+    "init_map.",
+)
+"""Sections whose keys the user names: an override of one needs no +."""
+
+
 def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Composed:
     """Compose configs/config.yaml, its groups and `overrides` (Hydra's own grammar).
 
@@ -96,6 +108,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     from omegaconf import OmegaConf
 
     dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
+    overrides = [f"++{o}" if o.startswith(_OPEN) else o for o in overrides]
     search_path(config_dirs)
     known = groups(dirs)
     refuse_slips(overrides, lambda: flatten(plain_tree([], dirs)))

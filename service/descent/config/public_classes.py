@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-Kind = Literal["module", "optimizer", "schedule", "data set", "task", "sampler"]
+Kind = Literal["module", "optimizer", "schedule", "data set", "task", "sampler", "metric"]
 
 KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "model": ("module",),
@@ -24,6 +24,7 @@ KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "optimizer": ("optimizer",),
     "schedule": ("schedule",),
     "data": ("data set", "sampler"),
+    "metrics": ("metric",),
     "task": ("task",),
 }
 """Group of the config -> kinds of classes that a `_target_` in it may name."""
@@ -95,6 +96,8 @@ def public_class(path: str) -> PublicClass | None:
             cls = getattr(importlib.import_module(module), name)
             assert inspect.isclass(cls), path
             return PublicClass(kind, cls)
+    if path.startswith("torchmetrics."):
+        return torchmetrics_classes().get(path)
     return torch_classes().get(path)
 
 
@@ -108,6 +111,8 @@ def public_names(group: str | None = None) -> list[str]:
     kinds = KINDS_BY_GROUP.get(group or "")
     own = [(kind, name) for kind, names in DESCENT_CLASSES.items() for name in names]
     torchs = [(listed.kind, name) for name, listed in torch_classes().items()]
+    if group == "metrics":
+        torchs += [(listed.kind, name) for name, listed in torchmetrics_classes().items()]
     return sorted(name for kind, name in [*own, *torchs] if kinds is None or kind in kinds)
 
 
@@ -134,6 +139,32 @@ def torch_classes() -> Mapping[str, PublicClass]:
             listed = PublicClass(kind, cls)  # type: ignore[arg-type]
             found[f"{package.__name__}.{cls.__name__}"] = listed
             found[f"{cls.__module__}.{cls.__qualname__}"] = listed
+    return found
+
+
+_METRICS = ("classification", "regression", "retrieval", "nominal", "clustering", "segmentation")
+_TEXT_METRICS = (
+    "BLEUScore CHRFScore CharErrorRate EditDistance ExtendedEditDistance MatchErrorRate Perplexity SQuAD SacreBLEUScore "
+    "TranslationEditRate WordErrorRate WordInfoLost WordInfoPreserved"
+)
+"""Of torchmetrics.text; the others load pretrained models or fetch files by the names that they are given."""
+
+
+@functools.cache
+def torchmetrics_classes() -> Mapping[str, PublicClass]:
+    """Dotted name -> metric of torchmetrics that computes from its arguments alone: torchmetrics.[package.]Class."""
+    import torchmetrics
+
+    found: dict[str, PublicClass] = {}
+    for name in (*_METRICS, "text"):
+        package = importlib.import_module(f"torchmetrics.{name}")
+        for short in _TEXT_METRICS.split() if name == "text" else dir(package):
+            cls = getattr(package, short, None)
+            if inspect.isclass(cls) and issubclass(cls, torchmetrics.Metric) and not short.startswith("_"):
+                listed = PublicClass("metric", cls)
+                found[f"torchmetrics.{name}.{short}"] = listed
+                if getattr(torchmetrics, short, None) is cls:
+                    found[f"torchmetrics.{short}"] = listed
     return found
 
 

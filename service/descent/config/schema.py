@@ -7,6 +7,7 @@ here. Their arguments are checked when they are built, before any worker starts.
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -106,14 +107,48 @@ class Evaluate(Section):
     batch_size: Positive = 256
 
 
+def better_direction(metric: str) -> Literal["min", "max"] | None:
+    """Whether a higher or a lower value of a metric is better, by the words of its name; None where these don't tell.
+
+    >>> better_direction("eval/accuracy"), better_direction("eval/val_loss"), better_direction("eval/zeal")
+    ('max', 'min', None)
+    """
+    words = re.split(r"[^a-z0-9]+", metric.lower().removeprefix("eval/"))
+
+    def speaks_of(known: Iterable[str]) -> bool:
+        return any(word == k or (len(k) > 3 and k in word) for word in words for k in known)
+
+    if speaks_of(_LOWER):
+        return "min"
+    return "max" if speaks_of(_HIGHER) else None
+
+
+_LOWER = frozenset("loss error mse rmse mae mape perplexity distance penalty nll wer cer ece brier divergence".split())  # noqa: SIM905
+_HIGHER = frozenset(
+    "accuracy acc f1 fbeta auc auroc precision recall specificity sensitivity bleu rouge r2 iou jaccard dice map ndcg mrr "  # noqa: SIM905
+    "kappa corr correlation pearson spearman score top1 top5 hits psnr ssim".split()
+)
+"""Words in the names of metrics, of which a lower or a higher value is better."""
+
+
 class KeepBest(Section):
-    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    metric: str = "eval/loss"
     mode: Literal["min", "max"] | None = None
+
+    @model_validator(mode="after")
+    def _direction(self) -> "KeepBest":
+        if not self.metric.startswith("eval/"):
+            raise ValueError(
+                f"metric={self.metric}: is the name of an evaluation's figure: eval/loss, eval/accuracy, eval/…"
+            )
+        if self.mode is None and better_direction(self.metric) is None:
+            raise ValueError(f"metric={self.metric}: say whether a higher value is better, by mode: max or mode: min")
+        return self
 
     @property
     def higher(self) -> bool:
-        """Whether a higher value is better: by `mode`, or where that is None by the metric."""
-        return (self.mode or ("max" if self.metric == "eval/accuracy" else "min")) == "max"
+        """Whether a higher value is better: by `mode`, or where that is None by the metric's name."""
+        return (self.mode or better_direction(self.metric)) == "max"
 
 
 class Checkpoint(Section):
@@ -241,6 +276,7 @@ class RunConfig(Section):
     data: Data
     loss: Spec
     task: Spec | None = None
+    metrics: dict[str, Spec] = Field(default_factory=dict)
     optimizer: Spec
     schedule: Spec
     batch: Batch
@@ -275,6 +311,15 @@ class RunConfig(Section):
     @classmethod
     def _target(cls, value: Spec | None) -> Spec | None:
         return None if value is None else _has_target(value)
+
+    @field_validator("metrics")
+    @classmethod
+    def _targets(cls, value: dict[str, Spec]) -> dict[str, Spec]:
+        for name, spec in value.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"{name!r} can't be a metric's name: letters, digits, '_', '.' and '-'")
+            _has_target(spec)
+        return value
 
     @field_validator("name")
     @classmethod

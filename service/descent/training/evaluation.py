@@ -1,21 +1,23 @@
-"""Evaluation on the held-out set: when it is due, loss and accuracy shared by all ranks, whether they are the best."""
+"""Evaluation on the held-out set: when it is due, its figures shared by all ranks, whether they are the best."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from descent.config import RunConfig
 from descent.data.base import Data
-from descent.errors import DataError
 from descent.optim.plateau import Plateau
 from descent.training.collectives import Group
 from descent.training.determinism import begin_stream
+from descent.training.evaluation_results import reduce_parts
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import stream_seed
+from descent.training.measure import Measure
+from descent.training.metric_states import MetricSet
 from descent.training.objective import Reading
 from descent.training.plan import Plan
-from descent.training.results import Mean
 from descent.training.state import TrainState
 from descent.training.task import Task
 
@@ -30,11 +32,12 @@ class Evaluator:
         data: Data | None,
         state: TrainState,
         task: Task,
+        metrics: MetricSet,
         device: torch.device,
     ) -> None:
         """data: the held-out set; without one no evaluation is ever due."""
         self._config, self._plan, self._state = config, plan, state
-        self._task = task
+        self._measure = Measure(task, metrics, plan.evaluated, sums_up=plan.loss_reading == Reading.TOTAL)
         self._num_samples = 0 if data is None else len(data)
         self._feed = None if data is None else Feed(data, None, device, seed=config.seed, on_error=config.data.on_error)
         self._scores: tuple[int, dict[str, float]] = (-1, {})
@@ -53,15 +56,13 @@ class Evaluator:
         assert self._feed is not None
         metrics = evaluate(
             self._state,
-            self._task,
+            self._measure,
             self._feed,
             group,
-            names=self._plan.evaluated,
             num_samples=self._num_samples,
             size=self._config.evaluate.batch_size,
             seed=self._config.seed,
             uses_non_torch_rng=self._plan.uses_non_torch_rng,
-            sums_up=self._plan.loss_reading == Reading.TOTAL,
         )
         if isinstance(self._state.schedule, Plateau) and self._state.step > 0:
             self._state.schedule.observe(metrics["eval/loss"])
@@ -87,48 +88,35 @@ class Evaluator:
 
 def evaluate(
     state: TrainState,
-    task: Task,
+    measure: Measure,
     feed: Feed,
     group: Group,
     *,
-    names: Sequence[str],
     num_samples: int,
     size: int,
     seed: int,
     uses_non_torch_rng: bool,
-    sums_up: bool,
 ) -> dict[str, float]:
     """{"eval/<name>": figure}, the same on every rank.
 
-    names: those of the means that the task's evaluation gives. sums_up: whether the loss is a sum, divided by nothing.
-    The set is cut into chunks of `size` that don't depend on the number of ranks; each chunk's sums have one
-    owner, so the result's bits are the same for any world size. A model that draws random numbers in
-    evaluation too has a random stream for each chunk, the same in every evaluation.
+    The set is cut into chunks of `size` that don't depend on the number of ranks; each chunk has one owner, so the
+    result's bits are the same for any world size. A model that draws random numbers in evaluation too has a
+    random stream for each chunk, the same in every evaluation.
 
-    Raises PeerLost, and DataError where nothing in the set counts for the loss.
+    Raises PeerLost, DataError where nothing in the set counts for the loss, TrainingError for odd results.
     """
     starts = range(0, num_samples, size)
-    sums = torch.zeros(len(starts), 2 * len(names), dtype=torch.float64, device=group.device)
-    state.model.eval()
-    with state.averaged(), torch.no_grad():
+
+    def parts() -> Iterator[tuple[int, dict[str, tuple[str, Tensor]]]]:
         for chunk in range(group.rank, len(starts), group.world_size):
             stop = min(starts[chunk] + size, num_samples)
             batch = feed.take(np.arange(starts[chunk], stop, dtype=np.int64))
             # No training step is step 0.
             begin_stream(stream_seed(seed, 0, chunk), group.device, uses_non_torch_rng)
-            results = task.evaluate(state.model, batch, stop - starts[chunk])
-            for index, name in enumerate(names):
-                mean = results[name]
-                assert isinstance(mean, Mean)
-                sums[chunk, 2 * index], sums[chunk, 2 * index + 1] = mean.total, mean.count
+            yield chunk, measure.part(state.model, batch, stop - starts[chunk])
+
+    state.model.eval()
+    with state.averaged(), torch.no_grad():
+        reduced = reduce_parts(parts(), measure.states, len(starts), group, measure.where)
     state.model.train()
-    totals = list(map(sum, zip(*group.sum_(sums).tolist(), strict=True)))
-    pairs = dict(zip(names, zip(totals[::2], totals[1::2], strict=True), strict=True))
-    loss, count = pairs.pop("loss")
-    if not count and not sums_up:
-        raise DataError(
-            "data.evaluate: nothing in it counts for the loss (every label is ignored, or its class weighs 0), so "
-            "there is nothing to evaluate; mend the labels, or set data.holdout=0 to train without evaluation"
-        )
-    reduced = {"loss": loss / (count or 1.0)} | {n: total / count for n, (total, count) in pairs.items() if count}
-    return {f"eval/{name}": value for name, value in task.compute(reduced).items()}
+    return {f"eval/{name}": value for name, value in measure.figures(reduced, measure.states).items()}

@@ -158,6 +158,11 @@ class Objective:
         return self.reading is not Reading.SAMPLES and isinstance(self.loss, _ELEMENTWISE) and _is_torchs(self.loss)
 
     @property
+    def is_regression(self) -> bool:
+        """Whether the loss compares values with values, so that R² and the mean absolute error make sense."""
+        return self.by_element and isinstance(self.loss, nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss | nn.HuberLoss)
+
+    @property
     def ignored(self) -> int:
         """The label that doesn't count."""
         return int(getattr(self.loss, "ignore_index", -100))

@@ -21,6 +21,7 @@ from descent.optim.optimizers import build_optimizer
 from descent.optim.parameter_groups import freeze, groups_of
 from descent.training.buffers import Rule, own_buffer, owners_of
 from descent.training.determinism import deterministic
+from descent.training.evaluation_results import State
 from descent.training.freezing import check_length
 from descent.training.input.building import build_data as build_data
 from descent.training.input.building import digest_to_compare, epoch_order_of, keep_precision, refuse_unrepeatable
@@ -40,7 +41,7 @@ from descent.training.preflight import (
     try_one,
 )
 from descent.training.task import OwnTask, Supervised, build_task
-from descent.training.task_check import Found, check_phases, check_task
+from descent.training.task_check import Found, check_evaluation, check_phases, check_task
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class Plan:
     """Whether the classes are the last dimension of the outputs (see `training.objective.Objective`)."""
     logged: tuple[str, ...] = ()
     """Names of the further means that each loss brings."""
-    evaluated: tuple[str, ...] = ("loss",)
-    """Names of the means that an evaluation gives."""
+    evaluated: tuple[State, ...] = ()
+    """What each part of an evaluation gives."""
+    figures: tuple[str, ...] = ("loss",)
+    """Names of the figures of an evaluation."""
     phases: tuple[Phase, ...] = ()
     """The losses that take turns, step by step; none: one loss."""
     data_digest: str | None = None
@@ -95,8 +98,13 @@ class Plan:
     def from_dict(cls, saved: Mapping[str, Any]) -> "Plan":
         names = {key: tuple(saved.get(key, ())) for key in ("changing_buffers", "logged")}
         phases = tuple(map(Phase.from_dict, saved.get("phases", ())))
-        evaluated, rules = tuple(saved.get("evaluated", ("loss",))), tuple(map(Rule, saved.get("buffer_rules", ())))
-        return cls(**{**saved, **names, "evaluated": evaluated, "buffer_rules": rules, "phases": phases})
+        evaluated = tuple(
+            State(key, kind, dtype, tuple(shape)) for key, kind, dtype, shape in saved.get("evaluated", ())
+        )
+        figures, rules = tuple(saved.get("figures", ("loss",))), tuple(map(Rule, saved.get("buffer_rules", ())))
+        return cls(
+            **{**saved, **names, "evaluated": evaluated, "figures": figures, "buffer_rules": rules, "phases": phases}
+        )
 
     def is_due(self, every: int | str | None, step: int) -> bool:
         """Whether what happens every so many steps, or every "epoch", happens after `step`."""
@@ -331,6 +339,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         else:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 found = _check_supervised(config, model, train, evaluate, cut)
+        states, figures = check_evaluation(config, model, found, train, evaluate)
+    check_keep_best(config, figures, evaluate)
     task = found.task
     plan = Plan(
         total_steps=total,
@@ -354,7 +364,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         loss_reading=None if found.reading is None else str(found.reading),
         classes_last=task.objective.classes_last if isinstance(task, Supervised) else None,
         logged=task.logged,
-        evaluated=found.evaluated,
+        evaluated=states,
+        figures=figures,
         phases=found.phases,
         data_digest=digest_to_compare(train),
     )
@@ -369,7 +380,6 @@ def _check_supervised(config: RunConfig, model: nn.Module, train: Data, evaluate
     with own_generators(seed=config.seed):
         objective = Objective.of(build_loss(config))
     refuse_unseeded(objective.as_built, build_loss(config), f"loss._target_={config.loss['_target_']}", config.seed)
-    check_keep_best(config, objective, evaluate)
     seen = try_one(config, model, objective, train, cut)
     for name, data in (("data.train", train), ("data.evaluate", evaluate)):
         if data is not None:
@@ -384,5 +394,4 @@ def _check_supervised(config: RunConfig, model: nn.Module, train: Data, evaluate
         unused_parameters=seen.unused_parameters,
         reading=loss.objective.reading,
         terms=loss.terms,
-        evaluated=("loss", "accuracy") if loss.objective.by_class else ("loss",),
     )

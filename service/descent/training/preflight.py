@@ -1,7 +1,8 @@
 """One forward and backward before any worker exists: what a user's model, loss and data can get wrong."""
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -296,7 +297,7 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
         _refuse_all_ignored(objective, found, where)
 
 
-def check_keep_best(config: RunConfig, objective: Objective, evaluate: Data | None) -> None:
+def check_keep_best(config: RunConfig, figures: Sequence[str], evaluate: Data | None) -> None:
     """Raise ConfigError where the metric of `checkpoint.keep_best` is none that this run's evaluations have."""
     keep = config.checkpoint.keep_best
     if keep is None or keep.metric == "eval/loss":
@@ -304,9 +305,11 @@ def check_keep_best(config: RunConfig, objective: Objective, evaluate: Data | No
     key = f"checkpoint.keep_best={keep.metric}"
     if evaluate is None:
         raise ConfigError(f"{key}: there is nothing to evaluate on; set data.holdout, or checkpoint.keep_best=null")
-    if not objective.by_class:
-        name = config.loss["_target_"]
-        raise ConfigError(f"{key}: the evaluations of this run have no accuracy (loss {name}), only eval/loss")
+    names = [f"eval/{name}" for name in figures]
+    if keep.metric not in names:
+        similar = difflib.get_close_matches(keep.metric, names, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(names)}"
+        raise ConfigError(f"{key}: the evaluations of this run have no such figure; {hint}")
 
 
 def _refuse_all_ignored(objective: Objective, labels: Tensor, where: str) -> None:

@@ -87,14 +87,26 @@ class Supervised:
         with self.autocast():
             output = model(inputs)
             total, terms = self.objective(output, targets)
+        if self.objective.is_regression:
+            output, targets = self.objective.fitted(output, targets)
         results: dict[str, Result] = {"loss": Mean(total, terms)}
         if self.objective.by_class:
             correct, labels = self.objective.num_correct(output, targets), self.objective.num_labels(targets)
             results["accuracy"] = Mean(correct, labels)
-        return results
+        elif self.objective.is_regression and output.shape == targets.shape:
+            results |= _regression(output, targets)
+        return {**results, "predictions": Predictions(output, targets)}
 
     def compute(self, reduced: Mapping[str, Any]) -> dict[str, float]:
-        return dict(reduced)
+        figures = dict(reduced)
+        if "r2" in figures:
+            count, total, squares, errors = figures.pop("r2").double()
+            spread = squares - total.square() / count
+            # As scikit-learn's r2_score: the mean over the outputs; an output that is constant has none.
+            shares = (1 - errors / spread)[spread > 1e-12 * squares]
+            if len(shares):
+                figures["r2"] = float(shares.mean())
+        return figures
 
     def bad_rows(self, model: nn.Module, batch: Batch, spoilt: Callable[[Tensor], bool], *, alone: bool) -> list[int]:
         inputs, targets = batch
@@ -123,6 +135,15 @@ class Supervised:
     def within(self, data: Data) -> "Supervised":
         """This task for batches of `data`. Labels in memory are searched once for ignored ones, not in every step."""
         return replace(self, objective=self.objective.within(data))
+
+
+def _regression(output: Tensor, targets: Tensor) -> dict[str, Result]:
+    """The mean absolute error, and what R² is computed from: [4, outputs]."""
+    wanted = targets.detach().double().reshape(len(targets), -1)
+    errors = output.detach().double().reshape(len(targets), -1) - wanted
+    count = torch.full_like(wanted[0], len(wanted))
+    sums = torch.stack([count, wanted.sum(0), wanted.square().sum(0), errors.square().sum(0)])
+    return {"mae": Mean(errors.abs().sum(), errors.numel()), "r2": Sum(sums)}
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,21 @@ from descent.config.build import in_one_line
 from descent.data.base import Data
 from descent.data.batch import Batch, describe, num_rows, rows, tensors_of
 from descent.data.generators import own_generators
-from descent.errors import ConfigError, DescentError, TrainingError
+from descent.errors import ConfigError, DataError, DescentError, TrainingError
 from descent.training.buffer_rules import find_rules
 from descent.training.buffers import Rule
 from descent.training.coupling import features_of
 from descent.training.determinism import refuse_undeterministic
+from descent.training.evaluation_results import State, described
 from descent.training.loss_check import numbers_kept
+from descent.training.measure import Measure
+from descent.training.metric_states import MetricSet
 from descent.training.model_loss import IGNORED, labels_of, with_labels
 from descent.training.model_snapshot import ModelSnapshot
 from descent.training.objective import Reading
 from descent.training.phases import Phase, task_between, task_in, trained_alone
 from descent.training.preflight import Cut, check_single_samples, read, refuse_sparse
-from descent.training.results import Mean, MicroBatchLoss
+from descent.training.results import MicroBatchLoss
 from descent.training.task import OwnTask, Supervised
 
 _SAMPLES = 8
@@ -59,8 +62,6 @@ class Found:
     """What the loss's number for a batch means; None for an own loss that says so itself."""
     terms: float
     """Loss terms a sample."""
-    evaluated: tuple[str, ...]
-    """Names of the means that an evaluation gives."""
     understood: str = ""
     """What an own task's numbers were understood to mean, in words."""
     phases: tuple[Phase, ...] = ()
@@ -123,8 +124,6 @@ def check_task(
     if task.reading is not Reading.TOTAL:
         _refuse_nothing_counted(config, task, model, data, most)
         before.put_back(model)
-    evaluated = _evaluation(task, model, more)
-    before.put_back(model)
     changed = next((name for name, value in numbers_kept(task.task) if kept.get(name) != value), None)
     if changed is not None:
         raise ConfigError(
@@ -132,7 +131,7 @@ def check_task(
             "from worker to worker; make the task a function of model and batch, or move what it keeps into the model "
             "as a buffer"
         )
-    return Found(task, written, rules, bool(drawn - {"torch"}), unused, task.reading, terms, evaluated, understood)
+    return Found(task, written, rules, bool(drawn - {"torch"}), unused, task.reading, terms, understood)
 
 
 def check_phases(
@@ -149,9 +148,6 @@ def check_phases(
         reading = None if seen.reading is None else str(seen.reading)
         settled.append(replace(phase, reading=reading, logged=seen.task.logged, nominal=nominal))
     between = task_between(task, settled)
-    evaluated = _evaluation(
-        between, model, _samples(config, data, min(_SAMPLES, len(data), max(1, cut.micro)), spread=True)
-    )
     rules = {n: rule for seen in found for n, rule in zip(seen.changing_buffers, seen.buffer_rules, strict=False)}
     names = tuple(dict.fromkeys(name for seen in found for name in seen.changing_buffers))
     return replace(
@@ -161,7 +157,6 @@ def check_phases(
         buffer_rules=tuple(rules[name] for name in names) if rules else (),
         uses_non_torch_rng=any(seen.uses_non_torch_rng for seen in found),
         unused_parameters=True,
-        evaluated=evaluated,
         understood="; of ".join(f"{phase.name} {seen.understood}" for phase, seen in zip(phases, found, strict=True)),
         phases=tuple(settled),
     )
@@ -424,19 +419,50 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= _CLOSE * max(abs(a), abs(b)) + 1e-9
 
 
-def _evaluation(task: OwnTask, model: nn.Module, samples: _Samples) -> tuple[str, ...]:
-    """The names of the means that an evaluation gives; its first call is made here. Raises ConfigError."""
+def check_evaluation(
+    config: RunConfig, model: nn.Module, found: Found, train: Data, evaluate: Data | None
+) -> tuple[tuple[State, ...], tuple[str, ...]]:
+    """(what each part of an evaluation gives, the names of its figures), from a first evaluation of a few samples.
+
+    Raises ConfigError or DataError.
+    """
+    metrics = MetricSet.of(config, train.num_outputs)
+    if evaluate is None:
+        if metrics.metrics:
+            name = next(iter(metrics.metrics))
+            raise ConfigError(f"metrics.{name}: there is nothing to evaluate on; set data.holdout, or data.evaluate")
+        return (), ()
+    measure = Measure(found.task, metrics, sums_up=found.reading is Reading.TOTAL)
+    before = ModelSnapshot.of(model)
+    most = min(len(evaluate), config.evaluate.batch_size)
+    try:
+        return _first_evaluation(config, model, measure, evaluate, min(_SAMPLES, most))
+    except DescentError:
+        # The few samples may be of one class, or count nothing; more of them decide.
+        before.put_back(model)
+        return _first_evaluation(config, model, measure, evaluate, min(8 * _SAMPLES, most))
+    finally:
+        before.put_back(model)
+
+
+def _first_evaluation(
+    config: RunConfig, model: nn.Module, measure: Measure, data: Data, count: int
+) -> tuple[tuple[State, ...], tuple[str, ...]]:
+    samples = _samples(config, data, count, spread=True)
     model.eval()
     try:
         with torch.no_grad(), own_generators(seed=0):
-            results = task.evaluate(model, samples.batch, samples.num)
+            part = measure.part(model, samples.batch, samples.num)
+            states = described(part)
+            figures = measure.figures({key: tensor for key, (_, tensor) in part.items()}, states)
+    except DataError:
+        raise
     except DescentError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:
         raise ConfigError(
-            f"{task.where}: its evaluation failed for {samples.num} samples, {describe(samples.batch)}: "
-            f"{in_one_line(error)}"
+            f"{measure.where}: failed for {samples.num} samples, {describe(samples.batch)}: {in_one_line(error)}"
         ) from error
     finally:
         model.train()
-    return tuple(name for name, result in results.items() if isinstance(result, Mean))
+    return states, tuple(figures)

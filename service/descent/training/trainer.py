@@ -30,6 +30,7 @@ from descent.training.freezing import Freezing
 from descent.training.input.building import epoch_order_of, keep_precision
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
+from descent.training.metric_states import MetricSet
 from descent.training.metrics import StepMetrics
 from descent.training.plan import Plan, build_data
 from descent.training.reduction import UnusedParameters, reducer_for
@@ -86,7 +87,8 @@ class Trainer:
         self.order = SampleOrder.of(train, plan.batch_size, config.seed, epoch_order_of(config, train, plan.batch_size))
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
-        self.evaluator = Evaluator(config, plan, held_out, self.state, self.task, device)
+        metrics = MetricSet.of(config, train.num_outputs).to(device)
+        self.evaluator = Evaluator(config, plan, held_out, self.state, self.task, metrics, device)
         self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
         self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
         self.buffers = Buffers(model, plan.changing_buffers, plan.buffer_rules or None)
