@@ -63,7 +63,7 @@ VALUES = {
     "seed=1.0": "must be a whole number",
     "seed=9223372036854775808": "must be smaller than 9223372036854775808",
     "compile=yes": "must be true or false",
-    "precision=fp16": "must be fp32 or bf16",
+    "precision=fp8": "must be fp32, bf16 or fp16",
     "name=a/b": "is used as a folder: letters, digits, '.', '_' and '-' only",
     "trusted_modules=mine": "must be a list such as [a, b]",
     "trusted_modules=[my-module]": "'my-module' is not the dotted name of a module",
@@ -279,7 +279,7 @@ def test_completion_knows_groups_keys_and_values(tmp_path):
     assert "optimizer=sgd" in complete("optim", ()) and "optimizer." in complete("optim", ())
     assert "optimizer.momentum=" in complete("optimizer.", ["optimizer=momentum"])
     assert "optimizer.momentum=" not in complete("optimizer.", ["optimizer=adam"])
-    assert complete("precision=", ()) == ["precision=fp32", "precision=bf16"]
+    assert complete("precision=", ()) == ["precision=fp32", "precision=bf16", "precision=fp16"]
     assert complete("compile=t", ()) == ["compile=true"]
     # with two words no shell ends the argument after the '='
     assert complete("epo", ()) == ["epochs=", "epochs=30.0"]

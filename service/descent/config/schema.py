@@ -280,7 +280,7 @@ class RunConfig(Section):
     optimizer: Spec
     schedule: Spec
     batch: Batch
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     clip: Clip
     compile: bool
     ema: EmaConfig

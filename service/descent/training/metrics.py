@@ -25,15 +25,16 @@ class StepMetrics:
         metrics = {
             "train/loss": result.loss,
             "train/learning_rate": learning_rate,
-            "grad/norm": result.gradient_norm,
         }
+        if not result.overflowed:
+            metrics["grad/norm"] = result.gradient_norm
         metrics |= {f"train/{name}": value for name, value in result.logged.items()}
         if result.votes[REPLACED]:
             metrics["data/replaced"] = float(result.votes[REPLACED])
         if not result.committed:
             metrics["train/skipped"] = 1.0
         if step % self._every == 0 or step == 1:
-            for layer, norm in layer_norms(self._layers).items():
+            for layer, norm in layer_norms([] if result.overflowed else self._layers).items():
                 metrics[f"grad/norm/{layer}"] = norm
             now = time.perf_counter()
             then, at = self._window

@@ -43,6 +43,9 @@ from descent.training.preflight import (
 from descent.training.task import OwnTask, Supervised, build_task
 from descent.training.task_check import Found, check_evaluation, check_phases, check_task
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype in which the model computes with a `precision` other than fp32."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -294,6 +297,23 @@ def _one_dtype(config: RunConfig, model: nn.Module) -> None:
         )
 
 
+def _check_fp16(config: RunConfig, model: nn.Module) -> None:
+    """Raise ConfigError for what doesn't go with a scaled loss."""
+    if config.precision != "fp16":
+        return
+    half = next((n for n, p in model.named_parameters() if p.requires_grad and p.dtype is torch.float16), None)
+    if half is not None:
+        raise ConfigError(
+            f"precision=fp16: the parameter {half!r} is float16 itself, in which small updates are lost; leave the "
+            "model in float32, autocast computes in float16"
+        )
+    if config.compress is not None:
+        raise ConfigError(
+            f"precision=fp16: compress={config.compress} would keep or round gradients of a scale that changes; use "
+            "compress=null, or precision=bf16"
+        )
+
+
 def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     """Build everything once and derive the plan; raises for whatever the user has to mend.
 
@@ -319,6 +339,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     asked = config.batch.micro_size
     micro = largest if asked == "auto" else min(int(asked), largest)
     _one_dtype(config, model)
+    _check_fp16(config, model)
     cpu = torch.device("cpu")
     if phases:
         check_length(build_phased(config, phases, model, lambda of: build_optimizer_for(of, model, cpu)), total)
@@ -327,17 +348,18 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     refuse_unrepeatable(config, train, evaluate)
     check_schedule(config, build_schedule(config, total), total, evaluates=evaluate is not None)
     cut = Cut(batch, slots, micro)
-    mixed = config.precision == "bf16" and device == "cpu"  # a GPU's rules are not this machine's
+    mixed = config.precision != "fp32" and device == "cpu"  # a GPU's rules are not this machine's
+    half = AUTOCAST.get(config.precision, torch.bfloat16)
     with deterministic(config.reduction == "exact"):
         if own is not None:
-            own = own.to(cpu, lambda: torch.autocast("cpu", torch.bfloat16, enabled=mixed))
+            own = own.to(cpu, lambda: torch.autocast("cpu", half, enabled=mixed))
             found = (
                 check_phases(config, model, own, phases, train, cut)
                 if phases
                 else check_task(config, model, own, train, cut)
             )
         else:
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            with torch.autocast("cpu", half, enabled=mixed):
                 found = _check_supervised(config, model, train, evaluate, cut)
         states, figures = check_evaluation(config, model, found, train, evaluate)
     check_keep_best(config, figures, evaluate)

@@ -11,6 +11,7 @@ from descent.data.base import Data
 from descent.data.generators import own_generators
 from descent.optim.ema import Ema
 from descent.storage import to_location
+from descent.training.loss_scale import LossScale
 from descent.training.objective import Objective, Reading
 from descent.training.phases import Turn, Turns, build_phased, task_between, task_in
 from descent.training.plan import Plan, build_loss, build_model, build_optimizer_for, build_schedule
@@ -62,4 +63,5 @@ def first_state(config: RunConfig, plan: Plan, model: nn.Module, device: torch.d
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     ema = Ema(model, config.ema.decay) if config.ema.decay is not None else None
-    return TrainState(model, optimizer, build_schedule(config, plan.total_steps), ema)
+    loss_scale = LossScale() if config.precision == "fp16" else None
+    return TrainState(model, optimizer, build_schedule(config, plan.total_steps), ema, loss_scale=loss_scale)

@@ -22,13 +22,14 @@ from descent.optim.modes import as_evaluated, has_modes
 from descent.optim.optimizer_state import load_named_state, named_state
 from descent.optim.plateau import Plateau
 from descent.training.collectives import Group
+from descent.training.loss_scale import LossScale
 
 MODEL, OPTIMIZER, EMA = "model/", "optimizer/", "ema/"
 
 
 @dataclass
 class TrainState:
-    """Parameters, buffers, optimizer state, step; where used, averaged weights and a plateau's memory."""
+    """Parameters, buffers, optimizer state, step; where used, averaged weights, a plateau's memory and the loss scale."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -42,6 +43,8 @@ class TrainState:
     """Steps in a row that were skipped because a gradient wasn't finite."""
     best: float | None = None
     """The best value so far of the metric by which checkpoints are kept, where there is one."""
+    loss_scale: LossScale | None = None
+    """The factor on the loss, in float16."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, sorted by name; the tensors themselves, not copies."""
@@ -49,6 +52,8 @@ class TrainState:
         found.update({OPTIMIZER + name: t for name, t in named_state(self.optimizer).items()})
         if self.ema is not None:
             found.update({EMA + name: t for name, t in self.ema.shadow.items()})
+        if self.loss_scale is not None:
+            found.update(self.loss_scale.tensors())
         return dict(sorted(found.items()))
 
     def scalars(self) -> dict[str, float]:
@@ -92,6 +97,8 @@ class TrainState:
             self.optimizer,
             {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)},
         )
+        if self.loss_scale is not None:
+            self.loss_scale.load(tensors)
         if isinstance(self.schedule, Plateau):
             own_keys = ("evaluated", "bad_steps", "best_score")
             memory = {k: v for k, v in scalars.items() if k not in own_keys and "/" not in k}

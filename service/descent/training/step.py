@@ -120,6 +120,8 @@ class StepInput(NamedTuple):
     """Whole numbers that are added up over the ranks, such as votes for a pause."""
     report: Sequence[float] = ()
     """Numbers of this rank that every rank receives; the first is the step."""
+    loss_scale: float = 1.0
+    """A further factor on the loss during the backward, a power of two; 1 unless the precision is float16."""
 
 
 class StepResult(NamedTuple):
@@ -141,6 +143,8 @@ class StepResult(NamedTuple):
     """Each rank's report."""
     suspects: tuple[int, ...] = ()
     """Ranks whose part of the gradient arrived here with entries that are not finite."""
+    overflowed: bool = False
+    """Whether the update was left out because the gradient of the scaled loss wasn't finite, while the loss is."""
 
 
 def train_step(context: StepContext, given: StepInput) -> StepResult:
@@ -152,6 +156,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
     parameter that the model has released.
     """
     buffers, reducer = context.buffers, context.reducer
+    scale = context.scale if given.loss_scale == 1.0 else context.scale * given.loss_scale
     totals = StepTotals(context.num_slots, buffers, context.group, given.votes, given.report, context.logged)
     buffers.begin_step()
     reducer.begin_step()
@@ -169,7 +174,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
             if micro.last:
                 totals.start_sum()  # travels while the last backward runs
                 context.enter_phase("reduce")
-            reducer.backward(loss.total, context.scale, last=micro.last)
+            reducer.backward(loss.total, scale, last=micro.last)
             if micro.ends_slot:
                 reducer.end_slot(micro.slot)
         buffers.check_constants(given.step)
@@ -185,7 +190,7 @@ def train_step(context: StepContext, given: StepInput) -> StepResult:
         # The step will run again, in another generation: the buffers that the forward changed go back.
         buffers.restart()
         raise
-    return _commit(context, reduced)
+    return _commit(context, reduced, given.loss_scale)
 
 
 def _begin_slot(context: StepContext, step: int, micro: MicroBatch) -> None:
@@ -210,10 +215,12 @@ def _check_same_step(reduced: ReducedTotals, step: int) -> None:
         raise PeerLost(f"the ranks are at different steps: {steps}")
 
 
-def _commit(context: StepContext, reduced: ReducedTotals) -> StepResult:
+def _commit(context: StepContext, reduced: ReducedTotals, loss_scale: float) -> StepResult:
     """The step's last act: every rank holds the same sums, so every rank decides the same. Raises PeerLost, HalfUpdated."""
     count = _counted(reduced.counts)
     gradients = [p.grad for p in context.parameters if p.grad is not None]
+    if loss_scale != 1.0:
+        torch._foreach_mul_(gradients, 1.0 / loss_scale)
     if count != context.nominal_count:
         torch._foreach_mul_(gradients, context.nominal_count / count)
     norm = gradient_norm(gradients)
@@ -237,7 +244,10 @@ def _commit(context: StepContext, reduced: ReducedTotals) -> StepResult:
         context.buffers.restart()
         suspects = context.reducer.nonfinite_ranks()
     reports = tuple(reduced.reports)
-    return StepResult(loss, norm, committed, reduced.votes, tuple(reduced.losses), reduced.logged, reports, suspects)
+    overflowed = not committed and math.isfinite(loss) and loss_scale > 1.0
+    return StepResult(
+        loss, norm, committed, reduced.votes, tuple(reduced.losses), reduced.logged, reports, suspects, overflowed
+    )
 
 
 def _counted(counts: Sequence[float]) -> float:

@@ -32,7 +32,7 @@ from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metric_states import MetricSet
 from descent.training.metrics import StepMetrics
-from descent.training.plan import Plan, build_data
+from descent.training.plan import AUTOCAST, Plan, build_data
 from descent.training.reduction import UnusedParameters, reducer_for
 from descent.training.reduction.losses import LossOf
 from descent.training.replica import first_model, first_state, task_of, turns_of
@@ -277,12 +277,13 @@ class Trainer:
         votes = (int(self.control.pause), int(self.control.save), self.feed.replaced())
         self.control.save = False
         report = (step, seconds_per_sample, time.monotonic())
-        given = StepInput(step, generation.micro_batches, self._turns.batch_number(step), votes, report)
+        loss_scale = 1.0 if self.state.loss_scale is None else self.state.loss_scale.scale
+        given = StepInput(step, generation.micro_batches, self._turns.batch_number(step), votes, report, loss_scale)
         self.sentinel.begin(step, generation.group.world_size)
         notice = None
         try:
             result = self._attempt(generation, given)
-            if not result.committed:
+            if not result.committed and not result.overflowed:
                 result, notice = self._repeat(generation, given, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -356,9 +357,17 @@ class Trainer:
 
     def _record(self, step: int, metrics: dict[str, float], result: StepResult, notice: Notice | None) -> None:
         """Count the step, committed or skipped. Raises TooManyBadSteps after too many skipped ones in a row."""
-        if result.committed:
+        scale = self.state.loss_scale
+        if result.overflowed:
+            assert scale is not None
+            scale.overflowed()
+            metrics["train/loss_scale"] = scale.scale
+            metrics["train/overflows"] = float(scale.overflows)
+        elif result.committed:
             self.state.bad_steps = 0
             self.state.average(step - 1)
+            if scale is not None:
+                scale.good()
         else:
             self.state.bad_steps += 1
             if self.state.bad_steps >= self.config.regroup.max_bad_steps:
@@ -378,7 +387,7 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[object]:
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, AUTOCAST[self.config.precision])
 
     def _notify(self, notice: Notice) -> None:
         self.control.notices.append(notice)

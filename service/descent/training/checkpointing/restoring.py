@@ -19,6 +19,7 @@ from descent.errors import CheckpointError, DescentError
 from descent.optim.modes import has_modes
 from descent.storage import to_location
 from descent.training.collectives import Group
+from descent.training.loss_scale import SCALER
 from descent.training.state import EMA, MODEL, OPTIMIZER, TrainState, broadcast_state
 
 
@@ -67,6 +68,8 @@ def _misfit(tensors: Mapping[str, Tensor], state: TrainState) -> str:
     for name, tensor in tensors.items():
         if name.startswith(EMA) and state.ema is None and has_modes(state.optimizer):
             continue  # written for evaluation and export only
+        if name.startswith(SCALER):
+            continue  # of no use, or not needed, in another precision
         if not name.startswith(OPTIMIZER):
             if name not in own:
                 return f"this run's state has no {name}"
