@@ -359,6 +359,21 @@ def test_a_stop_ends_the_run_from_every_state(tmp_path: Path, state: ControllerS
     assert len(saved) == (1 if state in (C.ABORTING, C.SAVING, C.REGROUPING) else 0)
 
 
+@pytest.mark.parametrize("person", [False, True])
+def test_a_reason_to_end_early_counts_as_the_end_unless_a_person_stops_the_run(tmp_path: Path, person: bool) -> None:
+    play = Play(tmp_path).training()
+    play.controller.finish_early("observers.x: good enough")
+    play.controller.finish_early("observers.y: too late")
+    if person:
+        play.controller.stop()
+        play.controller.finish_early("observers.y: too late")
+    play.turn()
+    assert len(play.sent("pause")) == 2
+    play.all_answer("w0 w1", S.PAUSED, 3).turn()
+    early = policy.End(TerminalState.FINISHED, "observers.x: good enough")
+    assert play.ended == (policy.End(TerminalState.KILLED, "stopped on request") if person else early)
+
+
 def test_too_few_workers_write_a_checkpoint_before_the_run_gives_up(tmp_path: Path) -> None:
     play = Play(tmp_path, 2)
     bring_to(play, C.SAVING)

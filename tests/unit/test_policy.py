@@ -260,6 +260,16 @@ TABLE: list[tuple[str, View, Decision]] = [
         End(TerminalState.KILLED, "stopped on request"),
     ),
     (
+        "with a reason it is an end like any other",
+        view("a", a=member(S.PAUSED, 3), stopping=True, stop_reason="good enough"),
+        End(TerminalState.FINISHED, "good enough"),
+    ),
+    (
+        "but not before anything was trained",
+        view(a=fresh(S.STARTING), stopping=True, stop_reason="good enough"),
+        End(TerminalState.KILLED, "stopped on request"),
+    ),
+    (
         "a stop in the middle of a fault: the state is saved first",
         view("ab", a=member(S.BROKEN, 3), b=member(S.RUNNING, dead=True), stopping=True),
         Form(("a",), (), save_only=True),

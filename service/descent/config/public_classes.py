@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-Kind = Literal["module", "optimizer", "schedule", "data set", "task", "sampler", "metric"]
+Kind = Literal["module", "optimizer", "schedule", "data set", "task", "sampler", "metric", "observer"]
 
 KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "model": ("module",),
@@ -26,6 +26,7 @@ KINDS_BY_GROUP: Mapping[str, tuple[Kind, ...]] = {
     "data": ("data set", "sampler"),
     "metrics": ("metric",),
     "task": ("task",),
+    "observers": ("observer",),
 }
 """Group of the config -> kinds of classes that a `_target_` in it may name."""
 

@@ -7,10 +7,11 @@ here. Their arguments are checked when they are built, before any worker starts.
 import difflib
 import math
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from descent.config.metric_names import better_direction, check_observer_name
 
 
 def _has_target(value: dict[str, Any]) -> dict[str, Any]:
@@ -105,30 +106,6 @@ class EmaConfig(Section):
 class Evaluate(Section):
     every: Literal["epoch", "end"] | Positive = "epoch"
     batch_size: Positive = 256
-
-
-def better_direction(metric: str) -> Literal["min", "max"] | None:
-    """Whether a higher or a lower value of a metric is better, by the words of its name; None where these don't tell.
-
-    >>> better_direction("eval/accuracy"), better_direction("eval/val_loss"), better_direction("eval/zeal")
-    ('max', 'min', None)
-    """
-    words = re.split(r"[^a-z0-9]+", metric.lower().removeprefix("eval/"))
-
-    def speaks_of(known: Iterable[str]) -> bool:
-        return any(word == k or (len(k) > 3 and k in word) for word in words for k in known)
-
-    if speaks_of(_LOWER):
-        return "min"
-    return "max" if speaks_of(_HIGHER) else None
-
-
-_LOWER = frozenset("loss error mse rmse mae mape perplexity distance penalty nll wer cer ece brier divergence".split())  # noqa: SIM905
-_HIGHER = frozenset(
-    "accuracy acc f1 fbeta auc auroc precision recall specificity sensitivity bleu rouge r2 iou jaccard dice map ndcg mrr "  # noqa: SIM905
-    "kappa corr correlation pearson spearman score top1 top5 hits psnr ssim".split()
-)
-"""Words in the names of metrics, of which a lower or a higher value is better."""
 
 
 class KeepBest(Section):
@@ -294,6 +271,7 @@ class RunConfig(Section):
     resources: Resources
     evaluate: Evaluate
     checkpoint: Checkpoint
+    observers: dict[str, Spec] = Field(default_factory=dict)
     tracking: Tracking
     diagnostics: Diagnostics
     regroup: Regroup
@@ -318,6 +296,21 @@ class RunConfig(Section):
         for name, spec in value.items():
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
                 raise ValueError(f"{name!r} can't be a metric's name: letters, digits, '_', '.' and '-'")
+            _has_target(spec)
+        return value
+
+    @field_validator("observers", mode="before")
+    @classmethod
+    def _paths_alone(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"_target_": spec} if isinstance(spec, str) else spec for name, spec in value.items()}
+
+    @field_validator("observers")
+    @classmethod
+    def _observer_names(cls, value: dict[str, Spec]) -> dict[str, Spec]:
+        for name, spec in value.items():
+            check_observer_name(name)
             _has_target(spec)
         return value
 

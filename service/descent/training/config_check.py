@@ -24,6 +24,8 @@ def check_config(config: RunConfig) -> None:
         check_arguments(config.data.evaluate, trusted, "data.evaluate")
     if config.task is not None:
         check_arguments(config.task, trusted, "task")
+    for name, spec in config.observers.items():
+        check_arguments(spec, trusted, f"observers.{name}")
     Objective.of(build(config.loss, trusted, "loss"))
     # The patterns in `groups` are about the names of the run's own model.
     without_groups = config.model_copy(update={"optimizer": {**config.optimizer, "groups": []}})

@@ -89,6 +89,10 @@ class Controller:
         """Ask for a clean end at the end of the current step; safe in a signal handler."""
         self._state.request_stop()
 
+    def finish_early(self, reason: str) -> None:
+        """Ask for the end of the run, as finished, at the end of the current step; safe in any thread."""
+        self._state.request_stop(reason)
+
     # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
@@ -274,6 +278,7 @@ class Controller:
             failures=state.failures,
             max_failures=regroup.max_failures + self._chaos.allowance,
             stopping=state.stop_requested,
+            stop_reason=state.stop_reason,
             waited_s=state.in_state_s(now) if waiting else 0.0,
             patience_s=regroup.wait_s,
             startable=self._scaling.startable(workers),

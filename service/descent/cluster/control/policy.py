@@ -55,6 +55,8 @@ class View:
     failures: int = 0
     max_failures: int = 8
     stopping: bool = False
+    stop_reason: str = ""
+    """Why a run that is stopping counts as finished; empty where it doesn't."""
     waited_s: float = 0.0
     """Seconds for which no member has been running; 0 while one is."""
     patience_s: float = 60.0
@@ -255,6 +257,8 @@ def _while_idle(view: View, alive: Mapping[str, WorkerView]) -> Decision:
         interrupted = any(v.state is WorkerState.BROKEN for v in idle.values())
         if interrupted and unsaved and not view.save_tried:
             return Form((best,), (), save_only=True)
+        if view.stop_reason and holders:
+            return End(TerminalState.FINISHED, view.stop_reason)
         return End(TerminalState.KILLED, "stopped on request")
     if view.members and not any(v.holds_state for v in alive.values()):
         return Restore()  # all workers that held the state are gone

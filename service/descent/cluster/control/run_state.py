@@ -76,6 +76,8 @@ class RunState:
         self.entered_at = now
         """Monotonic time at which `state` was entered."""
         self.stop_requested = False
+        self.stop_reason = ""
+        """Why the run is to end as finished before its last step; empty where a person or a signal ends it."""
         self.generation = Generation()
         self.committed = first_step
         """The last step that a worker is known to have committed."""
@@ -122,8 +124,10 @@ class RunState:
         """Seconds since the current state was entered."""
         return now - self.entered_at
 
-    def request_stop(self) -> None:
-        """The user wants the run to end at the end of the current step."""
+    def request_stop(self, reason: str = "") -> None:
+        """The run is to end at the end of the current step: a person wants it, or what the reason says."""
+        if not self.stop_requested or not reason:  # the first reason counts, and a person's wish more than any
+            self.stop_reason = reason
         self.stop_requested = True
 
     def pause_requested(self, now: float) -> None:

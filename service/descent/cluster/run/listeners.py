@@ -1,8 +1,9 @@
-"""The controller's listener: passes a run's progress on to the display and to tracking."""
+"""The controller's listener: passes a run's progress on to the display, to tracking and to the user's observers."""
 
 import time
 
 from descent.cluster.run.display import Display
+from descent.cluster.run.observers import Observers
 from descent.messages import ClusterRecord, Incident, Record, StepRecord, TrainingRecord
 from descent.tracking import Tracker
 
@@ -10,8 +11,8 @@ from descent.tracking import Tracker
 class ListenerGroup:
     """Calls the display and the tracker for everything that the controller reports; see `record.listener.Listener`."""
 
-    def __init__(self, display: Display, tracker: Tracker) -> None:
-        self.display, self.tracker = display, tracker
+    def __init__(self, display: Display, tracker: Tracker, observers: Observers | None = None) -> None:
+        self.display, self.tracker, self._observers = display, tracker, observers
         self._incidents = 0
         self._first_world: ClusterRecord | None = None
         self.first_step_at: float | None = None
@@ -23,6 +24,8 @@ class ListenerGroup:
             self.first_step_at = record.time_ms / 1000
         self.display.record(record, world_size)
         self._log(record)
+        if self._observers is not None:
+            self._observers.record(record, world_size)
 
     def _log(self, record: Record) -> None:
         metrics = {chart_name(name): value for name, value in record.metrics.items()}

@@ -215,6 +215,8 @@ class RunRecorder:
             tags = {"descent.workers": json.dumps(outcome.workers), "mlflow.note.content": note}
             if outcome.incidents:
                 tags["descent.goodput"] = f"{outcome.goodput:.4f}"
+            if outcome.reason:
+                tags["descent.reason"] = outcome.reason
             if outcome.state_sha256:
                 tags["descent.state_sha256"] = outcome.state_sha256
             tracker.set_tags(tags)

@@ -34,7 +34,7 @@ class RunResult:
     """The last committed step."""
     run_dir: Path
     reason: str = ""
-    """Why the run ended before its last step; empty when it finished."""
+    """Why the run ended before its last step; empty when it took all of its steps."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The last value of `train/loss`, `eval/loss` and `eval/accuracy`, as far as the run has them."""
     best: Mapping[str, float] = field(default_factory=dict)

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "device",
     "evaluate",
     "checkpoint",
+    "observers",
     "tracking",
     "diagnostics",
     "regroup",

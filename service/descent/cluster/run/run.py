@@ -22,6 +22,7 @@ from descent.cluster.run.console import Starting, print_line
 from descent.cluster.run.display import Display
 from descent.cluster.run.listeners import ListenerGroup
 from descent.cluster.run.lock import RunLock
+from descent.cluster.run.observers import Observer, Observers, build_observers
 from descent.cluster.run.recorder import RunRecorder
 from descent.cluster.run.result import RunResult, best_kept, incident_figures, metric_figures, seconds_of_steps
 from descent.cluster.run.resume import (
@@ -77,6 +78,7 @@ class Run:
         self._room = 0
         """How many workers the cluster's GPUs have room for; 0 without GPUs."""
         self._lock: RunLock | None = None
+        self._user_observers: tuple[Observer, ...] = ()
         self._umask = os.umask(0o077)  # all files of a run are for its owner only
         try:
             self._check(composed)
@@ -147,6 +149,7 @@ class Run:
         from descent.training.plan import prepare
 
         config = self.config
+        self._user_observers = build_observers(config)
         if self.resumed is not None and config.slots == "workers":
             # The slots are part of the run's mathematics: the number of workers may change, they may not.
             config = config.model_copy(update={"slots": self.resumed.slots})
@@ -187,7 +190,9 @@ class Run:
         title = f"{self.run_dir.name}  {plan.num_parameters:,} parameters"
         display = Display(self.console, title, plan.total_steps, plan.batch_size, first_step, plan.steps_per_epoch)
         recorder = self._recorder(prepared, display)
-        listeners = ListenerGroup(display, recorder.tracker)
+        config = self.composed.without_secrets(self.config)
+        observers = Observers(self._user_observers, config, self.run_dir, recorder.tracker, display.note)
+        listeners = ListenerGroup(display, recorder.tracker, observers)
         group = RayWorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
         group.start(plan.max_workers + self.config.spares)
         try:
@@ -203,6 +208,7 @@ class Run:
                 first_step=first_step,
                 check_health=lambda: recorder.check(stepping=listeners.first_step_at is not None),
             )
+            observers.finish_early = controller.finish_early
             self._announce(prepared, display)
             if resumed is not None and resumed.died:
                 controller.note_lost_driver()
@@ -212,9 +218,11 @@ class Run:
                 signals.training = False
                 group.release_all()
                 committer.close()
+                observers.finish(str(outcome.state), outcome.step)
                 return self._result(recorder, outcome, listeners, log)
         except BaseException:
             group.release_all()
+            observers.abandon()
             recorder.abandon()
             raise
         finally:
