@@ -20,6 +20,7 @@ from descent.errors import ConfigError, DataError, DescentError
 from descent.optim.plateau import Plateau
 from descent.training.buffer_rules import find_rules
 from descent.training.buffers import Rule
+from descent.training.carried import STATELESS, Kept, asks_for_state, carried_state
 from descent.training.determinism import refuse_undeterministic
 from descent.training.loss_check import check_pair, settle
 from descent.training.model_snapshot import ModelSnapshot
@@ -135,7 +136,7 @@ def try_one(
     # Two samples where there are two: batch norm can't train on a single one.
     count = min(2, len(data), max(1, cut.micro))
     inputs, targets = as_pair(read(config, data, np.arange(count), "data.train"), "data.train")
-    before = ModelSnapshot.of(model)
+    before, kept = ModelSnapshot.of(model), Kept.of(model)
     model.train()
     with own_generators(seed=0) as drew:
         output = _forward(config, model, inputs)
@@ -152,14 +153,17 @@ def try_one(
     except Exception as error:
         refuse_undeterministic(error)
         raise ConfigError(f"{_where(config)}: the backward failed: {in_one_line(error)}") from error
+    written = before.written(model)
+    carried = carried_state(kept, before, model, None, inputs, count, model, output)
+    if carried is not None:
+        raise ConfigError(f"{_where(config)}: carries {carried!r} from batch to batch; {STATELESS}")
     if cut.smallest == 1:
         check_single_samples(config, lambda: model(inputs[:1]))
-    written = before.written(model)
     objection = before.objection(model, written)
     if objection is not None:
         raise ConfigError(f"{_where(config)}: {objection}")
     before.put_back(model)
-    _check_repeats(config, model, inputs, output.detach())
+    _check_repeats(config, model, inputs, output.detach(), kept)
     before.put_back(model)
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
     refuse_sparse(config, model, cut.slots == 1)
@@ -236,15 +240,16 @@ def refuse_sparse(config: RunConfig, model: nn.Module, one_slot: bool) -> None:
             )
 
 
-def _check_repeats(config: RunConfig, model: nn.Module, inputs: Tensor, first: Tensor) -> None:
+def _check_repeats(config: RunConfig, model: nn.Module, inputs: Tensor, first: Tensor, kept: Kept) -> None:
     """Whether the output is a function of inputs, parameters, buffers and the generators' seed."""
     with own_generators(seed=0):
         again = _forward(config, model, inputs).detach()
     if config.reduction == "exact" and not torch.equal(first.nan_to_num(), again.nan_to_num()):
         raise ConfigError(
             f"{_where(config)}: gives another output when the same samples come again, with the same weights, "
-            "buffers and seeds: it keeps something else, which no checkpoint holds and no other worker has; make "
-            "it a buffer (register_buffer), or use reduction=fast, which doesn't promise equal bits"
+            f"buffers and seeds: it keeps {kept.named(model)}, which no checkpoint holds and no other worker has; make "
+            "it a buffer (register_buffer), or use reduction=fast, which doesn't promise equal bits; or, where it is a "
+            "state that is carried from batch to batch, begin each forward with a new one"
         )
 
 
@@ -356,6 +361,9 @@ def _forward(config: RunConfig, model: nn.Module, inputs: Tensor) -> Tensor:
         raise
     except Exception as error:
         refuse_undeterministic(error)
+        state = asks_for_state(error)
+        if state is not None:
+            raise ConfigError(f"{where}: its forward takes {state!r} beside the inputs; {STATELESS}") from error
         raise ConfigError(
             f"{where}: can't take this data: inputs of shape {list(inputs.shape[1:])}, {inputs.dtype}: "
             f"{in_one_line(error)}"

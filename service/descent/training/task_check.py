@@ -22,6 +22,7 @@ from descent.data.generators import own_generators
 from descent.errors import ConfigError, DataError, DescentError, TrainingError
 from descent.training.buffer_rules import find_rules
 from descent.training.buffers import Rule
+from descent.training.carried import STATELESS, Kept, asks_for_state, carried_state
 from descent.training.coupling import features_of
 from descent.training.determinism import refuse_undeterministic
 from descent.training.evaluation_results import State, described
@@ -93,21 +94,25 @@ def check_task(
     most = min(len(data), max(1, cut.micro))
     few, more = _samples(config, data, min(2, most)), _samples(config, data, min(_SAMPLES, most), spread=True)
     kept = dict(numbers_kept(task.task))
-    before = ModelSnapshot.of(model)
+    before, attributes = ModelSnapshot.of(model), Kept.of(model, task.task)
     model.train()
     with own_generators(seed=0) as drew:
         loss = _loss(task, model, few)
         drawn = drew()
     task = replace(task, names=tuple(loss.logged))
     _backward(task, model, loss)
+    written = before.written(model)
+    again = lambda batch: task.loss(model, batch, range(few.num)).total  # noqa: E731
+    carried = carried_state(attributes, before, model, task.task, few.batch, few.num, again, loss.total)
+    if carried is not None:
+        raise ConfigError(f"{task.where}: model or task carry {carried!r} from batch to batch; {STATELESS}")
     if cut.smallest == 1:
         check_single_samples(config, lambda: _loss(task, model, _samples(config, data, 1)))
-    written = before.written(model)
     objection = before.objection(model, written)
     if objection is not None:
         raise ConfigError(f"model._target_={config.model['_target_']}: {objection}")
     before.put_back(model)
-    _check_repeats(config, task, model, few, loss)
+    _check_repeats(config, task, model, few, loss, attributes)
     before.put_back(model)
     unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
     refuse_sparse(config, model, cut.slots == 1)
@@ -189,6 +194,11 @@ def _loss(task: OwnTask, model: nn.Module, samples: _Samples) -> MicroBatchLoss:
         raise ConfigError(str(error)) from error
     except Exception as error:
         refuse_undeterministic(error)
+        state = asks_for_state(error)
+        if state is not None:
+            raise ConfigError(
+                f"{task.where}: the model's forward takes {state!r} beside the inputs; {STATELESS}"
+            ) from error
         raise ConfigError(
             f"{task.where}: its loss failed for {samples.num} samples, {describe(samples.batch)}: {in_one_line(error)}"
         ) from error
@@ -246,15 +256,16 @@ def _parameters_of(task: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _check_repeats(
-    config: RunConfig, task: OwnTask, model: nn.Module, samples: _Samples, first: MicroBatchLoss
+    config: RunConfig, task: OwnTask, model: nn.Module, samples: _Samples, first: MicroBatchLoss, kept: Kept
 ) -> None:
     with own_generators(seed=0), torch.no_grad():
         again = _loss(task, model, samples)
     if config.reduction == "exact" and not _same(first.total, again.total):
         raise ConfigError(
             f"{task.where}: gives {float(first.total):.9g} and then {float(again.total):.9g} for the same samples, weights "
-            "and seeds: model or task keep something else, which no checkpoint holds and no other worker has; make "
-            "it a buffer of the model (register_buffer), or use reduction=fast, which doesn't promise equal bits"
+            f"and seeds: model or task keep {kept.named(model, task.task)}, which no checkpoint holds and no other worker "
+            "has; make it a buffer of the model (register_buffer), or use reduction=fast, which doesn't promise equal bits; "
+            "or, where it is a state that is carried from batch to batch, begin each forward with a new one"
         )
 
 
