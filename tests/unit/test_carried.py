@@ -33,7 +33,7 @@ def test_a_carried_state_is_refused_by_name(model: str, name: str, more: tuple[s
 
 
 def test_a_forward_that_takes_the_state_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="TakesHidden: its forward takes 'hidden' beside the inputs; .*begin each"):
+    with pytest.raises(ConfigError, match=r"TakesHidden: its forward takes 'hidden' beside the inputs; .*begin each"):
         prepared("TakesHidden")
 
 
