@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 NETS = """
 from torch import nn
@@ -14,6 +15,13 @@ from torch import nn
 class Net(nn.Sequential):
     def __init__(self, width=8):
         super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+class Curve:
+    def on_step(self, run, log):
+        log.scalar("twice", 2 * run.metrics["train/loss"])
+
+    def on_evaluate(self, run, log):
+        log.table("seen", [dict(run.metrics)])
 """
 SCRIPT = """
 import json
@@ -26,7 +34,7 @@ overrides = {
     "epochs": None, "steps": 4, "evaluate": {"every": 2}, "workers": 1, "tracking": {"system_metrics": False},
 }
 if __name__ == "__main__":
-    first = descent.train({**overrides, "name": "first"})
+    first = descent.train({**overrides, "name": "first", "+observers.curve": "service.nets.Curve"})
 
     import ray
     import torch
@@ -116,6 +124,15 @@ def test_a_connection_to_ray_is_shared_and_left_open(said: dict[str, Any]) -> No
 def test_a_finished_run_is_left_as_it_is_and_goes_further_when_asked(said: dict[str, Any]) -> None:
     assert said["again"] == {**said["first"], "already_finished": True}
     assert (said["further"]["step"], said["further"]["run_id"]) == (6, said["first"]["run_id"])
+
+
+def test_what_an_observer_says_stands_beside_the_runs_metrics_once_for_each_step(said: dict[str, Any]) -> None:
+    client, run_id = MlflowClient(said["further"]["tracking_uri"]), said["first"]["run_id"]
+    losses, twice = (client.get_metric_history(run_id, name) for name in ("train/loss", "curve/twice"))
+    assert [(p.step, p.value) for p in twice] == [(p.step, 2 * p.value) for p in losses]
+    assert [p.step for p in twice] == [1, 2, 3, 4, 5, 6]  # over a resume
+    steps = {a.path for a in client.list_artifacts(run_id, "curve/seen")}
+    assert {f"curve/seen/step-{step:06d}.csv" for step in (2, 4, 6)} <= steps
 
 
 def test_refusals_are_errors_of_descent(said: dict[str, Any]) -> None:
