@@ -31,6 +31,54 @@ class Hidden(nn.Module):
         return self.head(x[:, -1])
 
 
+class Cell(nn.Module):
+    """An LSTM with a memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.state = nn.LSTM(8, 8, batch_first=True), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, state = self.lstm(x, self.state)
+        self.state = tuple(part.detach() for part in state)
+        return x
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = Cell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)
+
+
+class Deep(nn.Module):
+    """Its memory lies some modules deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Sequential(Wrapped()), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.flatten(0, 1))[:, -1])
+
+
+class HiddenBuffer(nn.Module):
+    """Makes its hidden state a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.RNN(8, 8, batch_first=True), nn.Linear(8, 10)
+        self.register_buffer("hidden", torch.zeros(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden.expand(1, len(x), 8) if self.hidden.shape[1] == 1 else self.hidden
+        x, hidden = self.rnn(x.flatten(0, 1), hidden.contiguous())
+        self.hidden = hidden.detach()
+        return self.head(x[:, -1])
+
+
 class Stream(IterableDataset[Pair]):
     def __iter__(self) -> Any:
         yield from Pictures()
@@ -86,6 +134,23 @@ def negative(model: nn.Module, batch: Pair) -> Mean:
 
 def one_argument(model: nn.Module) -> Tensor:
     return next(model.parameters()).sum()
+
+
+def entropy(model: nn.Module, batch: Pair) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Remembers:
+    """Compares each batch with the one before."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def loss(self, model: nn.Module, batch: Pair) -> Tensor:
+        output = model(batch[0])
+        before = output.detach() * 0 if self.last is None else self.last
+        self.last = output.detach()
+        return (output - before).square().mean()
 
 
 class Moving:

@@ -35,6 +35,30 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "nothing counted": ([OWN[0], OWN[1] + "nothing"], ["count is 0"]),
     "a negative count": ([OWN[0], OWN[1] + "negative"], ["count -2", "0 or more"]),
     "one argument": ([OWN[0], OWN[1] + "one_argument"], ["refused.one_argument", "must take (model, batch)"]),
+    "a hidden state": (
+        ["model._target_=tests.programs.refused.Hidden"],
+        ["carries 'hidden' from batch to batch", "begin each forward with a new state"],
+    ),
+    "a hidden state without equal bits": (
+        ["model._target_=tests.programs.refused.Hidden", "reduction=fast"],
+        ["carries 'hidden' from batch to batch"],
+    ),
+    "a hidden state, with a task": (
+        ["model._target_=tests.programs.refused.Hidden", OWN[0], OWN[1] + "entropy"],
+        ["carry 'hidden' from batch to batch", "begin each forward with a new state"],
+    ),
+    "a hidden state deep inside": (
+        ["model._target_=tests.programs.refused.Deep"],
+        ["carries 'inner.0.cell.state[0]'", "let a sample be a longer piece"],
+    ),
+    "a hidden state in a buffer": (
+        ["model._target_=tests.programs.refused.HiddenBuffer"],
+        ["carries 'hidden' from batch to batch", "begin each forward with a new state"],
+    ),
+    "a hidden state of the task": (
+        [OWN[0], OWN[1] + "Remembers"],
+        ["refused.Remembers", "carry 'last'", "begin each forward with a new state"],
+    ),
     "a memory": ([OWN[0], OWN[1] + "Moving"], ["refused.Moving"]),
     "a parameter": ([OWN[0], OWN[1] + "Temperature"], ["'log_scale'", "into the model"]),
     "no method": ([OWN[0], OWN[1] + "NoMethod"], ["loss(model, batch)"]),
