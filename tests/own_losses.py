@@ -84,6 +84,23 @@ class Trained(nn.Module):
         return F.cross_entropy(output * self.temperature, target)
 
 
+class Tempered(nn.Module):
+    """A model that holds the temperature, which only its loss uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x)
+        return found
+
+
+def tempered(model: Tempered, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]) * model.temperature, batch[1])
+
+
 class Running(nn.Module):
     """Its buffer changes with every call."""
 

@@ -90,6 +90,27 @@ def test_the_numbers_are_those_of_a_plain_loop(pool: Crew, tmp_path: Path, kind:
     assert len(hashes) == 1
 
 
+def test_a_parameter_that_only_the_loss_uses_is_trained_where_the_model_holds_it(pool: Crew, tmp_path: Path) -> None:
+    """What the refusal of a loss with parameters gives as the cure."""
+    own = ["model=custom", "model._target_=tests.own_losses.Tempered", "optimizer.lr=0.5"]
+    task = ["task=custom", "task._target_=tests.own_losses.tempered"]
+    case = Case.of([*RUN, *own, *task, "reduction=exact"], tmp_path)
+    train, _ = build_data(case.config)
+    model, losses = build_model(case.config, train), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    order = SampleOrder(len(train), BATCH, case.config.seed)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = own_losses.tempered(model, train.gather(order.samples_of(step + 1)))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert abs(model.temperature.item() - 1.0) > 0.01
+    told = [pool.train(case, world)[0] for world in (1, 2)]
+    assert told[0].losses == pytest.approx(losses, rel=1e-4)
+    assert told[0].sha256 == told[1].sha256
+
+
 def test_an_accuracy_counts_labels_whatever_their_classes_weigh(pool: Crew, tmp_path: Path) -> None:
     """The loss is divided by weights; the share of right answers is not."""
     case = Case.of([*RUN, "reduction=exact"], tmp_path)

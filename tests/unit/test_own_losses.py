@@ -52,7 +52,10 @@ def test_how_a_loss_is_read(name: str, reading: Reading) -> None:
         ("Contrastive", "compares the samples of a batch with each other.*slots=1"),
         ("PairThatDoesNotAdd", r"its \(total, count\) don't add up"),
         ("NegativeCount", "with the count -2; it must be 0 or more"),
-        ("Trained", r"parameter 'temperature', which no optimizer trains.*requires_grad_\(False\)"),
+        (
+            "Trained",
+            r"parameter 'temperature', which no optimizer trains.*task=custom.* model\.temperature .*requires_grad_\(False\)",
+        ),
         ("Running", "changes its own 'scale' from call to call"),
         ("Counting", "changes its own 'calls' from call to call"),
         ("remembering", "changes its own 'calls' from call to call"),

@@ -163,9 +163,10 @@ def _refuse_trained_parameters(loss: object, where: str) -> None:
         for name, parameter in loss.named_parameters():
             if parameter.requires_grad:
                 raise ConfigError(
-                    f"{where}: has the parameter {name!r}, which no optimizer trains and no checkpoint holds: move it "
-                    "into the model, or, if it is to stay as it is, call requires_grad_(False) on the loss in its "
-                    "__init__"
+                    f"{where}: has the parameter {name!r}, which no optimizer trains and no checkpoint holds: make it a "
+                    "parameter of the model, and the loss a function loss(model, batch) that takes it from there "
+                    f"(task=custom task._target_=…, with model.{name.rpartition('.')[2]} in it); or, if it is to stay as it "
+                    "is, call requires_grad_(False) on the loss in its __init__"
                 )
 
 
