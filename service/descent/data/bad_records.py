@@ -36,16 +36,16 @@ class KnownBad:
     def __init__(self, is_bad: npt.NDArray[np.bool_], describe: Callable[[int], str]) -> None:
         if is_bad.all():
             raise DataError(f"no sample can be used: {describe(0)}")
-        self._is_bad, self._describe = is_bad, describe
+        self.is_bad, self._describe = is_bad, describe
 
     def of(self, rows: Indices) -> "KnownBad | None":
         """The same for a data set of the samples `rows`; None where all of these are usable."""
-        is_bad = self._is_bad[rows]
+        is_bad = self.is_bad[rows]
         return KnownBad(is_bad, lambda i: self._describe(int(rows[i]))) if is_bad.any() else None
 
     def refuse(self, indices: Indices) -> None:
         """Raise BadRecords where a batch of these samples has unusable ones."""
-        rows = np.flatnonzero(self._is_bad[indices])
+        rows = np.flatnonzero(self.is_bad[indices])
         if len(rows):
             raise BadRecords(self._describe(int(indices[rows[0]])), rows.tolist())
 

@@ -2,13 +2,12 @@
 
 import torch
 
-from descent.data.base import TensorData
-from descent.data.preprocessing import standardization_of
 from descent.data.scikit_learn import read_table
 from descent.data.splits import rows_of
+from descent.data.table_columns import Columns, TableData
 
 
-class BreastCancer(TensorData):
+class BreastCancer(TableData):
     """569 tumours: inputs float32 [n, 30], targets int64 [n] (0 malignant, 1 benign).
 
     Each measurement is standardized by the mean and standard deviation of the *training* split that
@@ -20,14 +19,15 @@ class BreastCancer(TensorData):
         table = read_table("breast_cancer.csv", skip_header=True)
         measured, diagnosis = table[:, :-1], table[:, -1]
         train = rows_of(len(measured), "train", holdout, seed)
-        standardize = standardization_of(measured, train)
+        names = tuple(f"measurement_{i}" for i in range(measured.shape[1]))
+        columns = Columns(names, measured, {}, frozenset(names), "breast_cancer.csv")
         rows = rows_of(len(measured), split, holdout, seed)
         super().__init__(
-            standardize(torch.from_numpy(measured[rows])),
+            columns.of(rows),
             torch.from_numpy(diagnosis[rows]).long(),
+            columns.learn(train),
             num_outputs=2,
             name="breast_cancer",
             source="scikit-learn load_breast_cancer",
             class_names=("malignant", "benign"),
-            preprocessing=standardize,
         )

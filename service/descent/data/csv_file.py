@@ -1,4 +1,4 @@
-"""Your own table: a CSV file with a header, numeric columns and one target column."""
+"""Your own table: a CSV file with a header, columns of numbers and of text, and one target column."""
 
 import csv
 import math
@@ -10,24 +10,32 @@ import numpy.typing as npt
 import torch
 
 from descent.data.bad_records import FLOAT32_MAX, KnownBad, Policy
-from descent.data.base import TensorData
-from descent.data.preprocessing import Standardize, standardization_of
 from descent.data.regular_files import require_file
 from descent.data.shards import local_file, size_of
 from descent.data.splits import rows_of
+from descent.data.table_columns import Columns, TableData
 from descent.errors import DataError
 
+_MOST_CATEGORIES = 100  # of a column that nobody named as categories
 
-class Csv(TensorData):
-    """inputs float32 [n, columns]; targets int64 [n] (classes) or float32 [n, 1] (values).
 
-    features: names of the input columns; null for all columns but the target.
+class Csv(TableData):
+    """inputs float32 [n, width]; targets int64 [n] (classes) or float32 [n, 1] (values).
+
+    A column of numbers is one column of the inputs. A column of categories is one column for each text that it has in
+    the training rows: 1 where the row has this text, else 0 (one-hot). A text that no training row has gives zeros.
+
+    features: names of the input columns; null for all columns but the target and those in `drop`.
+    drop: names of columns that are left out.
+    categories: names of columns that are taken as categories, whatever they hold (postcodes, months). A column in
+    which no cell is a number is taken so anyway.
     delimiter: one character; '\\t' stands for a tab.
     targets_are: 'classes' or 'values'; null decides: whole numbers or text are classes, numbers of which
     one has a fraction are values. Classes are numbered in sorted order over the whole file;
     `class_names` has them as they are written there.
-    standardize: whether the features are standardized, by mean and standard deviation of the training
-    split that (holdout, seed) defines, whichever split is asked for.
+    standardize: true, false, or the names of the columns that are standardized: true is all columns of numbers. Mean and
+    standard deviation, and the categories, are those of the training split that (holdout, seed) defines, whichever
+    split is asked for; where a run splits the data otherwise, those of its training rows.
     max_mb: a larger file is refused before it is fetched or read. The file is read whole, and meanwhile
     its cells take about ten times its size in memory.
     on_error: with 'skip', a row with a cell that can't be used is a bad record; with 'fail', the file is
@@ -43,7 +51,7 @@ class Csv(TensorData):
         target: str | None = None,
         features: list[str] | None = None,
         delimiter: str = ",",
-        standardize: bool = True,
+        standardize: bool | list[str] = True,
         targets_are: str | None = None,
         split: str = "all",
         holdout: float = 0.1,
@@ -51,8 +59,12 @@ class Csv(TensorData):
         max_mb: float = 512.0,
         on_error: Policy = "fail",
         name: str = "csv",
+        drop: list[str] | None = None,
+        categories: list[str] | None = None,
     ) -> None:
-        _check_arguments(path, target, features, targets_are)
+        features, drop, categories = _names(features), _names(drop), _names(categories)
+        standardize = standardize if isinstance(standardize, bool) else _names(standardize) or False
+        _check_arguments(path, target, features, drop, targets_are)
         assert path is not None and target is not None
         delimiter = "\t" if delimiter == "\\t" else delimiter
         if len(delimiter) != 1:
@@ -65,33 +77,31 @@ class Csv(TensorData):
                 "(data=parquet), or raise data.max_mb"
             )
         table = _Table(local_file(path), delimiter, on_error)
-        chosen = list(features) if features is not None else [n for n in table.header if n != target]
+        left_out = {target, *(drop or ())}
+        chosen = list(features) if features is not None else [n for n in table.header if n not in left_out]
+        table.columns([*chosen, target, *(drop or ())])  # refuses unknown names before any cell is looked at
         if not chosen:
             raise DataError(f"{path}: no column is left beside the target {target!r}")
-        table.columns([*chosen, target])  # refuses unknown names before any cell is looked at
-        inputs = np.stack(
-            [table.numbers(column, math.inf if standardize else FLOAT32_MAX) for column in chosen], axis=1
-        )
+        for key, named in (("categories", categories), ("standardize", standardize)):
+            for column in named if isinstance(named, list) else ():
+                if column not in chosen:
+                    raise DataError(
+                        f"data.{key} names {column!r}, which is no input column; there are {', '.join(chosen)}"
+                    )
+        columns = _columns(table, chosen, standardize, categories or [], str(path))
         targets, class_names = _targets(table, target, targets_are)
         bad = table.known_bad()
-        standardization: Standardize | None = None
-        if standardize:
-            train = rows_of(len(inputs), "train", holdout, seed)
-            with np.errstate(over="ignore", invalid="ignore"):
-                standardization = standardization_of(inputs, train[~table.is_bad[train]])
-            for column in (~(standardization.mean + standardization.std).isfinite()).nonzero()[:, 0].tolist():
-                raise DataError(f"{path}, column {chosen[column]!r}: its numbers are too large to be standardized")
+        train = rows_of(len(targets), "train", holdout, seed)
+        rows = rows_of(len(targets), split, holdout, seed)
         self.features = chosen
-        rows = rows_of(len(inputs), split, holdout, seed)
-        raw = torch.from_numpy(inputs[rows])
         super().__init__(
-            raw.float() if standardization is None else standardization(raw),
+            columns.of(rows),
             torch.from_numpy(targets[rows]),
+            columns.learn(train[~table.is_bad[train]]),
             num_outputs=len(class_names) if class_names else 1,
             name=name,
             source=str(path),
             class_names=class_names,
-            preprocessing=standardization,
             bad=None if bad is None else bad.of(rows),
         )
 
@@ -99,7 +109,14 @@ class Csv(TensorData):
         return f"features={self.features} classes={list(self.class_names or ())}"
 
 
-def _check_arguments(path: str | None, target: str | None, features: list[str] | None, targets_are: str | None) -> None:
+def _names(given: list[str] | str | None) -> list[str] | None:
+    """A list of column names; one name may be given without brackets."""
+    return None if given is None else [given] if isinstance(given, str) else [str(name) for name in given]
+
+
+def _check_arguments(
+    path: str | None, target: str | None, features: list[str] | None, drop: list[str] | None, targets_are: str | None
+) -> None:
     if path is None:
         raise DataError("data.path is not set: give data.path=FILE.csv")
     if target is None:
@@ -110,6 +127,35 @@ def _check_arguments(path: str | None, target: str | None, features: list[str] |
         raise DataError("data.features is empty: name at least one column, or null for all")
     if features is not None and target in features:
         raise DataError(f"data.features holds {target!r}, which is data.target")
+    if features is not None and drop:
+        raise DataError("data.features and data.drop are both set: name the columns to take, or those to leave out")
+    if drop and target in drop:
+        raise DataError(f"data.drop holds {target!r}, which is data.target")
+
+
+def _columns(
+    table: "_Table", chosen: list[str], standardize: bool | list[str], categories: list[str], source: str
+) -> Columns:
+    """The input columns: each is one of numbers or one of categories. Raises DataError for cells that can't be used."""
+    values, texts, standardized = [], {}, set()
+    for name in chosen:
+        if name in categories or table.is_text(name):
+            numbers, texts[name] = table.categories(name)
+            if name not in categories and len(texts[name]) > _MOST_CATEGORIES:
+                raise DataError(
+                    f"{source}, column {name!r}: {len(texts[name]):,} different texts: leave it out (data.drop=[{name}]), "
+                    f"or take each as a category (data.categories=[{name}])"
+                )
+            if isinstance(standardize, list) and name in standardize:
+                raise DataError(
+                    f"data.standardize names {name!r}, which holds categories: name columns of numbers only"
+                )
+        else:
+            scaled = name in standardize if isinstance(standardize, list) else standardize
+            standardized.update([name] if scaled else [])
+            numbers = table.numbers(name, math.inf if scaled else FLOAT32_MAX)
+        values.append(numbers)
+    return Columns(tuple(chosen), np.stack(values, axis=1), texts, frozenset(standardized), source)
 
 
 class _Table:
@@ -179,6 +225,21 @@ class _Table:
         """The cells of one column."""
         (at,) = self.columns([name])
         return [cells[at].strip() for cells in self.rows]
+
+    def is_text(self, name: str) -> bool:
+        """Whether the column has text in it, and no number."""
+        filled = [cell for cell in self.text(name) if cell]
+        return bool(filled) and all(_number(cell) is None for cell in filled)
+
+    def categories(self, name: str) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
+        """(the number of each row's text [rows], NaN for an empty cell; the texts in sorted order)."""
+        cells = self.text(name)
+        texts = sorted({cell for cell in cells if cell})
+        number_of = {text: number for number, text in enumerate(texts)}
+        for i, cell in enumerate(cells):
+            if not cell:
+                self.refuse(i, name, cell, "is no category: fill it (none, unknown) or drop the row")
+        return np.array([number_of.get(cell, math.nan) for cell in cells], dtype=np.float64), tuple(texts)
 
     def numbers(self, name: str, most: float) -> npt.NDArray[np.float64]:
         """One column as float64 [rows]; a cell that isn't a finite number of at most `most` is refused."""

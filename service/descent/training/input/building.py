@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from descent.config import RunConfig, build, resolve_target
 from descent.data.bad_records import BadRecords
-from descent.data.base import BatchDataset, Data, Indices, root_of
+from descent.data.base import BatchDataset, Data, Indices, indices_in_root, root_of
 from descent.data.batch import Batch, tensors_of
 from descent.data.cache import use_cache
 from descent.data.data_thread import in_data_thread
@@ -21,6 +21,7 @@ from descent.data.generators import own_generators
 from descent.data.identity import require_digest
 from descent.data.map_style import Collate, MapStyle, UserData, adapt
 from descent.data.splits import split
+from descent.data.table_columns import TableData
 from descent.errors import ConfigError, DataError
 from descent.training.input import samplers
 from descent.training.input.permutation import stream_seed
@@ -112,11 +113,18 @@ def digest_to_compare(train: Data) -> str | None:
 def _build_both(config: RunConfig, collate: Collate | None) -> tuple[Data, Data | None]:
     use_cache(config.data.cache.dir, config.data.cache.gb)
     if config.data.evaluate is None:
-        train = _data_set(config, config.data.train, "data.train", collate)
-        return split(train, config.data.holdout, config.data.test, config.seed)[:2]
+        whole = _data_set(config, config.data.train, "data.train", collate)
+        parts = split(whole, config.data.holdout, config.data.test, config.seed)
+        if isinstance(whole, TableData):
+            whole.learn_of(indices_in_root(parts[0], np.arange(len(parts[0]))))
+            parts = split(whole, config.data.holdout, config.data.test, config.seed)  # views of what it is now
+        return parts[:2]
     _refuse_unused_shares(config)
     train = _data_set(config, config.data.train, "data.train", collate)
-    return train, _data_set(config, config.data.evaluate, "data.evaluate", collate)
+    evaluate = _data_set(config, config.data.evaluate, "data.evaluate", collate)
+    if isinstance(train, TableData) and isinstance(evaluate, TableData):
+        evaluate.follow(train, "data.evaluate")
+    return train, evaluate
 
 
 def _refuse_unused_shares(config: RunConfig) -> None:
