@@ -4,8 +4,8 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+from descent.cluster.run.announcement import name_of
 from descent.cluster.run.result import RunResult
-from descent.cluster.run.run import name_of
 from descent.cluster.run.train import overrides_of
 from descent.config import RunConfig, compose
 

@@ -9,7 +9,9 @@ from descent.cluster.clock import SYSTEM_CLOCK, Clock
 from descent.cluster.control import policy
 from descent.cluster.control.checkpoints import CheckpointCommitter
 from descent.cluster.control.control_file import ControlFile
+from descent.cluster.control.ending import Ending
 from descent.cluster.control.health import WorkerHealth
+from descent.cluster.control.intake import POLL_S, Intake
 from descent.cluster.control.journal import Journal
 from descent.cluster.control.outcome import Outcome
 from descent.cluster.control.policy import View
@@ -22,29 +24,18 @@ from descent.config import RunConfig
 from descent.config.schema import CLUSTER_KINDS
 from descent.errors import CheckpointError, ClusterError, StoreError
 from descent.messages import (
-    Notice,
-    StepRecord,
     TerminalState,
-    WorkerFailure,
     WorkerState,
-    WorkerStatus,
 )
-from descent.storage import Location
 from descent.training.collectives import Store
 from descent.training.plan import Plan
 
-_POLL_S = 0.2
-"""A poll without an answer returns after about this long."""
 _CHAOS_POLL_S = 0.02
 """The same while faults are to be injected, whose moments depend on how far the run is."""
 _PEER_S = 30.0
 """At most so long a lone survivor waits for a peer, where `Chaos.needs_peer`."""
 _ABORT_S = 10.0
 """A member that was asked to leave its generation and hasn't after this time is ended: it is the one that is stuck."""
-_LAST_CHECKPOINT_S = 120.0
-"""How long the last checkpoint may take."""
-_LAST_RECORDS_S = 5.0
-"""How long the last records are fetched when no checkpoint is to come: the run has failed."""
 _NODES_EVERY_S = 1.0
 """Between two looks at the cluster for nodes that are going away."""
 
@@ -83,6 +74,19 @@ class Controller:
             file=StrikeFile(log.run_dir),
             last_logged=log.last_step,
         )
+        self._intake = Intake(config, self._state, group, self._journal, committer, self._chaos, clock)
+        self._ending = Ending(
+            self._state,
+            group,
+            self._journal,
+            committer,
+            self._intake,
+            self._chaos,
+            clock,
+            send_memberships=self._send_memberships,
+            batch_size=plan.batch_size,
+            first_step=first_step,
+        )
         self._nodes_looked_at = 0.0
 
     def stop(self) -> None:
@@ -116,14 +120,14 @@ class Controller:
 
     def turn(self) -> policy.End | None:
         """Poll, decide and act once; the decision to end the run, where that is what comes next."""
-        self._poll(self._reporter, _CHAOS_POLL_S if self._config.chaos.faults else _POLL_S)
+        self._intake.poll(self._intake.reporter, _CHAOS_POLL_S if self._config.chaos.faults else POLL_S)
         self._journal.log.flush()
         self._check_health()
         self._check_cluster()
         self._check_workers()
         self._request_due_checkpoint()
         self._scaling.answer_requests(len(self._state.generation.members))
-        self._take_checkpoint_results()
+        self._intake.take_checkpoint_results()
         if self._state.fatal_error:
             return policy.End(TerminalState.FAILED, self._state.fatal_error)
         # A checkpoint that was to be written before the run ends, or goes on elsewhere, is waited for.
@@ -136,56 +140,6 @@ class Controller:
         self._show("RUNNING")
         self._journal.listener.tick()
         return None
-
-    # -- poll -----------------------------------------------------------------------------------
-
-    @property
-    def _reporter(self) -> str | None:
-        """The worker whose records are fetched: all members have the same ones, so the first living one's."""
-        return next((w for w in self._state.generation.members if not self._group.workers[w].dead), None)
-
-    def _poll(self, reporter: str | None, wait_s: float) -> set[str]:
-        """Take in new answers, as soon as there is one, else after about `wait_s`; the ids of those that answered."""
-        statuses = self._group.poll(acknowledged=self._journal.log.acknowledged, reporter=reporter, wait_s=wait_s)
-        for status in statuses:
-            self._receive(status)
-        return {status.worker_id for status in statuses}
-
-    def _receive(self, status: WorkerStatus) -> None:
-        state, journal = self._state, self._journal
-        for notice in status.notices:
-            self._receive_notice(notice, status.worker_id)
-        for record in journal.add_records(status.records, state.generation):
-            if isinstance(record, StepRecord):
-                self._chaos.step_committed(record)
-        if status.shares:
-            # A checkpoint is never ahead of the records on the disk: should this process die now, a
-            # resume from it would leave out the steps in between.
-            journal.log.flush()
-            for share in status.shares:
-                self._committer.add_share(share)
-        micro_size = state.micro_size
-        state.receive(status, self._now_ms())
-        if state.micro_size < micro_size:
-            journal.listener.note(
-                f"out of memory: going on with batch.micro_size={state.micro_size}, which rounds differently; "
-                "a run that is to have these bits again sets it from the start"
-            )
-        journal.incidents.add_useful_time(status, is_reporter=status.worker_id == self._reporter)
-        if status.leaving:
-            self._let_leave(status.worker_id, "asked to end (SIGTERM)")
-
-    def _receive_notice(self, notice: Notice, worker_id: str) -> None:
-        generation = self._state.generation
-        if notice.kind == "injected":
-            self._chaos.struck(notice, worker_id)
-        elif notice.generation == generation.number:
-            new = self._journal.add_notice(notice, generation, self._group.workers)
-            if new and notice.kind == "checkpoint unusable":
-                self._committer.reject_newest(notice.detail)
-            if new and notice.kind == "straggler" and self._config.straggler.replace:
-                if notice.rank is not None and notice.rank < len(generation.members):
-                    self._state.mark_slow(generation.members[notice.rank])
 
     # -- workers that hang, die or go ---------------------------------------------------------------
 
@@ -211,17 +165,7 @@ class Controller:
             draining = group.draining_nodes()
             for worker_id, worker in group.workers.items():
                 if not worker.dead and worker.status is not None and worker.status.node in draining:
-                    self._let_leave(worker_id, "its node is being drained")
-
-    def _let_leave(self, worker_id: str, why: str) -> None:
-        """A worker will go away soon: the others go on without it after a pause, and no step is lost."""
-        if not self._state.start_leaving(worker_id) or worker_id not in self._state.generation.members:
-            return
-        host = self._group.workers[worker_id].host
-        self._journal.incidents.open(
-            "preempted", self._state.committed, interrupts=False, worker=worker_id, host=host, detail=why
-        )
-        self._group.request_checkpoint(worker_id)  # in case the worker is gone before another one has its state
+                    self._intake.let_leave(worker_id, "its node is being drained")
 
     def _check_cluster(self) -> None:
         """A cluster that is gone: whoever still trains is asked for a checkpoint to go on from."""
@@ -235,7 +179,7 @@ class Controller:
             self._journal.incidents.open("cluster lost", self._state.committed, detail=failure)
         else:  # those of its workers that can be reached train on
             self._journal.incidents.add("cluster lost", self._state.committed, detail=failure)
-        reporter = self._reporter
+        reporter = self._intake.reporter
         if reporter is not None:
             self._group.request_checkpoint(reporter)
 
@@ -328,7 +272,7 @@ class Controller:
             state.abort_requested(now)
             standstill = self._health.standstill([self._group.workers[w] for w in workers])
             if standstill:
-                state.generation_broke("standstill", standstill, self._now_ms())
+                state.generation_broke("standstill", standstill, int(self._clock.time() * 1000))
             for worker_id in workers:
                 self._group.abort(worker_id, state.generation.number)
         elif state.in_state_s(now) > _ABORT_S:
@@ -353,7 +297,7 @@ class Controller:
         if not state.begin_regroup(form.workers):
             # One of them can't be reached by the others, and nobody knows which: one leaves and the others
             # try. At the latest the last one goes on alone, and the run grows again from there.
-            self._let_leave(form.workers[0], "the members could not connect")
+            self._intake.let_leave(form.workers[0], "the members could not connect")
             return
         self._journal.add_breakage(state.breakage, state.committed)
         source = self._committer.newest if form.restore else None
@@ -411,18 +355,11 @@ class Controller:
                 self._group.kill_process(fault.kind, fault.delay_s)
 
     def _request_due_checkpoint(self) -> None:
-        now, reporter = self._clock.monotonic(), self._reporter
+        now, reporter = self._clock.monotonic(), self._intake.reporter
         if reporter is None or self._committer.unfinished or not self._committer.cadence.due(now):
             return
         self._committer.cadence.requested(now)
         self._group.request_checkpoint(reporter)
-
-    def _take_checkpoint_results(self) -> None:
-        """A checkpoint that failed is an incident, and is tried again soon; where one is required, the run ends."""
-        for result in self._committer.take_results():
-            self._state.checkpoint_ended(result.error, required=self._config.checkpoint.required)
-            if result.error is not None:
-                self._journal.incidents.add("checkpoint failed", result.step, detail=result.error)
 
     def _show(self, run_state: str) -> None:
         bounds = {"min": self._scaling.low, "max": self._scaling.high}
@@ -431,100 +368,7 @@ class Controller:
         more: dict[str, Any] = {"total_steps": total_steps, "workers": bounds, "checkpoint": checkpoint}
         self._journal.show(run_state, self._state, self._group.workers, **more)
 
-    def _now_ms(self) -> int:
-        return int(self._clock.time() * 1000)
-
-    # -- the end --------------------------------------------------------------------------------
-
     def _end(self, decision: policy.End) -> Outcome:
-        """Fetch the last records and checkpoint, rescue the state where it could not be written, and sum up."""
-        state = self._state
-        state.end_begun(self._clock.monotonic())
-        failures = [w.status.failure for w in self._group.workers.values() if w.status and w.status.failure]
-        no_checkpoint_comes = bool(failures or state.fatal_error)
-        members = state.generation.members
-        self._drain(members, _LAST_RECORDS_S if no_checkpoint_comes else _LAST_CHECKPOINT_S)
-        unsaved_at = self._rescue(members)
-        if state.fatal_error:
-            decision = policy.End(TerminalState.FAILED, state.fatal_error)
-        state.ended(self._clock.monotonic())
-        outcome = self._outcome(decision, members, failures)
-        outcome.unsaved_at = unsaved_at
-        self._show(str(decision.state))
+        outcome = self._ending.finish(decision)
+        self._show(str(outcome.state))
         return outcome
-
-    def _outcome(self, decision: policy.End, members: tuple[str, ...], failures: list[WorkerFailure]) -> Outcome:
-        state, incidents = self._state, self._journal.incidents
-        statuses = {w: worker.status for w, worker in self._group.workers.items() if worker.status}
-        last = {w: s for w, s in statuses.items() if w in members}
-        hashes = {s.state_sha256 for s in last.values() if s.state_sha256}
-        if len(hashes) > 1:
-            self._journal.listener.note("the replicas ended with different bits: please report this")
-        failed = decision.state is TerminalState.FAILED
-        self._chaos.finished(decision.state is TerminalState.FINISHED)
-        return Outcome(
-            state=decision.state,
-            reason=f"{failures[-1].kind}: {failures[-1].message}" if failures and failed else decision.reason,
-            step=state.committed,
-            failure=(failures[-1] if failures else state.last_failure) if failed else None,
-            checkpoint=self._committer.newest,
-            state_sha256=min(hashes) if len(hashes) == 1 else None,
-            wall_s=incidents.wall_s,
-            useful_s=incidents.useful_s,
-            samples=(state.committed - self._first_step) * self._plan.batch_size,
-            incidents=self._journal.log.incidents,
-            peak_rss_mb=max((s.peak_rss_mb for s in statuses.values()), default=0.0),
-            workers={w: s.node for w, s in last.items()},
-            chaos=self._chaos.verdict(self._journal.log.steps_lost),
-        )
-
-    def _drain(self, members: tuple[str, ...], patience_s: float) -> None:
-        """Fetch what the members still have: the last records, and their shares of the last checkpoint."""
-        deadline = self._clock.monotonic() + patience_s
-        living = lambda: {w for w in members if not self._group.workers[w].dead}  # noqa: E731
-        waiting = living()
-        quiet_rounds = 0
-        while waiting and quiet_rounds < 2 and self._clock.monotonic() < deadline:
-            before = self._journal.log.acknowledged
-            waiting -= self._poll(self._reporter, wait_s=0.02)
-            waiting &= living()
-            if waiting or self._committer.unfinished:
-                quiet_rounds = 0
-            else:  # all have answered: twice without anything new is the end
-                quiet_rounds = quiet_rounds + 1 if before == self._journal.log.acknowledged else 0
-                waiting = living()
-        self._committer.wait(deadline - self._clock.monotonic())
-        self._take_checkpoint_results()
-        self._journal.log.flush()
-
-    def _rescue(self, members: tuple[str, ...]) -> Location | None:
-        """Write the last state into the run's own folder when it could not be written where it belongs.
-
-        Returns the place that didn't take it; None where nothing had to be, or could be, rescued.
-        """
-        state, workers, wanted = self._state, self._group.workers, self._committer.root
-        holders = [
-            w
-            for w in members
-            if state.holds_state(w)
-            and not workers[w].dead
-            and (status := workers[w].status) is not None
-            and status.step == state.committed
-            and status.state in policy.ALIVE_IDLE
-        ]
-        if not state.checkpoint_failed or self._committer.step >= state.committed or not holders:
-            return None
-        folder = self._committer.use_rescue_folder()
-        if folder is None:
-            return None
-        holder = workers[holders[0]]
-        generation = state.form_rescue(holder.worker_id)
-        self._send_memberships(save_to=folder)
-        deadline = self._clock.monotonic() + _LAST_CHECKPOINT_S
-        while self._clock.monotonic() < deadline and not holder.dead:
-            self._poll(reporter=None, wait_s=_POLL_S)
-            now = holder.status
-            if now is not None and now.generation == generation.number and now.state is not WorkerState.RUNNING:
-                break
-        self._drain(generation.members, deadline - self._clock.monotonic())
-        return wanted if self._committer.step == state.committed else None

@@ -17,6 +17,7 @@ from descent.checkpoint.manifest import checkpoint_root, rescue_root
 from descent.cluster.chaos import injector
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
+from descent.cluster.run.announcement import announce, name_of
 from descent.cluster.run.checks import check_place, check_writable
 from descent.cluster.run.console import Starting, print_line
 from descent.cluster.run.display import Display
@@ -31,7 +32,6 @@ from descent.cluster.run.resume import (
     refuse_other_data,
     resume,
     run_to_resume,
-    schedule_change,
 )
 from descent.cluster.run.signals import StopSignals
 from descent.config import Composed
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from descent.cluster.control.outcome import Outcome
     from descent.cluster.workers.ray_cluster import Cluster
     from descent.training.plan import Plan, Prepared
-
-
-_BEGINS_AGAIN = "the run's process died before the first checkpoint: beginning again at its first step"
 
 
 class Run:
@@ -209,7 +206,18 @@ class Run:
                 check_health=lambda: recorder.check(stepping=listeners.first_step_at is not None),
             )
             observers.finish_early = controller.finish_early
-            self._announce(prepared, display)
+            if self._starting is not None:
+                self._starting.stop()
+            announce(
+                self.console,
+                display,
+                self.run_dir.name,
+                self.config,
+                prepared,
+                resumed,
+                room=self._room,
+                private=group.owns_cluster(),
+            )
             if resumed is not None and resumed.died:
                 controller.note_lost_driver()
             with StopSignals(controller.stop, self.console) as signals:
@@ -351,76 +359,11 @@ class Run:
     ) -> None:
         self.close()
 
-    # -- lines for the user --------------------------------------------------------------
-
-    def _announce(self, prepared: "Prepared", display: Display) -> None:
-        """What is about to be trained, in one line, and what is special about it."""
-        if self._starting is not None:
-            self._starting.stop()
-        plan = prepared.plan
-        workers = f"{plan.max_workers} worker{'s' if plan.max_workers > 1 else ''}"
-        accumulation = -(-max(b - a for a, b in _bounds(plan.batch_size, plan.slots)) // plan.micro_size)
-        print_line(
-            self.console,
-            f"{self.run_dir.name}: {plan.num_parameters:,} parameters, {plan.num_samples:,} samples, "
-            f"{plan.total_steps:,} steps of {plan.batch_size:,} on {workers} ({plan.device}), "
-            f"{plan.slots} slots x {accumulation} micro-batch{'es' if accumulation > 1 else ''}, "
-            f"reduction {self.config.reduction}",
-        )
-        if prepared.understood:
-            print_line(self.console, f"task: the loss {'of' if plan.phases else 'is'} {prepared.understood}")
-        follows = [f"{k}={v}" for k, v in (("slots", "workers"), ("reduction", "fast")) if getattr(self.config, k) == v]
-        if follows and plan.max_workers > 1:
-            print_line(self.console, f"{' and '.join(follows)}: the result's bits hold for {workers} only")
-        if self.config.workers == "auto" and plan.gpus and self._room > plan.max_workers:
-            display.note(
-                f"workers=auto: {plan.max_workers} workers, one for each of slots={plan.slots}, though the GPUs have "
-                f"room for {self._room}; slots={self._room} uses all of them (and gives other bits)"
-            )
-        if self.config.chaos.faults:
-            display.note(
-                f"chaos.faults={self.config.chaos.faults} are to come; they don't count towards regroup.max_failures"
-            )
-        if self.resumed is not None:
-            for reason in self.resumed.skipped:
-                display.note(f"skipped checkpoint: {reason}")
-            changed = schedule_change(self.config, self.resumed, plan.total_steps)
-            if changed is not None:
-                display.note(changed)
-            source = self.resumed.checkpoint
-            where = f"going on from step {self.resumed.step:,} ({source.name})" if source else _BEGINS_AGAIN
-            print_line(self.console, where)
-
-
-def name_of(composed: Composed) -> str:
-    """The run's name: given, or the time, data and model.
-
-    What tells runs apart comes first, because MLflow's tables show about the first 25 characters.
-    """
-    if composed.config.name:
-        return composed.config.name
-    config = composed.config
-    data = _class_name(config.data.train["_target_"]) if config.data.name == "custom" else config.data.name
-    model = composed.choices.get("model", "custom")
-    model = _class_name(config.model["_target_"]) if model == "custom" else model
-    return f"{time.strftime('%m%d-%H%M')}-{os.urandom(2).hex()}-{data}-{model}"[:128].rstrip("-.")
-
-
-def _class_name(target: str) -> str:
-    """The class of a `_target_`, as a part of a folder's name."""
-    return "".join(c if c.isalnum() or c in "_-" else "-" for c in target.rpartition(".")[2]).lower()
-
 
 def _local_gpus() -> float:
     import torch
 
     return float(torch.cuda.device_count())
-
-
-def _bounds(batch: int, slots: int) -> list[tuple[int, int]]:
-    from descent.training.input.sampling import slot_bounds
-
-    return slot_bounds(batch, slots)
 
 
 def import_paths() -> tuple[str, ...]:
