@@ -149,7 +149,7 @@ class Notice:
 
     kind: "step skipped" (not finite, and not when repeated either), "step repeated" (not
     finite, but finite when repeated), "diverged" (a replica's bits differ from the
-    majority's), "straggler" (a rank that stays slow), "slots dealt" (anew, by speed),
+    majority's), "straggler" (a rank that stays slow), "slots assigned" (anew, by speed),
     "restore failed" (a rank could not read its share of a checkpoint), "checkpoint unusable" (it
     was read and is not of this run's state), "injected" (a fault of chaos that left its worker alive).
     """

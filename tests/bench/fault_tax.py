@@ -3,7 +3,7 @@
 The same processes hold two real `Trainer`s (on gloo, without Ray) that take turns, a
 generation each, so that a busy machine slows both alike. Off means: what serves faults alone
 is taken out. Waits are torch's own, in one piece and without a look at the abort flag; no
-thread waits for an abort; no divergence sentinel; no dealing by speed and no naming of
+thread waits for an abort; no divergence sentinel; no assigning of slots by speed and no naming of
 stragglers. What remains in both is what any training has, and what costs nothing to separate:
 the small vector that carries the loss also carries the votes, two numbers.
 
@@ -89,7 +89,7 @@ def _composed(reduction: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     from descent.config import compose
     from descent.training.plan import prepare
 
-    off = ["sentinel_every=null", "straggler.deal=false", "straggler.factor=1e9"]
+    off = ["sentinel_every=null", "straggler.balance=false", "straggler.factor=1e9"]
     given = []
     for overrides in ([], off):
         config = compose(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed.led import RUN
-from tests.distributed.replicas import Case, Crew, Told, crew
+from tests.distributed.replicas import Case, Crew, Report, crew
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +20,5 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(pool: Crew, case: Case) -> Told:
+def undisturbed(pool: Crew, case: Case) -> Report:
     return pool.train(case, 1)[0]

@@ -28,7 +28,7 @@ from descent.messages import (
     WorkerStatus,
 )
 from descent.training.collectives import Store
-from tests.distributed.replicas import DEADLINE_S, Case, Crew, Injected, Replica, Told
+from tests.distributed.replicas import DEADLINE_S, Case, Crew, Injected, Replica, Report
 
 RUN = [
     "batch.size=30",
@@ -301,7 +301,7 @@ class LedRun:
         }
 
 
-def assert_survives(pool: Crew, case: Case, undisturbed: Told, world: int, *faults: Injected) -> LedRun:
+def assert_survives(pool: Crew, case: Case, undisturbed: Report, world: int, *faults: Injected) -> LedRun:
     """`world` workers go through these faults, and nothing shows afterwards."""
     run = LedRun(pool, case)
     run.start(world, *faults)
@@ -309,7 +309,7 @@ def assert_survives(pool: Crew, case: Case, undisturbed: Told, world: int, *faul
     return run
 
 
-def assert_nothing_shows(run: LedRun, undisturbed: Told) -> None:
+def assert_nothing_shows(run: LedRun, undisturbed: Report) -> None:
     outcome = run.finish()
     assert (outcome.step, outcome.state_sha256) == (undisturbed.step, undisturbed.sha256)
     # Every step and every evaluation is there once, with the undisturbed run's figures.
@@ -318,13 +318,13 @@ def assert_nothing_shows(run: LedRun, undisturbed: Told) -> None:
     assert sum(i.steps_lost for i in run.kept.incidents) == 0
 
 
-def assert_metrics_after(run: LedRun, whole: Told, first: int) -> None:
+def assert_metrics_after(run: LedRun, whole: Report, first: int) -> None:
     """The run's figures are those of the whole run after step `first`."""
     assert run.metrics == {(step, "eval/loss" in m): m for step, m in whole.metrics if step > first}
 
 
-def shares_of(told: list[Told], step: int) -> list[ShareWritten]:
+def shares_of(reports: list[Report], step: int) -> list[ShareWritten]:
     """The shares of one checkpoint, by rank."""
-    shares = sorted((p for t in told for p in t.parts if p.step == step), key=lambda p: p.rank)
+    shares = sorted((p for t in reports for p in t.shares if p.step == step), key=lambda p: p.rank)
     assert [p.rank for p in shares] == list(range(shares[0].world_size))
     return shares

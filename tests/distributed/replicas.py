@@ -101,7 +101,7 @@ def blunder(worker: int) -> Injected:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class Report:
     """What a replica says when it is built and when a generation has ended for it."""
 
     state: str
@@ -110,7 +110,7 @@ class Told:
     sha256: str = ""
     leaving: bool = False
     records: tuple[TrainingRecord, ...] = ()
-    parts: tuple[ShareWritten, ...] = ()
+    shares: tuple[ShareWritten, ...] = ()
     error: str = ""
     notices: tuple[Notice, ...] = ()
     diverged: tuple[int, ...] = ()
@@ -132,7 +132,7 @@ class Told:
         ]
 
 
-class _Side:
+class _ReplicaProcess:
     """The replica's end of the pipe: commands on the main thread, training on another."""
 
     def __init__(self, pipe: Connection) -> None:
@@ -195,7 +195,7 @@ class _Side:
         self.trainer = Trainer(recompose(config), Plan.from_dict(plan), Path(run_dir), device, self.control)
         if tamper is not None:
             tamper(self.trainer)
-        self.tell("built")
+        self.report("built")
 
     def run(self, membership: Membership) -> None:
         from descent.training.checkpointing.restoring import NotRestored
@@ -208,31 +208,31 @@ class _Side:
             outcome, error = "broken", str(lost)
         except BaseException as other:
             outcome, error = "failed", f"{type(other).__name__}: {other}"
-        self.tell(outcome, error)
+        self.report(outcome, error)
 
-    def tell(self, outcome: str, error: str = "") -> None:
+    def report(self, outcome: str, error: str = "") -> None:
         state = self.trainer.state
-        told = Told(
+        report = Report(
             outcome,
             state.step,
             state.evaluated,
             self.trainer.sha256(),
             self.leaving,
             tuple(self.control.records),
-            tuple(self.control.parts),
+            tuple(self.control.shares),
             error,
             tuple(self.control.notices),
             self.control.diverged,
         )
         with self.lock:
-            self.pipe.send(told)
+            self.pipe.send(report)
 
 
 def _replica(pipe: Connection) -> None:
     # Ctrl-C is for the test; the end of the pipe is for us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
-    _Side(pipe).serve()
+    _ReplicaProcess(pipe).serve()
     os._exit(0)
 
 
@@ -248,11 +248,11 @@ class Replica:
     def send(self, command: str, argument: Any = None) -> None:
         self.pipe.send((command, argument))
 
-    def hear(self) -> Told:
+    def next_report(self) -> Report:
         """The next thing it says. Raises EOFError when it is gone."""
         assert self.pipe.poll(DEADLINE_S), "a replica hangs"
-        told: Told = self.pipe.recv()
-        return told
+        report: Report = self.pipe.recv()
+        return report
 
     @property
     def alive(self) -> bool:
@@ -353,7 +353,7 @@ class Crew:
                 },
             )
         for replica in replicas:
-            assert replica.hear().state == "built"
+            assert replica.next_report().state == "built"
         return replicas
 
     def form(
@@ -391,23 +391,23 @@ class Crew:
         world: int,
         micro_size: int | None = None,
         tamper: dict[int, Callable[[Any], None]] | None = None,
-    ) -> list[Told]:
+    ) -> list[Report]:
         """The whole run in one generation of `world` replicas; what each has to say at the end."""
         replicas = self.build(case, world, tamper=tamper)
         self.form(case, replicas, micro_size=micro_size)
-        told = [replica.hear() for replica in replicas]
-        assert [t.state for t in told] == ["finished"] * world, [t.error for t in told]
+        reports = [replica.next_report() for replica in replicas]
+        assert [t.state for t in reports] == ["finished"] * world, [t.error for t in reports]
         self.give(replicas)
-        return told
+        return reports
 
-    def until_ended(self, replicas: list[Replica]) -> dict[int, Told]:
+    def until_ended(self, replicas: list[Replica]) -> dict[int, Report]:
         """Index -> how the generation ended, for those who live to tell.
 
         Like the controller: one that hangs is killed; as soon as one is dead or broken, the
         others are told to leave.
         """
         left = dict(enumerate(replicas))
-        told: dict[int, Told] = {}
+        reports: dict[int, Report] = {}
         aborted = False
         deadline = time.monotonic() + DEADLINE_S
         while left:
@@ -422,8 +422,8 @@ class Crew:
                     replica.process.kill()
             for index, replica in [(i, r) for i, r in left.items() if r.pipe in ready]:
                 try:
-                    told[index] = replica.hear()
-                    lost |= told[index].state in ("broken", "failed")
+                    reports[index] = replica.next_report()
+                    lost |= reports[index].state in ("broken", "failed")
                 except (EOFError, ConnectionResetError):
                     lost = True
                 del left[index]
@@ -432,7 +432,7 @@ class Crew:
                 for replica in left.values():
                     with suppress(BrokenPipeError):  # it may be dying just now
                         replica.send("abort")
-        return told
+        return reports
 
     def close(self) -> None:
         for replica in self.idle:

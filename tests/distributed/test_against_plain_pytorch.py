@@ -136,12 +136,12 @@ def test_losses_are_those_of_a_plain_loop(pool: Crew, tmp_path: Path, name: str,
     losses, held_out = plain_loop(cases[0], make, multiplier, clip_norm, clip_value, extra.get("ema.decay"))
     for case in cases:
         for world in (1, 3):
-            told = pool.train(case, world)[0]
-            assert told.losses == pytest.approx(losses, abs=1e-5, rel=1e-5), (
+            reports = pool.train(case, world)[0]
+            assert reports.losses == pytest.approx(losses, abs=1e-5, rel=1e-5), (
                 case.config.reduction,
                 world,
             )
-            evaluated = told.metrics[-1][1]["eval/loss"]
+            evaluated = reports.metrics[-1][1]["eval/loss"]
             assert evaluated == pytest.approx(held_out, abs=1e-5, rel=1e-5), (
                 case.config.reduction,
                 world,

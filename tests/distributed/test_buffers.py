@@ -51,6 +51,6 @@ def test_a_buffer_that_begins_to_depend_on_the_samples_ends_the_run_on_all_ranks
     case = Case.of([*RUN, *where, "reduction=exact"], tmp_path)
     replicas = pool.build(case, 2)
     pool.form(case, replicas)
-    for told in (replica.hear() for replica in replicas):
-        assert told.state == "failed" and "buffer 'kept' depends on the samples from step" in told.error, told
+    for reports in (replica.next_report() for replica in replicas):
+        assert reports.state == "failed" and "buffer 'kept' depends on the samples from step" in reports.error, reports
     pool.give(replicas)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.replicas import Case, Crew, Told, fail
+from tests.distributed.replicas import Case, Crew, Report, fail
 from tests.distributed.test_not_finite import OnceNotFinite
 
 RUN = [
@@ -15,7 +15,7 @@ RUN = [
     "reduction=fast",
     "optimizer.lr=3e-3",
     "evaluate.every=end",
-    "straggler.deal=false",
+    "straggler.balance=false",
 ]
 MODELS = {
     "mlp": ["model.dropout=0.2"],
@@ -33,11 +33,11 @@ MODELS = {
 }
 
 
-def equal(told: list[Told]) -> Told:
+def equal(reports: list[Report]) -> Report:
     """Replicas of one generation never differ by a bit."""
-    assert {(t.state, t.sha256) for t in told} == {("finished", told[0].sha256)}, told[0].error
-    assert all(t.metrics == told[0].metrics for t in told)
-    return told[0]
+    assert {(t.state, t.sha256) for t in reports} == {("finished", reports[0].sha256)}, reports[0].error
+    assert all(t.metrics == reports[0].metrics for t in reports)
+    return reports[0]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -66,8 +66,8 @@ def test_any_model_and_uneven_slots(pool: Crew, tmp_path: Path, model: str, comp
         tmp_path,
         5,
     )
-    told = equal(pool.train(case, 3))
-    assert sum(told.losses[-5:]) < sum(told.losses[:5]) and all(map(math.isfinite, told.losses))
+    reports = equal(pool.train(case, 3))
+    assert sum(reports.losses[-5:]) < sum(reports.losses[:5]) and all(map(math.isfinite, reports.losses))
 
 
 def test_alone_there_is_nothing_to_compress(pool: Crew, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_killed_in_the_middle_and_no_step_is_lost(
     order = sorted(ended, key=lambda i: -ended[i].step)
     behind = tuple(r for r, i in enumerate(order) if ended[i].step < ended[order[0]].step)
     pool.form(case, [replicas[i] for i in order], behind)
-    last = [replicas[i].hear() for i in order]
+    last = [replicas[i].next_report() for i in order]
     assert {(t.state, t.step, t.sha256) for t in last} == {("finished", 20, last[0].sha256)}
     steps = {s for t in [*ended.values(), *last] for s, m in t.metrics if "train/loss" in m}
     assert steps == set(range(1, 21))
@@ -102,8 +102,8 @@ def test_killed_in_the_middle_and_no_step_is_lost(
 def test_a_step_that_is_not_finite_once_is_repeated(pool: Crew, tmp_path: Path, compress: str) -> None:
     case = Case.of([*RUN, "model.depth=2", f"compress={compress}", "steps=12"], tmp_path)
     undisturbed = pool.train(case, 3)[0]
-    told = pool.train(case, 3, tamper={1: OnceNotFinite("gradient")})
-    last = equal(told)
+    reports = pool.train(case, 3, tamper={1: OnceNotFinite("gradient")})
+    last = equal(reports)
     assert all(math.isfinite(loss) for loss in last.losses)
     (notice,) = last.notices
     assert notice.kind == "step repeated"

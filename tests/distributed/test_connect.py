@@ -10,11 +10,11 @@ import torch.distributed as dist
 from descent.messages import Membership
 from descent.training.slot_balancer import assign_slots
 from tests.distributed.led import LedRun
-from tests.distributed.replicas import Case, Crew, Replica, Told, cut
+from tests.distributed.replicas import Case, Crew, Replica, Report, cut
 
 
 def test_who_could_not_connect_once_or_twice_joins_members_who_never_tried(
-    pool: Crew, case: Case, undisturbed: Told
+    pool: Crew, case: Case, undisturbed: Report
 ) -> None:
     unlucky, *others = replicas = pool.build(case, 3)
     for _ in range(2):
@@ -33,15 +33,15 @@ def test_who_could_not_connect_once_or_twice_joins_members_who_never_tried(
             (),
         )
         unlucky.send("join", (membership, False))
-        told = unlucky.hear()
-        assert (told.state, told.step) == ("broken", 0), told.error
+        reports = unlucky.next_report()
+        assert (reports.state, reports.step) == ("broken", 0), reports.error
     pool.form(case, [others[0], unlucky, others[1]])
-    for told in (replica.hear() for replica in replicas):
-        assert (told.state, told.sha256) == ("finished", undisturbed.sha256), told.error
+    for reports in (replica.next_report() for replica in replicas):
+        assert (reports.state, reports.sha256) == ("finished", undisturbed.sha256), reports.error
     pool.give(replicas)
 
 
-def test_no_thread_of_a_generation_that_broke_goes_on_computing(pool: Crew, case: Case, undisturbed: Told) -> None:
+def test_no_thread_of_a_generation_that_broke_goes_on_computing(pool: Crew, case: Case, undisturbed: Report) -> None:
     """gloo's would spin on a connection with a message that nobody waits for any more."""
     rng = random.Random(3)
     faults = [

@@ -72,8 +72,8 @@ def drawn(number: int) -> tuple[str, list[str], int, int]:
         "epochs=null",
         *extra,
     ]
-    told = f"{name}-batch{batch}-slots{slots}-world{world}-micro{micro}-{optimizer}-{extra[0]}"
-    return told, overrides, slots, world
+    reports = f"{name}-batch{batch}-slots{slots}-world{world}-micro{micro}-{optimizer}-{extra[0]}"
+    return reports, overrides, slots, world
 
 
 EXACT = [drawn(n) for n in range(24)]
@@ -123,7 +123,7 @@ HARD_TO_REPEAT = {
 @pytest.mark.parametrize("run", HARD_TO_REPEAT.values(), ids=HARD_TO_REPEAT.keys())
 def test_nothing_else_tells_either(pool: Crew, tmp_path: Path, run: list[str]) -> None:
     case = Case.of([*run, "steps=5", "epochs=null", "reduction=exact"], tmp_path)
-    alone, *others = [told for world in (1, 2, 3, 4) for told in pool.train(case, world)]
+    alone, *others = [reports for world in (1, 2, 3, 4) for reports in pool.train(case, world)]
     for other in others:
         assert (other.metrics, other.sha256) == (alone.metrics, alone.sha256)
 
@@ -131,12 +131,12 @@ def test_nothing_else_tells_either(pool: Crew, tmp_path: Path, run: list[str]) -
 def test_a_compiled_model_has_the_same_bits_whichever_size_of_slot_comes_first(pool: Crew, tmp_path: Path) -> None:
     run = ["compile=true", "model.norm=batch", "model.dropout=0.2", "batch.size=1400"]
     case = Case.of([*run, "steps=3", "epochs=null", "reduction=exact"], tmp_path, 3)
-    assert len({told.sha256 for w in (1, 3) for told in pool.train(case, w)}) == 1
+    assert len({reports.sha256 for w in (1, 3) for reports in pool.train(case, w)}) == 1
 
 
 def test_more_slots_than_samples_in_a_micro_batch_and_one_sample_a_slot(pool: Crew, tmp_path: Path) -> None:
     case = Case.of(["batch.size=7", "steps=4", "epochs=null", "reduction=exact", "model.dropout=0.5"], tmp_path, 7)
-    assert len({told.sha256 for w in (1, 2, 3, 4) for told in pool.train(case, w)}) == 1
+    assert len({reports.sha256 for w in (1, 2, 3, 4) for reports in pool.train(case, w)}) == 1
 
 
 def test_the_micro_size_changes_rounding_only(pool: Crew, tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def test_the_number_of_workers_alone_changes_no_bit_of_an_experiment(
     shorter = [text.replace("IMAGES", str(_images(tmp_path))) for text in EXPERIMENTS[experiment]]
     typed = [f"experiment={experiment}", *shorter, "epochs=null", "steps=3", "evaluate.every=end"]
     hashes = {
-        told.sha256
+        reports.sha256
         for world in (1, 2, 4)
-        for told in pool.train(Case.as_typed([*typed, f"workers={world}"], tmp_path), world)
+        for reports in pool.train(Case.as_typed([*typed, f"workers={world}"], tmp_path), world)
     }
     assert len(hashes) == 1

@@ -65,8 +65,8 @@ def test_frozen_as_by_hand(pool: Crew, tmp_path: Path, group: str, first: int, k
     hashes = set()
     for world in (1, 2):
         run = replace(case, run_dir=tmp_path / str(world))
-        told, (target,) = saved(pool, run, world, STEPS)
-        hashes.add(told[0].sha256)
+        reports, (target,) = saved(pool, run, world, STEPS)
+        hashes.add(reports[0].sha256)
         tensors, _ = read_checkpoint(to_location(str(target)))
         for name, value in wanted.items():
             assert torch.allclose(tensors[f"model/{name}"], value, atol=1e-6), name
@@ -122,10 +122,10 @@ def test_a_model_that_releases_parameters_later_is_stopped_at_that_step(pool: Cr
     case = Case.of([*RUN, "optimizer.lr=0.1", "model._target_=tests.own_optim.ReleasesLater"], tmp_path, 2)
     replicas = pool.build(case, 1)
     pool.form(case, replicas)
-    told = replicas[0].hear()
+    reports = replicas[0].next_report()
     pool.give(replicas)
-    assert told.state == "failed" and "'backbone.1.weight' require a gradient" in told.error
-    assert "from_step" in told.error and 0 < told.step < STEPS
+    assert reports.state == "failed" and "'backbone.1.weight' require a gradient" in reports.error
+    assert "from_step" in reports.error and 0 < reports.step < STEPS
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,10 @@ def test_another_base_model_is_refused_wherever_the_checkpoint_is_read(pool: Cre
             put(other, target)
     replicas = pool.build(dataclasses.replace(case, run_dir=tmp_path / "again"), 2)
     pool.form(case, replicas, (1,), restore_from=target, save_only=True)
-    for told in [replica.hear() for replica in replicas]:
-        assert told.state == "broken" and "the base model, or the file that it comes from, has changed" in told.error
+    for reports in [replica.next_report() for replica in replicas]:
+        assert (
+            reports.state == "broken" and "the base model, or the file that it comes from, has changed" in reports.error
+        )
     pool.give(replicas)
 
 

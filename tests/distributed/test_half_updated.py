@@ -42,6 +42,6 @@ def test_the_others_go_on_and_a_newcomer_receives_their_state(pool: Crew, tmp_pa
     assert ended[sound[0]].step >= 6 and ended[sound[0]].state == "broken"
     order = [*(replicas[i] for i in sound), *pool.build(case, 1)]
     pool.form(case, order, behind=(len(order) - 1,))
-    for told in (replica.hear() for replica in order):
-        assert (told.state, told.sha256) == ("finished", undisturbed.sha256), told.error
+    for reports in (replica.next_report() for replica in order):
+        assert (reports.state, reports.sha256) == ("finished", undisturbed.sha256), reports.error
     pool.give([*replicas, *order[-1:]])

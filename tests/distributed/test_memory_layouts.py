@@ -51,9 +51,9 @@ def test_losses_are_those_of_a_plain_loop(pool: Crew, tmp_path: Path, reduction:
     wanted = plain_losses(case)
     hashes = set()
     for world in (1, 2, 3):
-        told = pool.train(case, world)[0]
-        assert told.losses == pytest.approx(wanted, abs=1e-4, rel=1e-4), world
-        hashes.add(told.sha256)
+        reports = pool.train(case, world)[0]
+        assert reports.losses == pytest.approx(wanted, abs=1e-4, rel=1e-4), world
+        hashes.add(reports.sha256)
     assert len(hashes) == 1 or reduction == "fast"
 
 
@@ -64,6 +64,6 @@ def test_compressed_gradients_stay_close_to_a_plain_loop(
     case = Case.of([*RUN, "reduction=fast", f"compress={compress}"], tmp_path)
     wanted = plain_losses(case)
     for world in (2, 3):
-        told = pool.train(case, world)
-        assert len({t.sha256 for t in told}) == 1
-        assert told[0].losses == pytest.approx(wanted, rel=tolerance), world
+        reports = pool.train(case, world)
+        assert len({t.sha256 for t in reports}) == 1
+        assert reports[0].losses == pytest.approx(wanted, rel=tolerance), world

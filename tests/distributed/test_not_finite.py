@@ -14,7 +14,7 @@ from descent.messages import Notice
 from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.plan import build_data
 from descent.training.slot_balancer import assign_slots
-from tests.distributed.replicas import Case, Crew, Told
+from tests.distributed.replicas import Case, Crew, Report
 
 BATCH, SLOTS, STEP = 30, 4, 7
 RUN = [
@@ -28,7 +28,7 @@ RUN = [
     "epochs=null",
     "reduction=exact",
     "schedule=plateau",
-    "straggler.deal=false",
+    "straggler.balance=false",
 ]
 
 
@@ -95,19 +95,19 @@ class DieInTry:
         trainer.control.enter = entering
 
 
-def run(pool: Crew, case: Case, world: int, tamper: dict[int, Callable[[Any], None]]) -> list[Told]:
+def run(pool: Crew, case: Case, world: int, tamper: dict[int, Callable[[Any], None]]) -> list[Report]:
     replicas = pool.build(case, world, tamper=tamper)
     pool.form(case, replicas)
-    told = [replica.hear() for replica in replicas]
+    reports = [replica.next_report() for replica in replicas]
     pool.give(replicas)
-    return told
+    return reports
 
 
-def the_notice(told: list[Told], kind: str) -> Notice:
+def the_notice(reports: list[Report], kind: str) -> Notice:
     """All ranks tell one and the same."""
-    notices = {str([n for n in t.notices if n.kind == kind]) for t in told}
+    notices = {str([n for n in t.notices if n.kind == kind]) for t in reports}
     assert len(notices) == 1
-    (notice,) = [n for n in told[0].notices if n.kind == kind]
+    (notice,) = [n for n in reports[0].notices if n.kind == kind]
     return notice
 
 
@@ -120,11 +120,11 @@ def test_what_was_not_finite_once_is_repeated_and_nothing_tells(
 ) -> None:
     case = Case.of(RUN, tmp_path)
     undisturbed = pool.train(case, 1)[0]
-    told = run(pool, case, world, {victim: OnceNotFinite(where)})
-    for one in told:
+    reports = run(pool, case, world, {victim: OnceNotFinite(where)})
+    for one in reports:
         assert (one.state, one.sha256) == ("finished", undisturbed.sha256), one.error
         assert one.metrics == undisturbed.metrics
-    notice = the_notice(told, "step repeated")
+    notice = the_notice(reports, "step repeated")
     assert (notice.step, notice.rank) == (STEP, victim)
     assert where in notice.detail and f"rank {victim}" in notice.detail
 
@@ -141,8 +141,8 @@ def test_a_rank_that_dies_in_either_try_costs_no_step(pool: Crew, tmp_path: Path
     order = sorted(ended, key=lambda i: -ended[i].step)
     behind = tuple(r for r, i in enumerate(order) if ended[i].step < ended[order[0]].step)
     pool.form(case, [replicas[i] for i in order], behind)
-    for told in (replicas[i].hear() for i in order):
-        assert (told.state, told.sha256) == ("finished", undisturbed.sha256), told.error
+    for reports in (replicas[i].next_report() for i in order):
+        assert (reports.state, reports.sha256) == ("finished", undisturbed.sha256), reports.error
     pool.give(replicas)
 
 
@@ -150,10 +150,10 @@ def test_a_rank_that_dies_in_either_try_costs_no_step(pool: Crew, tmp_path: Path
 def test_the_fast_reduction_repeats_too(pool: Crew, tmp_path: Path, world: int) -> None:
     case = Case.of([*RUN, "reduction=fast"], tmp_path)
     undisturbed = pool.train(case, world)[0]
-    told = run(pool, case, world, {0: OnceNotFinite("gradient")})
-    assert {t.sha256 for t in told} == {undisturbed.sha256}
+    reports = run(pool, case, world, {0: OnceNotFinite("gradient")})
+    assert {t.sha256 for t in reports} == {undisturbed.sha256}
     # DDP has summed in place: nobody can tell whose part it was, unless there is only one
-    assert the_notice(told, "step repeated").rank == (0 if world == 1 else None)
+    assert the_notice(reports, "step repeated").rank == (0 if world == 1 else None)
 
 
 @cache
@@ -175,13 +175,13 @@ def test_a_step_with_a_bad_sample_is_skipped_by_all_and_the_sample_is_named(
     slot = next(s for s, (lo, hi) in enumerate(slot_bounds(BATCH, SLOTS)) if lo <= position < hi)
     hashes = set()
     for world in (1, 3):
-        told = run(pool, case, world, {r: SpoilSample(number) for r in range(world)})
-        assert [t.state for t in told] == ["finished"] * world, told[0].error
-        assert len({t.sha256 for t in told}) == 1
-        hashes.add(told[0].sha256)
-        skipped = [step for step, m in told[0].metrics if m.get("train/skipped")]
+        reports = run(pool, case, world, {r: SpoilSample(number) for r in range(world)})
+        assert [t.state for t in reports] == ["finished"] * world, reports[0].error
+        assert len({t.sha256 for t in reports}) == 1
+        hashes.add(reports[0].sha256)
+        skipped = [step for step, m in reports[0].metrics if m.get("train/skipped")]
         assert skipped == [STEP]
-        notice = the_notice(told, "step skipped")
+        notice = the_notice(reports, "step skipped")
         rank = next(r for r, (lo, hi) in enumerate(assign_slots(SLOTS, world)) if lo <= slot < hi)
         (finding,) = notice.extra["slots"]
         assert (notice.step, notice.rank, finding["rank"], finding["slot"]) == (
@@ -199,8 +199,8 @@ def test_a_step_with_a_bad_sample_is_skipped_by_all_and_the_sample_is_named(
 
 def test_a_gradient_that_is_never_finite_ends_the_run_and_names_the_layer(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "model.norm=null", "regroup.max_bad_steps=3"], tmp_path)
-    told = run(pool, case, 2, {0: SpoilLayer(), 1: SpoilLayer()})
-    for one in told:
+    reports = run(pool, case, 2, {0: SpoilLayer(), 1: SpoilLayer()})
+    for one in reports:
         assert one.state == "failed" and one.error.startswith("TooManyBadSteps")
         for words in (
             f"step {STEP + 2}",
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_never_finite_ends_the_run_and_names_the_layer(pool: 
             STEP + 1,
             STEP + 2,
         ]
-    slots = told[0].notices[0].extra["slots"]
+    slots = reports[0].notices[0].extra["slots"]
     assert [(f["rank"], f["slot"]) for f in slots] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     assert all(f["layers"] == ["layers.1.linear"] and f["loss"] != "nan" for f in slots)
 
@@ -225,9 +225,9 @@ def test_a_generation_that_is_only_to_save_takes_no_step(pool: Crew, tmp_path: P
     case = Case.of(RUN, tmp_path)
     replicas = pool.build(case, 2)
     pool.form(case, replicas[:1], pausing=0)
-    paused = replicas[0].hear()
+    paused = replicas[0].next_report()
     pool.form(case, replicas, behind=(1,), save_only=True)
-    for told in (replica.hear() for replica in replicas):
-        assert (told.state, told.step, told.sha256) == ("paused", paused.step, paused.sha256)
-        assert {p.step for p in told.parts} == {paused.step}
+    for reports in (replica.next_report() for replica in replicas):
+        assert (reports.state, reports.step, reports.sha256) == ("paused", paused.step, paused.sha256)
+        assert {p.step for p in reports.shares} == {paused.step}
     pool.give(replicas)

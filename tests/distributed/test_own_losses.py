@@ -80,13 +80,13 @@ def test_the_numbers_are_those_of_a_plain_loop(pool: Crew, tmp_path: Path, kind:
     losses, held_out, accuracy = plain_loop(case, loss_of)
     hashes = set()
     for world in (1, 3):
-        told = pool.train(case, world)[0]
-        assert told.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
-        evaluated = told.metrics[-1][1]
+        reports = pool.train(case, world)[0]
+        assert reports.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
+        evaluated = reports.metrics[-1][1]
         assert evaluated["eval/loss"] == pytest.approx(held_out, rel=1e-4, abs=1e-5)
         if "eval/accuracy" in evaluated:
             assert evaluated["eval/accuracy"] == pytest.approx(accuracy)
-        hashes.add(told.sha256)
+        hashes.add(reports.sha256)
     assert len(hashes) == 1
 
 
@@ -114,10 +114,10 @@ def test_a_parameter_that_only_the_loss_uses_is_trained_where_the_model_holds_it
 def test_an_accuracy_counts_labels_whatever_their_classes_weigh(pool: Crew, tmp_path: Path) -> None:
     """The loss is divided by weights; the share of right answers is not."""
     case = Case.of([*RUN, "reduction=exact"], tmp_path)
-    told = pool.train(case, 2, tamper={0: Reweigh(), 1: Reweigh()})[0]
+    reports = pool.train(case, 2, tamper={0: Reweigh(), 1: Reweigh()})[0]
     losses, held_out, accuracy = plain_loop(case, nn.CrossEntropyLoss(weight=torch.tensor(WEIGHTS)))
-    assert told.losses == pytest.approx(losses, rel=1e-4)
-    evaluated = told.metrics[-1][1]
+    assert reports.losses == pytest.approx(losses, rel=1e-4)
+    evaluated = reports.metrics[-1][1]
     assert evaluated["eval/loss"] == pytest.approx(held_out, rel=1e-4)
     assert evaluated["eval/accuracy"] == pytest.approx(accuracy)
 

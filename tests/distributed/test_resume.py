@@ -17,11 +17,11 @@ from xxhash import xxh128_hexdigest
 from descent.checkpoint.manifest import MANIFEST, commit_checkpoint, read_manifest
 from descent.checkpoint.reader import files_of_rank, verify_checkpoint
 from tests.distributed.led import RUN, LedRun, assert_metrics_after, shares_of
-from tests.distributed.replicas import Case, Crew, Injected, Told, fail
+from tests.distributed.replicas import Case, Crew, Injected, Report, fail
 from tests.distributed.test_equal_for_any_world import MODELS
 
 
-def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Told], list[Path]]:
+def saved(pool: Crew, case: Case, before: int, *steps: int) -> tuple[list[Report], list[Path]]:
     """The whole run by `before` replicas, and its checkpoints of these steps."""
     whole = pool.train(case, before)
     root = case.run_dir / "checkpoints"
@@ -72,9 +72,9 @@ def test_each_rank_reads_its_files_and_all_have_the_state(pool: Crew, tmp_path: 
     for world in (1, 3):
         replicas = pool.build(case, world)
         pool.form(case, replicas, tuple(range(1, world)), restore_from=target, save_only=True)
-        told = [replica.hear() for replica in replicas]
-        assert [(t.state, t.step) for t in told] == [("paused", 10)] * world, told
-        states |= {t.sha256 for t in told}
+        reports = [replica.next_report() for replica in replicas]
+        assert [(t.state, t.step) for t in reports] == [("paused", 10)] * world, reports
+        states |= {t.sha256 for t in reports}
         pool.give(replicas)
     assert len(states) == 1
 
@@ -107,9 +107,9 @@ def test_a_checkpoint_that_can_not_even_be_looked_at_is_an_outcome_too(pool: Cre
     os.rename(target / MANIFEST, target / "elsewhere")
     replicas = pool.build(case, 3)
     pool.form(case, replicas, (1, 2), restore_from=target)
-    told = [replica.hear() for replica in replicas]
-    assert [t.state for t in told] == ["broken"] * 3 and all(t.step == 0 for t in told)
-    assert any("no complete checkpoint" in t.error for t in told)
+    reports = [replica.next_report() for replica in replicas]
+    assert [t.state for t in reports] == ["broken"] * 3 and all(t.step == 0 for t in reports)
+    assert any("no complete checkpoint" in t.error for t in reports)
     pool.give(replicas)
 
 
@@ -175,8 +175,8 @@ def test_a_sealed_checkpoint_that_is_not_of_this_run_is_named_by_its_readers(
     reseal(target, change, group)
     replicas = pool.build(case, 2)
     pool.form(case, replicas, (1,), restore_from=target)
-    told = [replica.hear() for replica in replicas]
-    assert [t.state for t in told] == ["broken"] * 2
-    notices = [n for t in told for n in t.notices if n.kind == "checkpoint unusable"]
+    reports = [replica.next_report() for replica in replicas]
+    assert [t.state for t in reports] == ["broken"] * 2
+    notices = [n for t in reports for n in t.notices if n.kind == "checkpoint unusable"]
     assert notices and all(str(target) in n.detail and re.search(words, n.detail) for n in notices)
     pool.give(replicas)

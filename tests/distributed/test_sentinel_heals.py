@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from descent.checkpoint.manifest import commit_checkpoint
-from tests.distributed.replicas import Case, Crew, Told
+from tests.distributed.replicas import Case, Crew, Report
 
 STEP = 7
 RUN = [
@@ -52,8 +52,8 @@ class FlipBit:
         trainer.control.enter = entering
 
 
-def losses_of(told: list[Told]) -> dict[int, float]:
-    return {s: m["train/loss"] for t in told for s, m in t.metrics if "train/loss" in m}
+def losses_of(reports: list[Report]) -> dict[int, float]:
+    return {s: m["train/loss"] for t in reports for s, m in t.metrics if "train/loss" in m}
 
 
 @pytest.mark.parametrize("what", TENSORS)
@@ -65,18 +65,18 @@ def test_the_majority_heals_a_replica_with_a_flipped_bit(
     undisturbed = pool.train(replace(case, run_dir=tmp_path / "whole"), 1)[0]
     replicas = pool.build(case, world, tamper={victim: FlipBit(TENSORS[what])})
     pool.form(case, replicas)
-    for told in (replica.hear() for replica in replicas):
-        assert (told.state, told.step, told.diverged) == ("diverged", STEP - 1, (victim,))
-        (notice,) = [n for n in told.notices if n.kind == "diverged"]
+    for reports in (replica.next_report() for replica in replicas):
+        assert (reports.state, reports.step, reports.diverged) == ("diverged", STEP - 1, (victim,))
+        (notice,) = [n for n in reports.notices if n.kind == "diverged"]
         assert (notice.step, notice.rank, notice.extra["ranks"]) == (STEP, victim, (victim,))
         assert f"rank {victim}" in notice.detail
     # as the controller does it: somebody sound is rank 0, the odd one receives
     order = [r for i, r in enumerate(replicas) if i != victim] + [replicas[victim]]
     pool.form(case, order, behind=(world - 1,))
-    last = [replica.hear() for replica in order]
-    for told in last:
-        assert (told.state, told.sha256) == ("finished", undisturbed.sha256), told.error
-        assert told.diverged == ()
+    last = [replica.next_report() for replica in order]
+    for reports in last:
+        assert (reports.state, reports.sha256) == ("finished", undisturbed.sha256), reports.error
+        assert reports.diverged == ()
     assert losses_of(last) == losses_of([undisturbed])
     pool.give(replicas)
 
@@ -87,17 +87,17 @@ def test_where_there_is_no_majority_none_is_trusted(pool: Crew, tmp_path: Path, 
     undisturbed = pool.train(replace(case, run_dir=tmp_path / "whole"), 1)[0]
     replicas = pool.build(case, 2, tamper={1: FlipBit(TENSORS[what])})
     pool.form(case, replicas)
-    ended = [replica.hear() for replica in replicas]
-    for told in ended:
-        assert (told.state, told.step, told.diverged) == ("diverged", STEP - 1, (0, 1))
+    ended = [replica.next_report() for replica in replicas]
+    for reports in ended:
+        assert (reports.state, reports.step, reports.diverged) == ("diverged", STEP - 1, (0, 1))
     # what was saved before the flip is sound; a save that was still being copied when it came is refused
-    parts = sorted((p for t in ended for p in t.parts if p.step == 3), key=lambda p: p.rank)
+    shares = sorted((p for t in ended for p in t.shares if p.step == 3), key=lambda p: p.rank)
     root = tmp_path / "checkpoints"
-    saved = commit_checkpoint(root, parts, run="r", config_sha256="0" * 64)
+    saved = commit_checkpoint(root, shares, run="r", config_sha256="0" * 64)
     pool.give(replicas)
     replicas = pool.build(case, 2)
     pool.form(case, replicas, (1,), restore_from=saved)
-    last = [replica.hear() for replica in replicas]
+    last = [replica.next_report() for replica in replicas]
     assert {t.sha256 for t in last} == {undisturbed.sha256}
     assert losses_of([*ended, *last]) == losses_of([undisturbed])
     pool.give(replicas)
@@ -106,15 +106,15 @@ def test_where_there_is_no_majority_none_is_trusted(pool: Crew, tmp_path: Path, 
 def test_off_or_not_due_it_sees_nothing(pool: Crew, tmp_path: Path) -> None:
     for every in ("null", "100"):
         case = Case.of([*RUN, f"sentinel_every={every}"], tmp_path)
-        told = pool.train(case, 3, tamper={1: FlipBit(TENSORS["an average"])})
-        assert not [n for t in told for n in t.notices if n.kind == "diverged"]
-        assert len({t.sha256 for t in told}) == 2
+        reports = pool.train(case, 3, tamper={1: FlipBit(TENSORS["an average"])})
+        assert not [n for t in reports for n in t.notices if n.kind == "diverged"]
+        assert len({t.sha256 for t in reports}) == 2
 
 
 def test_with_the_fast_reduction_and_a_cadence_it_is_seen_at_the_next_comparison(pool: Crew, tmp_path: Path) -> None:
     case = Case.of([*RUN, "sentinel_every=5", "reduction=fast"], tmp_path)
     replicas = pool.build(case, 3, tamper={2: FlipBit(TENSORS["a parameter"])})
     pool.form(case, replicas)
-    for told in (replica.hear() for replica in replicas):
-        assert (told.state, told.step, told.diverged) == ("diverged", 9, (2,))
+    for reports in (replica.next_report() for replica in replicas):
+        assert (reports.state, reports.step, reports.diverged) == ("diverged", 9, (2,))
     pool.give(replicas)

@@ -70,20 +70,20 @@ def test_whichever_rank_computes_which_slots_the_bits_are_the_same(
     overrides = [*data, *(o for o in RUN if not data or not o.startswith("model.norm"))]
     case = Case.of([*overrides, "steps=15"], tmp_path, slots)
     alone = pool.train(case, 1)[0]
-    told = pool.train(case, world, tamper={r: MoveAtRandom() for r in range(world)})
-    for one in told:
+    reports = pool.train(case, world, tamper={r: MoveAtRandom() for r in range(world)})
+    for one in reports:
         assert one.metrics == alone.metrics
         assert one.sha256 == alone.sha256
-        assert len([n for n in one.notices if n.kind == "slots dealt"]) == 15
+        assert len([n for n in one.notices if n.kind == "slots assigned"]) == 15
 
 
 @pytest.mark.parametrize("compress", ["null", "bf16", "powersgd"])
 def test_with_the_fast_reduction_slots_move_too(pool: Crew, tmp_path: Path, compress: str) -> None:
     case = Case.of([*RUN, "reduction=fast", "steps=15", "optimizer.lr=1e-3", f"compress={compress}"], tmp_path, 7)
     alone = pool.train(case, 1)[0]
-    told = pool.train(case, 3, tamper={r: MoveAtRandom() for r in range(3)})
-    assert len({t.sha256 for t in told}) == 1
-    assert told[0].losses == pytest.approx(alone.losses, rel=1e-4 if compress == "null" else 0.1)
+    reports = pool.train(case, 3, tamper={r: MoveAtRandom() for r in range(3)})
+    assert len({t.sha256 for t in reports}) == 1
+    assert reports[0].losses == pytest.approx(alone.losses, rel=1e-4 if compress == "null" else 0.1)
 
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
@@ -94,13 +94,13 @@ def test_a_slow_rank_gets_fewer_slots_and_is_named(pool: Crew, tmp_path: Path, r
         9,
     )
     alone = pool.train(case, 1)[0]
-    told = pool.train(case, 3, tamper={1: SlowForward(0.03)})
-    assert len({t.sha256 for t in told}) == 1
+    reports = pool.train(case, 3, tamper={1: SlowForward(0.03)})
+    assert len({t.sha256 for t in reports}) == 1
     if reduction == "exact":
-        assert told[0].sha256 == alone.sha256
-    for one in told:
-        assert str(one.notices) == str(told[0].notices)
-        shares = [n.extra["shares"][1] for n in one.notices if n.kind == "slots dealt"]
+        assert reports[0].sha256 == alone.sha256
+    for one in reports:
+        assert str(one.notices) == str(reports[0].notices)
+        shares = [n.extra["shares"][1] for n in one.notices if n.kind == "slots assigned"]
         assert shares and min(hi - lo for lo, hi in shares) < 3
         # a busy machine may make others slow too
         named = {n.rank: n for n in one.notices if n.kind == "straggler"}
@@ -110,6 +110,6 @@ def test_a_slow_rank_gets_fewer_slots_and_is_named(pool: Crew, tmp_path: Path, r
 
 
 def test_it_can_be_turned_off(pool: Crew, tmp_path: Path) -> None:
-    case = Case.of([*RUN, "steps=20", "straggler.deal=false"], tmp_path, 9)
+    case = Case.of([*RUN, "steps=20", "straggler.balance=false"], tmp_path, 9)
     for one in pool.train(case, 3, tamper={1: SlowForward(0.01)}):
-        assert not [n for n in one.notices if n.kind == "slots dealt"]
+        assert not [n for n in one.notices if n.kind == "slots assigned"]

@@ -16,7 +16,7 @@ from tests.distributed.replicas import (
     Case,
     Crew,
     Injected,
-    Told,
+    Report,
     blunder,
     crash,
     cut,
@@ -51,14 +51,14 @@ each = pytest.mark.parametrize
     ],
     ids=str,
 )
-def test_a_worker_dies(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
+def test_a_worker_dies(pool: Crew, case: Case, undisturbed: Report, fault: Injected) -> None:
     assert assert_survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
 @each("world", [2, 3, 4])
 @each("delay_ms", [0, 0.3, 1, 3])
 def test_a_worker_dies_in_the_middle_of_a_reduction(
-    pool: Crew, case: Case, undisturbed: Told, world: int, delay_ms: float
+    pool: Crew, case: Case, undisturbed: Report, world: int, delay_ms: float
 ) -> None:
     fault = fail(worker=world - 1).at(step=7, phase="reduce", delay_s=delay_ms / 1000)
     assert assert_survives(pool, case, undisturbed, world, fault).lost == 1
@@ -90,7 +90,7 @@ def test_a_worker_dies_between_two_buckets(pool: Crew, tmp_path: Path, delay_ms:
     ],
     ids=str,
 )
-def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
+def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Report, fault: Injected) -> None:
     assert assert_survives(pool, case, undisturbed, 3, fault).lost == 1
 
 
@@ -109,21 +109,21 @@ def test_a_worker_hangs(pool: Crew, case: Case, undisturbed: Told, fault: Inject
     ids=str,
 )
 def test_a_worker_is_cut_off_from_the_others_and_stays(
-    pool: Crew, case: Case, undisturbed: Told, fault: Injected
+    pool: Crew, case: Case, undisturbed: Report, fault: Injected
 ) -> None:
     run = assert_survives(pool, case, undisturbed, 3, fault)
     assert run.lost == 0
     assert len(run.members) == 3
 
 
-def test_a_slow_worker_is_waited_for(pool: Crew, case: Case, undisturbed: Told) -> None:
+def test_a_slow_worker_is_waited_for(pool: Crew, case: Case, undisturbed: Report) -> None:
     fault = slow_down(worker=1, seconds=0.05, count=5).at(step=4)
     run = assert_survives(pool, case, undisturbed, 3, fault)
     assert run.lost == 0 and len(run.formed) == 1
 
 
 @each("fault", [leave(0).at(1, "forward"), leave(1).at(7, "reduce"), leave(2).at(10, "evaluate")], ids=str)
-def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Told, fault: Injected) -> None:
+def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Report, fault: Injected) -> None:
     run = assert_survives(pool, case, undisturbed, 3, fault)
     assert (run.lost, run.left, len(run.members)) == (0, 1, 2)
 
@@ -131,9 +131,9 @@ def test_a_worker_says_goodbye(pool: Crew, case: Case, undisturbed: Told, fault:
 def test_an_error_in_the_users_code_is_no_fault_to_survive(pool: Crew, case: Case) -> None:
     replicas = pool.build(case, 2, faults=[blunder(worker=1).at(step=3, phase="forward")])
     pool.form(case, replicas)
-    told = pool.until_ended(replicas)
-    assert (told[1].state, told[1].error) == ("failed", "RuntimeError: injected error")
-    assert (told[0].state, told[0].step) == ("broken", 2)  # nobody waits for ever
+    reports = pool.until_ended(replicas)
+    assert (reports[1].state, reports[1].error) == ("failed", "RuntimeError: injected error")
+    assert (reports[0].state, reports[0].step) == ("broken", 2)  # nobody waits for ever
     pool.give(replicas)
 
 
@@ -148,12 +148,12 @@ def test_an_error_in_the_users_code_is_no_fault_to_survive(pool: Crew, case: Cas
     ],
     ids=lambda f: "-and-".join(map(str, f)),
 )
-def test_two_at_once(pool: Crew, case: Case, undisturbed: Told, faults: list[Injected]) -> None:
+def test_two_at_once(pool: Crew, case: Case, undisturbed: Report, faults: list[Injected]) -> None:
     deaths = sum(f.fault.kind in ("kill", "stop") for f in faults)
     assert assert_survives(pool, case, undisturbed, 4, *faults).lost == deaths
 
 
-def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturbed: Told) -> None:
+def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturbed: Report) -> None:
     run = assert_survives(
         pool,
         case,
@@ -179,14 +179,14 @@ def test_one_after_the_other_until_one_is_left(pool: Crew, case: Case, undisturb
     ids=str,
 )
 def test_a_second_fault_during_the_regroup_after_the_first(
-    pool: Crew, case: Case, undisturbed: Told, during: Injected
+    pool: Crew, case: Case, undisturbed: Report, during: Injected
 ) -> None:
     # w1 is killed when w0 may have committed a step more than the others: they must receive it.
     faults = [fail(worker=1).at(step=7, phase="update"), cut(worker=2).at(step=7, phase="reduce")]
     assert_survives(pool, case, undisturbed, 4, *faults, during)
 
 
-def test_the_source_dies_while_a_newcomer_receives(pool: Crew, case: Case, undisturbed: Told) -> None:
+def test_the_source_dies_while_a_newcomer_receives(pool: Crew, case: Case, undisturbed: Report) -> None:
     run = LedRun(pool, case)
     run.start(2, fail(worker=0).at(step=2, phase="receive", delay_s=0.001))
     run.until_formed(1, pausing=0)
@@ -197,7 +197,7 @@ def test_the_source_dies_while_a_newcomer_receives(pool: Crew, case: Case, undis
 
 
 def test_a_newcomer_receives_the_state_and_a_whole_new_crew_takes_over(
-    pool: Crew, case: Case, undisturbed: Told
+    pool: Crew, case: Case, undisturbed: Report
 ) -> None:
     run = LedRun(pool, case)
     # w0 dies as soon as the newcomers have its state and one more step is taken.
@@ -248,7 +248,7 @@ def test_every_model_is_handed_to_a_spare_unchanged(pool: Crew, tmp_path: Path, 
 
 
 @each("seed", range(12))
-def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Told, seed: int) -> None:
+def test_faults_at_random_moments(pool: Crew, case: Case, undisturbed: Report, seed: int) -> None:
     rng = random.Random(seed)
     world = rng.choice([2, 3, 4])
     faults = []

@@ -26,7 +26,7 @@ RUN = [
     f"steps={STEPS}",
     "epochs=null",
     "evaluate.every=end",
-    "straggler.deal=false",
+    "straggler.balance=false",
 ]
 
 

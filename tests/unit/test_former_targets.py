@@ -13,7 +13,7 @@ from descent.checkpoint.manifest import MANIFEST, checkpoint_root, commit_checkp
 from descent.cluster.chaos.comparison import of_run
 from descent.cluster.record import run_log
 from descent.cluster.run.resume import find_weights, resume, with_implied_length
-from descent.config import build, compose, resolve_target
+from descent.config import build, compose, recompose, resolve_target
 from descent.config.former_targets import current_target, with_current_targets
 from descent.config.public_classes import DESCENT_CLASSES
 from descent.errors import CheckpointError
@@ -179,6 +179,17 @@ def test_a_former_run_resumes_with_the_targets_of_today(former: Path) -> None:
     assert build({**config.schedule, "total_steps": 60}, (), "schedule")(0) == 1.0
     with pytest.raises(CheckpointError, match=r"seed=3 \(the run has 0\)"):
         resumed(former, "seed=3")
+
+
+def test_a_former_key_is_read_and_may_still_be_typed(former: Path, tmp_path: Path) -> None:
+    assert resumed(former)[0].config.straggler.balance is True
+    assert resumed(former, "straggler.deal=false")[0].config.straggler.balance is False
+    assert compose(["straggler.deal=false"]).config == compose(["straggler.balance=false"]).config
+    assert recompose({**FORMER["config"], "straggler": {"deal": False}}).straggler.balance is False
+    groups = tmp_path / "groups" / "experiment"
+    groups.mkdir(parents=True)
+    (groups / "mine.yaml").write_text("# @package _global_\nstraggler: {deal: false}\n")
+    assert compose(["experiment=mine"], [str(groups.parent)]).config.straggler.balance is False
 
 
 def test_a_former_target_may_still_be_typed(former: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from descent.config.environment import read_variables, shown_tree, with_shown_values
 from descent.config.files import PRIMARY, groups, option_file, search_path, shown
-from descent.config.former_targets import with_current_targets
+from descent.config.former_targets import current_override, with_current_names, with_current_targets
 from descent.config.origin import Sources
 from descent.config.overrides import Override, check_keys, parse, refuse_slips, shown_value, suggest
 from descent.config.schema import Data, RunConfig, flatten
@@ -111,6 +111,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> C
     overrides = [f"++{o}" if o.startswith(_OPEN) else o for o in overrides]
     search_path(config_dirs)
     known = groups(dirs)
+    overrides = [current_override(override) for override in overrides]
     refuse_slips(overrides, lambda: flatten(plain_tree([], dirs)))
     parsed = parse(overrides, known)
     try:
@@ -161,7 +162,7 @@ def _resolved(node: Any, sources: Sources) -> dict[str, Any]:
         where = sources.where(tuple(re.split(r"\.|\[", key)))
         raise ConfigError(f"{where}: {key}: {reason}") from error
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in with_current_targets(plain).items()}
+    return with_current_names({str(k): v for k, v in plain.items()})
 
 
 def _refuse_missing(missing: Sequence[str], sources: Sources) -> None:
@@ -266,6 +267,6 @@ def _file_with_default(group: str, option: str, overrides: Sequence[Override], d
 def recompose(saved: Mapping[str, Any]) -> RunConfig:
     """The `RunConfig` of an earlier run, from the dict that `RunConfig.to_dict` returned."""
     try:
-        return validated(with_current_targets(saved), Sources((), {}, ()))
+        return validated(with_current_names(saved), Sources((), {}, ()))
     except ConfigError as error:
         raise ConfigError(f"saved config: {error}") from error

@@ -1,4 +1,4 @@
-"""Translates `_target_`s of runs that were made when the package was called `service`."""
+"""Translates former names: `_target_`s of when the package was called `service`, and keys that have another name now."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,36 @@ _MOVED = {
     "service.training": "descent.training",
 }
 """Former module or package -> its present path. A module comes before the package that holds it."""
+
+_RENAMED = {"straggler": {"deal": "balance"}}
+"""Section -> former key -> present key."""
+
+
+def current_override(text: str) -> str:
+    """An override with the present name of its key; any other one as it is.
+
+    >>> current_override("straggler.deal=false")
+    'straggler.balance=false'
+    """
+    key, equals, value = text.partition("=")
+    bare = key.lstrip("+~")
+    section, _, last = bare.partition(".")
+    renamed = _RENAMED.get(section, {}).get(last)
+    return text if renamed is None else f"{key[: len(key) - len(bare)]}{section}.{renamed}{equals}{value}"
+
+
+def with_current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a whole config in which each `_target_` and each key has its present name.
+
+    A former key is there because somebody has set it, so it wins over the present one.
+    """
+    current: dict[str, Any] = {str(key): value for key, value in with_current_targets(tree).items()}
+    for section, keys in _RENAMED.items():
+        found = current.get(section)
+        if isinstance(found, dict) and any(former in found for former in keys):
+            here = {keys[key]: value for key, value in found.items() if key in keys}
+            current[section] = {**{k: v for k, v in found.items() if k not in keys}, **here}
+    return current
 
 
 def current_target(path: str) -> str:

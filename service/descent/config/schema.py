@@ -205,7 +205,7 @@ class Regroup(Section):
 class Straggler(Section):
     """Measures against a rank that is slower than the others."""
 
-    deal: bool = True
+    balance: bool = True
     """Give faster ranks more slots; needs more slots than workers."""
     factor: Annotated[float, Field(gt=1)] = 1.5
     """A rank is slow if its time per sample is this many times the median of the ranks."""

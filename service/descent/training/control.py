@@ -36,7 +36,7 @@ class Control:
     phase: str = "starting"
     phase_since: float = field(default_factory=time.monotonic)
     records: deque[TrainingRecord] = field(default_factory=deque)
-    parts: deque[ShareWritten] = field(default_factory=deque)
+    shares: deque[ShareWritten] = field(default_factory=deque)
     notices: deque[Notice] = field(default_factory=deque)
     useful_s: float = 0.0
     """Seconds spent in steps that were committed."""

@@ -58,7 +58,7 @@ class SlotBalancer:
     """Per rank its slots, as they are now."""
     slots: int
     may_move: bool
-    """Whether slots may be assigned anew (`straggler.deal`)."""
+    """Whether slots may be assigned anew (`straggler.balance`)."""
     factor: float
     """A rank is slow when its seconds per sample are this many times the median."""
     after_s: float
@@ -133,7 +133,7 @@ def rebalanced(step: int, generation: int, shares: Shares) -> Notice:
     """The notice that the slots were assigned anew after `step`; every rank sends it."""
     counts = ", ".join(str(hi - lo) for lo, hi in shares)
     detail = f"slots per rank, by speed: {counts}"
-    return Notice("slots dealt", step, generation, None, detail, {"shares": shares})
+    return Notice("slots assigned", step, generation, None, detail, {"shares": shares})
 
 
 def straggling(step: int, generation: int, rank: int, ratio: float) -> Notice:

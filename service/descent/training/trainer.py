@@ -250,7 +250,7 @@ class Trainer:
             )
             straggler = self.config.straggler
             balancer = self.make_slot_balancer(
-                membership.slots, self.plan.slots, straggler.deal, straggler.factor, straggler.after_s
+                membership.slots, self.plan.slots, straggler.balance, straggler.factor, straggler.after_s
             )
             others = [
                 replace(context, parameters=t.parameters, nominal_count=t.nominal, scale=t.scale, logged=t.task.logged)

@@ -50,7 +50,7 @@ class Journal:
         """Record a notice of the ranks; False if another rank has reported it already."""
         if not self.incidents.is_new(notice):
             return False
-        if notice.kind == "slots dealt":  # a measure, not a fault
+        if notice.kind == "slots assigned":  # a measure, not a fault
             self.listener.line(f"step {notice.step}: {notice.detail}")
         else:
             self.incidents.notice(notice, {rank: (w, workers[w].host) for rank, w in enumerate(generation.members)})

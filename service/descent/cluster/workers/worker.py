@@ -182,7 +182,7 @@ class WorkerProcess:
             kept = control.records
             while kept and _is_acknowledged(kept[0], acknowledged):
                 kept.popleft()
-            shares = tuple(control.parts.popleft() for _ in range(len(control.parts)))
+            shares = tuple(control.shares.popleft() for _ in range(len(control.shares)))
             # A state that the run goes on from must be logged before it does. This worker may be the last
             # that has the records of the state that it broadcasts, or of a checkpoint.
             if with_records or shares or state is not WorkerState.RUNNING:

@@ -22,7 +22,7 @@ _PATIENCE_S = 5.0
 class ReplicaCheckpoints:
     """Writes this rank's share of the state after a step; the shares of all ranks are the checkpoint.
 
-    The controller, which gets a `ShareWritten` from each rank through `control.parts`, commits it.
+    The controller, which gets a `ShareWritten` from each rank through `control.shares`, commits it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ReplicaCheckpoints:
         )
 
     def _report(self, share: ShareWritten) -> None:
-        self._control.parts.append(share)
+        self._control.shares.append(share)
         self._control.notify()
 
     def move_to(self, root: Location) -> None:
