@@ -9,6 +9,7 @@ import pytest
 
 from descent.config import compose
 from descent.errors import DescentError
+from descent.training.input.building import build_sets
 from descent.training.plan import build_data, build_model, prepare
 
 MODULE = '''
@@ -144,12 +145,10 @@ def test_draws_on_a_few_samples_are_refused_unless_the_class_says_that_it_draws(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.test=0.2"], "data.test=0.2: digits has an evaluation set of its own, so no test part is split off; leave"),
-        (["data=breast_cancer", "data.test=0.1"], "data.test=0.1: breast_cancer has"),
         (["data=stdlib", "data.holdout=0.2"], "data.holdout=0.2: stdlib has an evaluation set of its own, so nothing"),
         (["loss=mse", "model.num_outputs=1", "data=csv", "data.path=v.csv", "data.target=y",
           "checkpoint.keep_best=eval/accuracy"],
-         "checkpoint.keep_best=eval/accuracy: the evaluations of this run have no accuracy (loss torch.nn.MSELoss), only"),
+         "checkpoint.keep_best=eval/accuracy: the evaluations of this run have no such figure; did you mean eval/"),
         (["data=text", "data.path=t.txt", "model=gpt", "data.block=8", "data.holdout=0", "checkpoint.keep_best=eval/accuracy"],
          "checkpoint.keep_best=eval/accuracy: there is nothing to evaluate on; set data.holdout"),
     ],
@@ -164,6 +163,28 @@ def test_with_the_cure_a_test_part_is_split_off():
     given = compose(["data.test=0.2", "data.evaluate=null", "data.train.split=all"]).config
     train, evaluate = build_data(given)
     assert len(train) + len(evaluate) == 1797 - round(1797 * 0.2)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["data.test=0.2"], ["data.test=0.2", "data.evaluate=null", "data.train.split=all"]]
+)
+def test_a_test_part_is_disjoint_from_the_others_and_the_same_whatever_trains(overrides):
+    sets = build_sets(compose(overrides).config)
+    assert len(sets.test) == pytest.approx(0.2 * (len(sets.train) + len(sets.test)), rel=0.15)
+    rows = [{tuple(x.flatten().tolist()) for x in data.gather(np.arange(len(data)))[0]} for data in sets[:3]]
+    assert all(rows) and len(rows[0] & rows[2]) <= 2 and len(rows[1] & rows[2]) <= 2  # digits has a few doubles
+    again = build_sets(compose([*overrides, "workers=1", "model=resnet"]).config)
+    assert again.test.digest == sets.test.digest
+
+
+def test_a_test_set_of_its_own_and_further_sets_by_name():
+    given = [
+        "data.test={_target_: descent.data.digits.Digits}",
+        "data.evaluations.b._target_=descent.data.breast_cancer.BreastCancer",
+    ]
+    sets = build_sets(compose(given).config)
+    assert len(sets.test) == 1797 and len(sets.train) == len(build_sets(compose([]).config).train)
+    assert list(sets.others) == ["b"]
 
 
 def test_the_workers_of_a_private_cluster_hash_texts_alike_in_every_run():

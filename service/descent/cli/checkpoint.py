@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -227,7 +227,7 @@ def prune_(
         int | None, typer.Option(min=1, help="In addition, one checkpoint for each so many steps stays.")
     ] = None,
     keep_best: Annotated[
-        str | None, typer.Option(help="In addition, the best by this metric stays: eval/loss or eval/accuracy.")
+        str | None, typer.Option(help="In addition, the best by this metric stays, such as eval/loss or eval/accuracy.")
     ] = None,
     output_dir: OutputDir = _RUNS,
 ) -> None:
@@ -240,13 +240,17 @@ def prune_(
       descent checkpoint prune RUN --keep-every 1000 --keep-best eval/accuracy
     """
     from descent.checkpoint.retention import Retention, prune
+    from descent.config.metric_names import better_direction
     from descent.storage import open_store
 
     with refusals():
-        if keep_best not in (None, "eval/loss", "eval/accuracy"):
-            raise CheckpointError(f"--keep-best {keep_best}: is eval/loss or eval/accuracy")
+        mode = "min" if keep_best is None else better_direction(keep_best)
+        if mode is None or not (keep_best or "eval/").startswith("eval/"):
+            raise CheckpointError(
+                f"--keep-best {keep_best}: is the name of an evaluation's figure whose better direction it tells, such as "
+                "eval/loss, eval/accuracy or eval/f1"
+            )
         root = _root(run, output_dir)
-        mode: Literal["min", "max"] = "max" if keep_best == "eval/accuracy" else "min"
         deleted, skipped = prune(root, Retention(keep_last, keep_every, keep_best, mode))
         half = open_store(root).tidy(older_than_s=3600.0)
     print(f"deleted: {', '.join(deleted) or 'nothing'}" + (f", {half} unfinished files" if half else ""))

@@ -42,6 +42,10 @@ _WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 _COLORS = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow"}
 
 
+_MOST_FIGURES = 10
+"""Figures of evaluations that the summary shows."""
+
+
 def print_result(console: Console, result: "RunResult") -> None:
     """How a run ended, what it reached, where everything lies and what to do next."""
     if result.already_finished:
@@ -73,8 +77,12 @@ def _print_figures(console: Console, result: "RunResult") -> None:
     metrics, best = result.metrics, result.best
     if "eval/accuracy" in metrics:
         rows.append(("eval/accuracy", f"{metrics['eval/accuracy']:.2%}", f"best {best['eval/accuracy']:.2%}"))
-    if "eval/loss" in metrics:
-        rows.append(("eval/loss", significant(metrics["eval/loss"]), f"best {significant(best['eval/loss'])}"))
+    others = [name for name in metrics if name.startswith(("eval/", "test/")) and name != "eval/accuracy"]
+    for name in others[:_MOST_FIGURES]:
+        at_best = f"best {significant(best[name])}" if name in best else ""
+        rows.append((name, significant(metrics[name]), at_best))
+    if len(others) > _MOST_FIGURES:
+        rows.append(("", f"and {len(others) - _MOST_FIGURES} more figures, in MLflow and with --json", ""))
     if "train/loss" in metrics:
         rows.append(("train/loss", significant(metrics["train/loss"]), ""))
     if result.samples_per_second:

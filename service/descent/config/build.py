@@ -108,7 +108,9 @@ def resolve_target(path: str, trusted_modules: Iterable[str], where: str) -> Cal
         raise ConfigError(_not_listed(path, trusted_modules, where, group))
     kinds = KINDS_BY_GROUP.get(group)
     holder = where.removesuffix("._target_")
-    whole = holder in (group, "data.train", "data.evaluate") or (group == "metrics" and holder.count(".") == 1)
+    whole = holder in (group, "data.train", "data.evaluate", "data.test") or (
+        group == "metrics" and holder.count(".") == 1
+    )
     if kinds is not None and not whole:
         kinds = (*kinds, "module")  # an argument, such as the transform of a data set
     if kinds is not None and listed.kind not in kinds:

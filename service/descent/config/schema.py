@@ -74,7 +74,10 @@ class Data(BaseModel):
     sampler: Literal["sequential", "class_balanced", "by_length", "weighted"] | Spec | None = None
     """Which samples an epoch has; None: each of them once, shuffled."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test: Annotated[float, Field(ge=0, lt=1)] | Spec = 0.0
+    """A share that is neither trained nor evaluated on, or a data set of its own: evaluated once, at the end."""
+    evaluations: dict[str, Spec] = Field(default_factory=dict)
+    """Further sets to evaluate, by name."""
     on_error: Literal["fail", "skip"] = "fail"
     cache: DataCache = Field(default_factory=DataCache)
 
@@ -83,9 +86,18 @@ class Data(BaseModel):
     def _path_alone(cls, value: Any) -> Any:
         return {"_target_": value} if isinstance(value, str) else value
 
-    @field_validator("train", "evaluate", "collate", "sampler")
+    @field_validator("evaluations")
     @classmethod
-    def _target(cls, value: Spec | str | None) -> Spec | str | None:
+    def _targets(cls, value: dict[str, Spec]) -> dict[str, Spec]:
+        for name, spec in value.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"{name!r} can't be the name of a set: letters, digits, '_', '.' and '-'")
+            _has_target(spec)
+        return value
+
+    @field_validator("train", "evaluate", "collate", "sampler", "test")
+    @classmethod
+    def _target(cls, value: Spec | str | float | None) -> Spec | str | float | None:
         return _has_target(value) if isinstance(value, dict) else value
 
 
@@ -126,6 +138,28 @@ class KeepBest(Section):
     def higher(self) -> bool:
         """Whether a higher value is better: by `mode`, or where that is None by the metric's name."""
         return (self.mode or better_direction(self.metric)) == "max"
+
+
+class Stop(Section):
+    """When a run ends early: after `patience` evaluations in a row without progress."""
+
+    metric: str = "eval/loss"
+    patience: Positive
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Progress is a value that is better than the best so far by more than this."""
+    mode: Literal["min", "max"] | None = None
+
+    @model_validator(mode="after")
+    def _direction(self) -> "Stop":
+        KeepBest(metric=self.metric, mode=self.mode)
+        return self
+
+    def is_progress(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than the best so far; NaN is not."""
+        if best is None:
+            return value == value
+        higher = KeepBest(metric=self.metric, mode=self.mode).higher
+        return value > best + self.min_delta if higher else value < best - self.min_delta
 
 
 class Checkpoint(Section):
@@ -270,6 +304,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"]
     resources: Resources
     evaluate: Evaluate
+    stop: Stop | None = None
     checkpoint: Checkpoint
     observers: dict[str, Spec] = Field(default_factory=dict)
     tracking: Tracking

@@ -12,8 +12,8 @@ _STATE_KEYS = ("multiplier", "num_bad", "cooldown_left")
 class Plateau:
     """Multiplies the learning rate by `factor` after more than `patience` evaluations without progress.
 
-    Progress is a loss below best · (1 − threshold) (`threshold_mode: rel`) or below
-    best − threshold (`abs`). The `cooldown` evaluations after a reduction are not
+    Progress is a value of `metric`, an evaluation's figure, below best − threshold · |best| (`threshold_mode: rel`)
+    or below best − threshold (`abs`); with mode="max", above. The `cooldown` evaluations after a reduction are not
     counted. This is torch's ReduceLROnPlateau with mode="min", eps=0, preceded by the linear
     warm-up of every schedule over the first W = `warmup_steps` updates:
 
@@ -40,6 +40,8 @@ class Plateau:
         min_multiplier: float = 0.0,
         warmup_steps: int = 0,
         total_steps: int | None = None,  # noqa: ARG002
+        metric: str = "eval/loss",
+        mode: Literal["min", "max"] = "min",
     ) -> None:
         _number("factor", factor, "above 0 and below 1", lambda v: 0.0 < v < 1.0)
         _number("threshold", threshold, "from 0 on, and finite", lambda v: 0.0 <= v < math.inf)
@@ -49,6 +51,9 @@ class Plateau:
         _whole("warmup_steps", warmup_steps)
         if threshold_mode not in ("rel", "abs"):
             raise ConfigError(f"schedule.threshold_mode={threshold_mode}: must be one of rel, abs")
+        if mode not in ("min", "max"):
+            raise ConfigError(f"schedule.mode={mode}: must be one of min, max")
+        self.metric, self.mode = metric, mode
         self.factor = factor
         self.patience = patience
         self.threshold = threshold
@@ -68,10 +73,11 @@ class Plateau:
             return (step + 1) / self.warmup_steps * self._multiplier
         return self._multiplier
 
-    def observe(self, eval_loss: float) -> None:
-        """Record the loss of an evaluation. NaN counts as no progress."""
-        if self._is_progress(eval_loss):
-            self._best = eval_loss
+    def observe(self, value: float) -> None:
+        """Record the metric of an evaluation, mostly the loss. NaN counts as no progress."""
+        value = -value if self.mode == "max" else value
+        if self._is_progress(value):
+            self._best = value
             self._num_bad = 0
         else:
             self._num_bad += 1
@@ -87,7 +93,11 @@ class Plateau:
         if math.isinf(self._best):
             return loss < self._best
         if self.threshold_mode == "rel":
-            return loss < self._best * (1.0 - self.threshold)
+            return (
+                loss < self._best - self.threshold * abs(self._best)
+                if self._best < 0
+                else loss < self._best * (1.0 - self.threshold)
+            )
         return loss < self._best - self.threshold
 
     def state_dict(self) -> dict[str, float]:

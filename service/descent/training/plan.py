@@ -24,14 +24,20 @@ from descent.training.determinism import deterministic
 from descent.training.evaluation_results import State
 from descent.training.freezing import check_length
 from descent.training.input.building import build_data as build_data
-from descent.training.input.building import digest_to_compare, epoch_order_of, keep_precision, refuse_unrepeatable
+from descent.training.input.building import (
+    build_sets,
+    digest_to_compare,
+    epoch_order_of,
+    keep_precision,
+    refuse_unrepeatable,
+)
 from descent.training.loss_check import refuse_unseeded
 from descent.training.objective import Objective, Reading, with_tensors
 from descent.training.phases import Phase, build_phased, check_modules, phases_of
 from descent.training.preflight import (
     Cut,
     as_pair,
-    check_keep_best,
+    check_figures,
     check_outputs,
     check_schedule,
     materialize,
@@ -132,6 +138,8 @@ class Prepared:
     """A few evaluation (else training) samples as the model takes them: inputs [n, *input_shape], or an own task's batch."""
     understood: str = ""
     """What an own task's numbers were understood to mean, in words."""
+    test: Data | None = None
+    """The set that is evaluated once, at the end."""
 
     @cached_property
     def data_identities(self) -> dict[str, Any]:
@@ -324,11 +332,12 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
         raise ConfigError(f"precision=bf16: the {device} here has no bfloat16 arithmetic; use precision=fp32")
     low, high = worker_range(config, cores=cores, gpus=gpus, device=device)
     own = build_task(config)
-    train, evaluate = build_data(config, collate=None if own is None else own.collate)
+    sets = build_sets(config, None if own is None else own.collate)
+    train, evaluate = sets.train, sets.evaluate
     batch, slots = share_out(config, len(train), high)
     epoch_order_of(config, train, batch)
     model = build_model(config, train)
-    keep_precision(model, train, evaluate)
+    keep_precision(model, train, evaluate, sets.test, *sets.others.values())
     check_builds_alike(config, model, train)
     phases = phases_of(own) if own is not None else ()
     if phases:
@@ -362,7 +371,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
             with torch.autocast("cpu", half, enabled=mixed):
                 found = _check_supervised(config, model, train, evaluate, cut)
         states, figures = check_evaluation(config, model, found, train, evaluate)
-    check_keep_best(config, figures, evaluate)
+    named = [*figures, *(f"{other}/{name}" for other in sets.others for name in figures)]
+    check_figures(config, named, evaluate)
     task = found.task
     plan = Plan(
         total_steps=total,
@@ -394,7 +404,7 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     source = evaluate if evaluate is not None else train
     few = read(config, source, np.arange(min(4, len(source))), "data")
     sample = as_pair(few, "data")[0] if own is None else few
-    return Prepared(plan, model, train, evaluate, task, sample, found.understood)
+    return Prepared(plan, model, train, evaluate, task, sample, found.understood, sets.test)
 
 
 def _check_supervised(config: RunConfig, model: nn.Module, train: Data, evaluate: Data | None, cut: Cut) -> Found:

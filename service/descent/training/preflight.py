@@ -302,19 +302,26 @@ def check_outputs(config: RunConfig, model: nn.Module, objective: Objective, dat
         _refuse_all_ignored(objective, found, where)
 
 
-def check_keep_best(config: RunConfig, figures: Sequence[str], evaluate: Data | None) -> None:
-    """Raise ConfigError where the metric of `checkpoint.keep_best` is none that this run's evaluations have."""
-    keep = config.checkpoint.keep_best
-    if keep is None or keep.metric == "eval/loss":
-        return  # every evaluation has a loss, and this is the default, also of runs without an evaluation
-    key = f"checkpoint.keep_best={keep.metric}"
-    if evaluate is None:
-        raise ConfigError(f"{key}: there is nothing to evaluate on; set data.holdout, or checkpoint.keep_best=null")
+def check_figures(config: RunConfig, figures: Sequence[str], evaluate: Data | None) -> None:
+    """Raise ConfigError where a setting names a figure that this run's evaluations don't have."""
+    keep, stop = config.checkpoint.keep_best, config.stop
+    asked = {}
+    if keep is not None and (
+        evaluate is not None or keep.metric != "eval/loss"
+    ):  # the default, also without evaluations
+        asked["checkpoint.keep_best"] = keep.metric
+    if stop is not None:
+        asked["stop.metric"] = stop.metric
+    if "plateau" in str(config.schedule["_target_"]) and config.schedule.get("metric"):
+        asked["schedule.metric"] = str(config.schedule["metric"])
     names = [f"eval/{name}" for name in figures]
-    if keep.metric not in names:
-        similar = difflib.get_close_matches(keep.metric, names, 1)
-        hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(names)}"
-        raise ConfigError(f"{key}: the evaluations of this run have no such figure; {hint}")
+    for key, metric in asked.items():
+        if evaluate is None:
+            raise ConfigError(f"{key}={metric}: there is nothing to evaluate on; set data.holdout, or {key}=null")
+        if metric not in names:
+            similar = difflib.get_close_matches(metric, names, 1)
+            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(names)}"
+            raise ConfigError(f"{key}={metric}: the evaluations of this run have no such figure; {hint}")
 
 
 def _refuse_all_ignored(objective: Objective, labels: Tensor, where: str) -> None:

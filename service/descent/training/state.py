@@ -46,6 +46,11 @@ class TrainState:
     loss_scale: LossScale | None = None
     """The factor on the loss, in float16."""
 
+    stop_best: float | None = None
+    """The best value so far of the metric that may end the run early."""
+    stop_waited: int = 0
+    """Evaluations in a row without progress in it."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, sorted by name; the tensors themselves, not copies."""
         found = {MODEL + name: tensor for name, tensor in _module_tensors(self.model)}
@@ -60,6 +65,8 @@ class TrainState:
         """The numbers of the state: counters, the best metric, and the memory of a plateau schedule."""
         memory = self.schedule.state_dict() if isinstance(self.schedule, Plateau) else {}
         best = {} if self.best is None else {"best_score": self.best}
+        if self.stop_best is not None:
+            best |= {"stop_best": self.stop_best, "stop_waited": self.stop_waited}
         return {**memory, **best, "evaluated": self.evaluated, "bad_steps": self.bad_steps}
 
     def load(
@@ -100,11 +107,12 @@ class TrainState:
         if self.loss_scale is not None:
             self.loss_scale.load(tensors)
         if isinstance(self.schedule, Plateau):
-            own_keys = ("evaluated", "bad_steps", "best_score")
+            own_keys = ("evaluated", "bad_steps", "best_score", "stop_best", "stop_waited")
             memory = {k: v for k, v in scalars.items() if k not in own_keys and "/" not in k}
             self.schedule.load_state_dict(memory)
         self.evaluated, self.bad_steps = int(scalars["evaluated"]), int(scalars["bad_steps"])
-        self.best = scalars.get("best_score")
+        self.best, self.stop_best = scalars.get("best_score"), scalars.get("stop_best")
+        self.stop_waited = int(scalars.get("stop_waited", 0))
         self.step = step
 
     def sha256(self) -> str:

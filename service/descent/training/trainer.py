@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from descent.config import RunConfig
+from descent.data.identity import require_digest
 from descent.messages import EvaluationRecord, Membership, Notice, StepRecord
 from descent.storage import to_location
 from descent.training import collectives, nonfinite, sentinel, slot_balancer
@@ -25,14 +26,14 @@ from descent.training.collectives import Group
 from descent.training.control import PAUSE, SAVE, Control, OutOfMemory, TooManyBadSteps
 from descent.training.coupling import Coupling
 from descent.training.determinism import compiled, only_deterministic, refuse_undeterministic
-from descent.training.evaluation import Evaluator
+from descent.training.evaluation import Evaluator, stopped_early
 from descent.training.freezing import Freezing
-from descent.training.input.building import epoch_order_of, keep_precision
+from descent.training.input.building import build_sets, epoch_order_of, keep_precision
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
 from descent.training.metric_states import MetricSet
 from descent.training.metrics import StepMetrics
-from descent.training.plan import AUTOCAST, Plan, build_data
+from descent.training.plan import AUTOCAST, Plan
 from descent.training.reduction import UnusedParameters, reducer_for
 from descent.training.reduction.losses import LossOf
 from descent.training.replica import first_model, first_state, task_of, turns_of
@@ -78,9 +79,11 @@ class Trainer:
             only_deterministic(device)
         self.config, self.plan, self.device, self.control = config, plan, device, control
         own = task_of(config, plan)
-        train, held_out = build_data(config, plan.data_digest, own.collate)
+        sets = build_sets(config, own.collate)
+        train, held_out = sets.train, sets.evaluate
+        require_digest(train, plan.data_digest, "data.train")
         model = first_model(config, train, device)
-        keep_precision(model, train, held_out)
+        keep_precision(model, train, held_out, *sets.others.values())
         self.task = own.to(device, self._autocast)
         self.state = first_state(config, plan, model, device)
         self._forward = compiled(model, exact) if config.compile else model
@@ -88,7 +91,7 @@ class Trainer:
         self.bounds = slot_bounds(plan.batch_size, plan.slots)
         self.feed = Feed(train, self.order, device, seed=config.seed, on_error=config.data.on_error)
         metrics = MetricSet.of(config, train.num_outputs).to(device)
-        self.evaluator = Evaluator(config, plan, held_out, self.state, self.task, metrics, device)
+        self.evaluator = Evaluator(config, plan, held_out, sets.others, self.state, self.task, metrics, device)
         self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
         self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
         self.buffers = Buffers(model, plan.changing_buffers, plan.buffer_rules or None)
@@ -192,7 +195,7 @@ class Trainer:
     def _loop(self, group: Group, membership: Membership) -> str:
         with self._generation(group, membership) as generation:
             self._evaluate_if_due(group)
-            while self.state.step < self.plan.total_steps:
+            while self.state.step < self.plan.total_steps and not self.evaluator.stops():
                 try:
                     votes = self._step(generation).votes
                 except Diverged as diverged:
@@ -200,7 +203,9 @@ class Trainer:
                     self._notify(sentinel.notice(self.state.step + 1, membership, diverged.ranks))
                     return "diverged"
                 self._evaluate_if_due(group)
-                if self.state.step == self.plan.total_steps:
+                if self.evaluator.stops():
+                    self._notify(stopped_early(self.config, self.state, membership.generation))
+                if self.state.step == self.plan.total_steps or self.evaluator.stops():
                     break
                 if votes[PAUSE] or votes[SAVE] or self.checkpoints.is_due():
                     self.checkpoints.write_share(group, membership.generation, wait=bool(votes[PAUSE]))

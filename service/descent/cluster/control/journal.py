@@ -16,6 +16,9 @@ from descent.cluster.record.run_log import RunLog
 from descent.cluster.workers.group import WorkerInfo
 from descent.messages import Notice, StepRecord, TrainingRecord
 
+_NO_FAULT = ("slots assigned", "stopped early")
+"""Kinds of notices that are told, and are no incidents."""
+
 
 class Journal:
     """Writes a run's course into its log, its incidents and its status file, and reports it to the listener."""
@@ -50,7 +53,7 @@ class Journal:
         """Record a notice of the ranks; False if another rank has reported it already."""
         if not self.incidents.is_new(notice):
             return False
-        if notice.kind == "slots assigned":  # a measure, not a fault
+        if notice.kind in _NO_FAULT:
             self.listener.line(f"step {notice.step}: {notice.detail}")
         else:
             self.incidents.notice(notice, {rank: (w, workers[w].host) for rank, w in enumerate(generation.members)})

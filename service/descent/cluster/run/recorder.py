@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from descent.checkpoint.manifest import step_of
+from descent.checkpoint.manifest import checkpoint_root, step_of
 from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run.left_over import settle_left_over
 from descent.cluster.run.note import as_csv, note_of
-from descent.cluster.run.result import RunResult, last_points
+from descent.cluster.run.result import RunResult, best_kept, last_points
 from descent.config import Composed, flatten
 from descent.config.overrides import shown_override
 from descent.config.secrets import masked
 from descent.messages import TerminalState
+from descent.storage import to_location
 from descent.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ class RunRecorder:
                 tracker.log_text(as_csv(outcome.incidents), "incidents.csv")
                 with self._best_effort("incidents.jsonl"):
                     tracker.log_file(self._run_dir / run_log.INCIDENTS_FILE)
+            self._test(outcome, figures)
             note = note_of(self._composed, self._prepared.plan, self._command(), outcome, figures)
             tags = {"descent.workers": json.dumps(outcome.workers), "mlflow.note.content": note}
             if outcome.incidents:
@@ -226,6 +228,20 @@ class RunRecorder:
             undelivered = tracker.finish(str(outcome.state), deadline_s)  # type: ignore[arg-type]
         return undelivered
 
+    def _test(self, outcome: "Outcome", figures: dict[str, dict[str, float]]) -> None:
+        """Evaluate the test set with the best weights, and put its figures among the run's."""
+        if self._prepared.test is None or outcome.state is not TerminalState.FINISHED or outcome.checkpoint is None:
+            return
+        from descent.cluster.run.tested import test_figures
+
+        best = best_kept(checkpoint_root(self._run_dir, self._config.checkpoint.dir), self._config.checkpoint.keep_best)
+        target, step = (to_location(best[0]), best[1]) if best else (outcome.checkpoint, outcome.step)
+        with self._best_effort("the test set's figures"):
+            self._allocate_model()
+            found = test_figures(self._config, self._prepared, target)
+            figures["metrics"].update(found)
+            self.tracker.log_metrics(step, found)
+
     def record_end(self, result: RunResult) -> None:
         """Write to the run's file how the run ended."""
         with self._best_effort("how the run ended, in run.json"):
@@ -239,6 +255,11 @@ class RunRecorder:
         except Exception as error:
             line = " ".join(str(error).split())[:200]
             self._display.note(f"could not be recorded: {what}: {type(error).__name__}: {line}")
+
+    @property
+    def total_steps(self) -> int:
+        """The run's length as planned."""
+        return self._prepared.plan.total_steps
 
     @property
     def model_uri(self) -> str | None:

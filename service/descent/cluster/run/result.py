@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from descent.cluster.record.run_log import RunLog
+from descent.config.metric_names import better_direction
 from descent.errors import CheckpointError, StoreError
 from descent.messages import StepRecord
 
@@ -36,7 +37,7 @@ class RunResult:
     reason: str = ""
     """Why the run ended before its last step; empty when it took all of its steps."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last value of `train/loss`, `eval/loss` and `eval/accuracy`, as far as the run has them."""
+    """The last value of `train/loss` and of each figure of the evaluations; those of the test set."""
     best: Mapping[str, float] = field(default_factory=dict)
     """The best value of `eval/loss` (lowest) and `eval/accuracy` (highest)."""
     checkpoint: str | None = None
@@ -144,15 +145,20 @@ def incident_figures(outcome: "Outcome") -> dict[str, Any]:
     }
 
 
+_FIRST = ("eval/loss", "eval/accuracy")
+
+
 def metric_figures(log: RunLog) -> dict[str, Any]:
     """The fields of a `RunResult` that come from the run's metrics."""
     history = log.history()
     last: dict[str, float] = {}
     best: dict[str, float] = {}
-    for name, better in (("eval/loss", min), ("eval/accuracy", max)):
-        values = [value for _, value in history.get(name, []) if value == value]
+    for name in sorted((n for n in history if n.startswith("eval/")), key=lambda n: (n not in _FIRST, n)):
+        values = [value for _, value in history[name] if value == value]
         if values:
-            last[name], best[name] = values[-1], better(values)
+            last[name] = values[-1]
+            if (direction := better_direction(name)) is not None:
+                best[name] = max(values) if direction == "max" else min(values)
     if history.get("train/loss"):
         last["train/loss"] = history["train/loss"][-1][1]
     replaced = sum(value for _, value in history.get("data/replaced", []))
@@ -163,8 +169,8 @@ def last_points(log: RunLog) -> "dict[str, Point]":
     """The last logged point of each metric that says how good a model is."""
     points: dict[str, Point] = {}
     for record in log.records():
-        for name in ("eval/loss", "eval/accuracy", "train/loss"):
-            if name in record.metrics:
+        for name in record.metrics:
+            if name == "train/loss" or name.startswith("eval/"):
                 points[name] = (record.metrics[name], record.time_ms, record.step)
     return points
 

@@ -38,7 +38,7 @@ from descent.config import Composed
 from descent.config.import_path import append_current_folder
 from descent.config.secrets import redact
 from descent.errors import CheckpointError, ConfigError
-from descent.messages import WorkerSpec
+from descent.messages import TerminalState, WorkerSpec
 from descent.tracking.check import check_tracking
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ class Run:
             state=str(outcome.state),
             step=outcome.step,
             run_dir=self.run_dir,
-            reason=redact(outcome.reason),
+            reason=redact(outcome.reason) or self._early(outcome, recorder.total_steps),
             checkpoint=str(outcome.checkpoint) if outcome.checkpoint else None,
             best_checkpoint=best[0] if best else None,
             best_step=best[1] if best else None,
@@ -322,6 +322,13 @@ class Run:
         )
         recorder.record_end(result)
         return result
+
+    def _early(self, outcome: "Outcome", total_steps: int) -> str:
+        """Why a finished run has not taken all of its steps."""
+        stop = self.config.stop
+        if outcome.state is not TerminalState.FINISHED or outcome.step >= total_steps or stop is None:
+            return ""
+        return f"stopped early: {stop.metric} made no progress in {stop.patience} evaluations"
 
     # -- the end ------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from descent.data.data_thread import in_data_thread
 from descent.data.generators import own_generators
 from descent.data.identity import require_digest
 from descent.data.map_style import Collate, MapStyle, UserData, adapt
-from descent.data.splits import split
+from descent.data.splits import hold_out, split
 from descent.data.table_columns import TableData
 from descent.errors import ConfigError, DataError
 from descent.training.input import samplers
@@ -41,9 +42,44 @@ def build_data(
     collate: the task's own collate function, which `data.collate` replaces.
     Raises ConfigError or DataError.
     """
-    train, evaluate = _build_both(config, _collate_of(config) or collate)
-    require_digest(train, digest, "data.train")
-    return train, evaluate
+    sets = build_sets(config, collate)
+    require_digest(sets.train, digest, "data.train")
+    return sets.train, sets.evaluate
+
+
+class DataSets(NamedTuple):
+    """The data sets of a run."""
+
+    train: Data
+    evaluate: Data | None
+    """Evaluated while the run trains."""
+    test: Data | None
+    """Evaluated once, at the end, with the best weights."""
+    others: Mapping[str, Data] = MappingProxyType({})
+    """Further sets that are evaluated while the run trains, by name."""
+
+
+def build_sets(config: RunConfig, collate: Collate | None = None) -> DataSets:
+    """The data sets of the config. collate: the task's own collate function, which `data.collate` replaces.
+
+    Raises ConfigError or DataError.
+    """
+    collate = _collate_of(config) or collate
+    use_cache(config.data.cache.dir, config.data.cache.gb)
+    sets = _train_and_held_out(config, collate)
+    if isinstance(config.data.test, Mapping):
+        test = _data_set(config, config.data.test, "data.test", collate)
+        sets = sets._replace(test=_following(test, sets.train, "data.test"))
+    others = {
+        name: _following(_data_set(config, spec, where := f"data.evaluations.{name}", collate), sets.train, where)
+        for name, spec in config.data.evaluations.items()
+    }
+    if others and sets.evaluate is None:
+        raise ConfigError(
+            f"data.evaluations.{next(iter(others))}: comes in addition to the evaluation set, and there is none; set "
+            "data.evaluate or data.holdout"
+        )
+    return sets._replace(others=others)
 
 
 def keep_precision(model: nn.Module, *sets: Data | None) -> None:
@@ -110,21 +146,41 @@ def digest_to_compare(train: Data) -> str | None:
     return None if isinstance(root_of(train), UserData) else train.digest
 
 
-def _build_both(config: RunConfig, collate: Collate | None) -> tuple[Data, Data | None]:
-    use_cache(config.data.cache.dir, config.data.cache.gb)
+def _train_and_held_out(config: RunConfig, collate: Collate | None) -> DataSets:
+    share = 0.0 if isinstance(config.data.test, Mapping) else config.data.test
+    whole = _data_set(config, config.data.train, "data.train", collate)
     if config.data.evaluate is None:
-        whole = _data_set(config, config.data.train, "data.train", collate)
-        parts = split(whole, config.data.holdout, config.data.test, config.seed)
-        if isinstance(whole, TableData):
-            whole.learn_of(indices_in_root(parts[0], np.arange(len(parts[0]))))
-            parts = split(whole, config.data.holdout, config.data.test, config.seed)  # views of what it is now
-        return parts[:2]
+        cut: Callable[[], DataSets] = lambda: DataSets(*split(whole, config.data.holdout, share, config.seed))  # noqa: E731
+        return _learned(whole, cut)
     _refuse_unused_shares(config)
-    train = _data_set(config, config.data.train, "data.train", collate)
     evaluate = _data_set(config, config.data.evaluate, "data.evaluate", collate)
-    if isinstance(train, TableData) and isinstance(evaluate, TableData):
-        evaluate.follow(train, "data.evaluate")
-    return train, evaluate
+    if not share:
+        return DataSets(whole, _following(evaluate, whole, "data.evaluate"), None)
+
+    def hold_back() -> DataSets:
+        # The evaluation set is one of its own, so the test part comes out of the training set.
+        kept, test = hold_out(whole, share, config.seed, "data.test")
+        return DataSets(kept, evaluate, test)
+
+    sets = _learned(whole, hold_back)
+    return sets._replace(evaluate=_following(evaluate, whole, "data.evaluate"))
+
+
+def _learned(whole: Data, cut: Callable[[], DataSets]) -> DataSets:
+    """The parts of a data set; a table takes its statistics from the rows that are trained on, and no others."""
+    sets = cut()
+    if isinstance(whole, TableData):
+        whole.learn_of(indices_in_root(sets.train, np.arange(len(sets.train))))
+        sets = cut()  # views of what the table is now
+    return sets
+
+
+def _following(data: Data, train: Data, where: str) -> Data:
+    """A further data set; a table is laid out as the training set's is."""
+    table = root_of(train)
+    if isinstance(table, TableData) and isinstance(data, TableData):
+        data.follow(table, where)
+    return data
 
 
 def _refuse_unused_shares(config: RunConfig) -> None:
@@ -133,10 +189,6 @@ def _refuse_unused_shares(config: RunConfig) -> None:
     cure = "leave it out, or let Descent split the data: data.evaluate=null"
     if "split" in config.data.train:
         cure += " and data.train.split=all"
-    if config.data.test:
-        raise ConfigError(
-            f"data.test={config.data.test:g}: {name} has an evaluation set of its own, so no test part is split off; {cure}"
-        )
     if config.data.holdout != _DEFAULT_HOLDOUT and "holdout" not in {**config.data.train, **evaluate}:
         raise ConfigError(
             f"data.holdout={config.data.holdout:g}: {name} has an evaluation set of its own, so nothing is held out; {cure}"
