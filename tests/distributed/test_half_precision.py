@@ -9,7 +9,7 @@ import torch
 
 from descent.checkpoint.manifest import read_manifest
 from descent.checkpoint.reader import files_of_rank, read_files
-from tests.distributed.replicas import Case, Crew, Told
+from tests.distributed.replicas import Case, Crew, Report
 from tests.distributed.test_resume import resumed, saved
 from tests.programs.half_precision import PROGRAM, loop_by_hand
 from tests.programs.program import RUN
@@ -19,10 +19,10 @@ def _grow_often(trainer: Any) -> None:
     trainer.state.loss_scale.growth_every = 2
 
 
-def _skipped(told: Told) -> list[float]:
+def _skipped(report: Report) -> list[float]:
     """The scale after each step that overflowed."""
-    assert not told.notices
-    return [r.metrics["train/loss_scale"] for r in told.records if "train/overflows" in r.metrics]
+    assert not report.notices
+    return [r.metrics["train/loss_scale"] for r in report.records if "train/overflows" in r.metrics]
 
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
@@ -30,16 +30,16 @@ def test_the_scale_and_the_skipped_steps_are_those_of_grad_scaler(pool: Crew, tm
     scaler = torch.amp.GradScaler("cpu", growth_interval=2)
     losses, overflows = loop_by_hand(scaler)
     overrides = [*RUN, *PROGRAM.overrides, f"reduction={reduction}", "tracking.every=1"]
-    (told,) = pool.train(Case.of(overrides, tmp_path / "whole", 1), 1, tamper={0: _grow_often})
-    assert told.losses == pytest.approx(losses, rel=1e-2)
-    assert _skipped(told) == overflows
+    (reports,) = pool.train(Case.of(overrides, tmp_path / "whole", 1), 1, tamper={0: _grow_often})
+    assert reports.losses == pytest.approx(losses, rel=1e-2)
+    assert _skipped(reports) == overflows
     for world in (1, 2):  # each slot computes half of a batch, so that less overflows
-        told, *others = pool.train(
+        reports, *others = pool.train(
             Case.of(overrides, tmp_path / str(world), 2), world, tamper=dict.fromkeys(range(world), _grow_often)
         )
-        assert {other.sha256 for other in others} <= {told.sha256}
-        assert told.losses == pytest.approx(losses, rel=1e-2)
-        assert len(_skipped(told)) >= 2
+        assert {other.sha256 for other in others} <= {reports.sha256}
+        assert reports.losses == pytest.approx(losses, rel=1e-2)
+        assert len(_skipped(reports)) >= 2
 
 
 def test_the_scale_is_in_the_checkpoint_and_a_resumed_run_goes_on_with_it(pool: Crew, tmp_path: Path) -> None:
