@@ -28,7 +28,7 @@ class Listener(Protocol):
         ...
 
     def line(self, line: str) -> None:
-        """One line of news that is no cause for concern."""
+        """One line that tells of something that is no cause for concern."""
         ...
 
     def tick(self) -> None:

@@ -156,7 +156,7 @@ class Display:
         print_warning(self._console, line)
 
     def line(self, line: str) -> None:
-        """A line of news that is no cause for concern."""
+        """A line that tells of something that is no cause for concern."""
         print_line(self._console, line)
 
     def tick(self) -> None:

@@ -56,7 +56,7 @@ class ListenerGroup:
         self.display.note(line)
 
     def line(self, line: str) -> None:
-        """One line of news that is no cause for concern."""
+        """One line that tells of something that is no cause for concern."""
         self.display.line(line)
 
     def tick(self) -> None:
