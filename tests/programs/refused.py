@@ -165,14 +165,35 @@ class Moving:
         return loss / (1 + self.mean)
 
 
+class Projected:
+    """Holds a layer that is trained nowhere."""
+
+    def __init__(self) -> None:
+        self.head = nn.Linear(10, 10)
+
+    def loss(self, model: nn.Module, batch: Pair) -> Tensor:
+        return F.cross_entropy(self.head(model(batch[0])), batch[1])
+
+
+class ProjectedModule(nn.Module):
+    """The same, as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(10, 10)
+
+    def loss(self, model: nn.Module, batch: Pair) -> Tensor:
+        return F.cross_entropy(self.head(model(batch[0])), batch[1])
+
+
 class Temperature:
-    """Has a parameter of its own, which nobody would train."""
+    """Trains its own parameter and nothing else."""
 
     def __init__(self) -> None:
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def loss(self, model: nn.Module, batch: Pair) -> Tensor:
-        return F.cross_entropy(model(batch[0]) * self.log_scale.exp(), batch[1])
+        return F.cross_entropy(model(batch[0]).detach() * self.log_scale.exp(), batch[1])
 
 
 class NoMethod:

@@ -60,7 +60,15 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["refused.Remembers", "carry 'last'", "begin each forward with a new state"],
     ),
     "a memory": ([OWN[0], OWN[1] + "Moving"], ["refused.Moving"]),
-    "a parameter": ([OWN[0], OWN[1] + "Temperature"], ["'log_scale'", "into the model"]),
+    "a module of the task": (
+        [OWN[0], OWN[1] + "Projected"],
+        ["'head.weight'", "into the model", "a parameter of the task itself", "a teacher"],
+    ),
+    "a task that is a module": ([OWN[0], OWN[1] + "ProjectedModule"], ["'head.weight'", "into the model"]),
+    "a loss of its parameters alone": (
+        [OWN[0], OWN[1] + "Temperature"],
+        ["the loss doesn't depend on the model's parameters"],
+    ),
     "no method": ([OWN[0], OWN[1] + "NoMethod"], ["loss(model, batch)"]),
     "couple alone": ([OWN[0], OWN[1] + "NoFeatures"], ["features(model, batch)"]),
     "features of a batch": ([OWN[0], OWN[1] + "Mixed"], ["depend on the other samples"]),

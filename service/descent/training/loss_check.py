@@ -24,13 +24,13 @@ Samples = tuple[Tensor, Tensor]
 """(outputs [n, …], targets [n, …])."""
 
 
+@torch.no_grad()
 def settle(objective: Objective, output: Tensor, target: Tensor, where: str, *, whole: bool) -> Objective:
     """`objective` with the reading that fits its loss, or ConfigError with what to change.
 
     output: [n, …], the model's for a few samples. where: the key and the class, for messages.
     whole: whether each step's batch is computed in one forward, so that nothing has to add up.
     """
-    _refuse_trained_parameters(objective.as_built, where)
     samples = objective.fitted(output.detach(), target)
     draws = _check_repeats(objective.as_built, samples, where)
     value = objective.as_built(*samples)
@@ -156,18 +156,6 @@ def refuse_unseeded(first: object, second: object, where: str, seed: int) -> Non
             "its own that nothing seeds, or depends on the time; draw from torch's, random's or np.random's global "
             "generator, or seed the own one"
         )
-
-
-def _refuse_trained_parameters(loss: object, where: str) -> None:
-    if isinstance(loss, nn.Module):
-        for name, parameter in loss.named_parameters():
-            if parameter.requires_grad:
-                raise ConfigError(
-                    f"{where}: has the parameter {name!r}, which no optimizer trains and no checkpoint holds: make it a "
-                    "parameter of the model, and the loss a function loss(model, batch) that takes it from there "
-                    f"(task=custom task._target_=…, with model.{name.rpartition('.')[2]} in it); or, if it is to stay as it "
-                    "is, call requires_grad_(False) on the loss in its __init__"
-                )
 
 
 def _check_repeats(loss: Callable[..., Any], samples: Samples, where: str) -> set[str]:

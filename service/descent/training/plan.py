@@ -32,6 +32,7 @@ from descent.training.input.building import (
     refuse_unrepeatable,
 )
 from descent.training.loss_check import refuse_unseeded
+from descent.training.loss_parameters import attach, detach
 from descent.training.objective import Objective, Reading, with_tensors
 from descent.training.phases import Phase, build_phased, check_modules, phases_of
 from descent.training.preflight import (
@@ -339,6 +340,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     model = build_model(config, train)
     keep_precision(model, train, evaluate, sets.test, *sets.others.values())
     check_builds_alike(config, model, train)
+    objective = _objective(config) if own is None else None
+    attach(model, objective.loss if objective is not None else own and own.task)
     phases = phases_of(own) if own is not None else ()
     if phases:
         check_modules(phases, model, "task")
@@ -368,8 +371,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
                 else check_task(config, model, own, train, cut)
             )
         else:
+            assert objective is not None
             with torch.autocast("cpu", half, enabled=mixed):
-                found = _check_supervised(config, model, train, evaluate, cut)
+                found = _check_supervised(config, model, objective, train, evaluate, cut)
         states, figures = check_evaluation(config, model, found, train, evaluate)
     named = [*figures, *(f"{other}/{name}" for other in sets.others for name in figures)]
     check_figures(config, named, evaluate)
@@ -404,14 +408,22 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     source = evaluate if evaluate is not None else train
     few = read(config, source, np.arange(min(4, len(source))), "data")
     sample = as_pair(few, "data")[0] if own is None else few
+    detach(model)
     return Prepared(plan, model, train, evaluate, task, sample, found.understood, sets.test)
 
 
-def _check_supervised(config: RunConfig, model: nn.Module, train: Data, evaluate: Data | None, cut: Cut) -> Found:
-    """A model and a loss on a few samples: what they are and what can't be trained. The model is left as it was."""
+def _objective(config: RunConfig) -> Objective:
+    """The loss of the config, which must come out the same whenever it is built. Raises ConfigError."""
     with own_generators(seed=config.seed):
         objective = Objective.of(build_loss(config))
     refuse_unseeded(objective.as_built, build_loss(config), f"loss._target_={config.loss['_target_']}", config.seed)
+    return objective
+
+
+def _check_supervised(
+    config: RunConfig, model: nn.Module, objective: Objective, train: Data, evaluate: Data | None, cut: Cut
+) -> Found:
+    """A model and a loss on a few samples: what they are and what can't be trained. The model is left as it was."""
     seen = try_one(config, model, objective, train, cut)
     for name, data in (("data.train", train), ("data.evaluate", evaluate)):
         if data is not None:

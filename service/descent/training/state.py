@@ -22,6 +22,7 @@ from descent.optim.modes import as_evaluated, has_modes
 from descent.optim.optimizer_state import load_named_state, named_state
 from descent.optim.plateau import Plateau
 from descent.training.collectives import Group
+from descent.training.loss_parameters import LOSS, LOSS_EMA, attached, state_name
 from descent.training.loss_scale import LossScale
 
 MODEL, OPTIMIZER, EMA = "model/", "optimizer/", "ema/"
@@ -53,13 +54,20 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, sorted by name; the tensors themselves, not copies."""
-        found = {MODEL + name: tensor for name, tensor in _module_tensors(self.model)}
+        found = {self.name_of(name): tensor for name, tensor in _module_tensors(self.model)}
         found.update({OPTIMIZER + name: t for name, t in named_state(self.optimizer).items()})
         if self.ema is not None:
-            found.update({EMA + name: t for name, t in self.ema.shadow.items()})
+            found.update({self._name_of_average(name): t for name, t in self.ema.shadow.items()})
         if self.loss_scale is not None:
             found.update(self.loss_scale.tensors())
         return dict(sorted(found.items()))
+
+    def name_of(self, name: str) -> str:
+        """The name in this state of a parameter or buffer of the model."""
+        return state_name(name, attached(self.model), MODEL, LOSS)
+
+    def _name_of_average(self, name: str) -> str:
+        return state_name(name, attached(self.model), EMA, LOSS_EMA)
 
     def scalars(self) -> dict[str, float]:
         """The numbers of the state: counters, the best metric, and the memory of a plateau schedule."""
@@ -85,6 +93,7 @@ class TrainState:
         """
         own = dict(_module_tensors(self.model))
         given = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
+        given |= {name: tensors[self.name_of(name)] for name in attached(self.model) if self.name_of(name) in tensors}
         if frozen:
             given = {**require_same(self.model, frozen, f"step {step}"), **given}
         wrong = sorted(own.keys() ^ given.keys()) or sorted(n for n in own if own[n].shape != given[n].shape)
@@ -99,7 +108,7 @@ class TrainState:
                 tensor.copy_(given[name])
             if self.ema is not None:
                 for name, shadow in self.ema.shadow.items():
-                    shadow.copy_(tensors[EMA + name])
+                    shadow.copy_(tensors[self._name_of_average(name)])
         load_named_state(
             self.optimizer,
             {n.removeprefix(OPTIMIZER): t for n, t in tensors.items() if n.startswith(OPTIMIZER)},
@@ -148,7 +157,8 @@ class TrainState:
         if self.ema is not None or not has_modes(self.optimizer):
             return {}
         with as_evaluated(self.optimizer):
-            return {EMA + n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            return {self._name_of_average(n): p.detach().clone() for n, p in trained}
 
 
 def broadcast_state(

@@ -261,8 +261,12 @@ class OwnTask:
 
     def to(self, device: torch.device, autocast: Autocast) -> "OwnTask":
         for name, value in vars(self.task).items() if hasattr(self.task, "__dict__") else ():
-            if isinstance(value, nn.Module | Tensor):
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.to(device)  # the same parameter, which the optimizer knows
+            elif isinstance(value, nn.Module | Tensor):
                 setattr(self.task, name, value.to(device))
+        if isinstance(self.task, nn.Module):
+            self.task.to(device)
         return replace(self, autocast=autocast)
 
 

@@ -27,6 +27,7 @@ from descent.training.coupling import features_of
 from descent.training.determinism import refuse_undeterministic
 from descent.training.evaluation_results import State, described
 from descent.training.loss_check import numbers_kept
+from descent.training.loss_parameters import attached
 from descent.training.measure import Measure
 from descent.training.metric_states import MetricSet
 from descent.training.model_loss import IGNORED, labels_of, with_labels
@@ -234,19 +235,22 @@ def _backward(task: OwnTask, model: nn.Module, loss: MicroBatchLoss) -> None:
     except Exception as error:
         refuse_undeterministic(error)
         raise ConfigError(f"{task.where}: the backward failed: {in_one_line(error)}") from error
-    if all(p.grad is None for p in model.parameters()):
+    of_loss = attached(model)
+    if all(p.grad is None for name, p in model.named_parameters() if name not in of_loss):
         raise ConfigError(f"{task.where}: the loss doesn't depend on the model's parameters")
     trained = {id(p) for p in model.parameters()}
     for name, parameter in _parameters_of(task.task):
         if parameter.grad is not None and id(parameter) not in trained:
             raise ConfigError(
                 f"{task.where}: a gradient reaches its own parameter {name!r}, which no optimizer trains and no "
-                "checkpoint holds; move the parameter into the model, or, if it is to stay as it is (a teacher), call "
-                "requires_grad_(False) on it or use it under torch.no_grad()"
+                "checkpoint holds; move the parameter into the model, make it a parameter of the task itself, or, if it is "
+                "to stay as it is (a teacher), call requires_grad_(False) on it or use it under torch.no_grad()"
             )
 
 
 def _parameters_of(task: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    if isinstance(task, nn.Module):
+        yield from task.named_parameters()
     for name, value in vars(task).items() if hasattr(task, "__dict__") else ():
         if isinstance(value, nn.Parameter):
             yield name, value

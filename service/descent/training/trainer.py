@@ -31,6 +31,7 @@ from descent.training.freezing import Freezing
 from descent.training.input.building import build_sets, epoch_order_of, keep_precision
 from descent.training.input.feed import Feed
 from descent.training.input.sampling import SampleOrder, slot_bounds
+from descent.training.loss_parameters import attach
 from descent.training.metric_states import MetricSet
 from descent.training.metrics import StepMetrics
 from descent.training.plan import AUTOCAST, Plan
@@ -85,6 +86,7 @@ class Trainer:
         model = first_model(config, train, device)
         keep_precision(model, train, held_out, *sets.others.values())
         self.task = own.to(device, self._autocast)
+        attach(model, own.task if isinstance(own, OwnTask) else own.objective.loss)
         self.state = first_state(config, plan, model, device)
         self._forward = compiled(model, exact) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed, epoch_order_of(config, train, plan.batch_size))

@@ -19,8 +19,9 @@ from descent.errors import CheckpointError, DescentError
 from descent.optim.modes import has_modes
 from descent.storage import to_location
 from descent.training.collectives import Group
+from descent.training.loss_parameters import LOSS_EMA
 from descent.training.loss_scale import SCALER
-from descent.training.state import EMA, MODEL, OPTIMIZER, TrainState, broadcast_state
+from descent.training.state import EMA, OPTIMIZER, TrainState, broadcast_state
 
 
 class NotRestored(Exception):
@@ -66,7 +67,7 @@ def _misfit(tensors: Mapping[str, Tensor], state: TrainState) -> str:
     own = state.tensors()
     elementwise = type(state.optimizer).__module__.startswith(("torch.optim.", "descent.optim."))
     for name, tensor in tensors.items():
-        if name.startswith(EMA) and state.ema is None and has_modes(state.optimizer):
+        if name.startswith((EMA, LOSS_EMA)) and state.ema is None and has_modes(state.optimizer):
             continue  # written for evaluation and export only
         if name.startswith(SCALER):
             continue  # of no use, or not needed, in another precision
@@ -76,7 +77,7 @@ def _misfit(tensors: Mapping[str, Tensor], state: TrainState) -> str:
             if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
                 return f"{name} is {_described(tensor)}, this run's is {_described(own[name])}"
             continue
-        parameter = own.get(MODEL + name.removeprefix(OPTIMIZER).rpartition("/")[0])
+        parameter = own.get(state.name_of(name.removeprefix(OPTIMIZER).rpartition("/")[0]))
         if parameter is None:
             return f"{name} belongs to no parameter of this model"
         # torch's optimizers keep numbers, tensors like the parameter, and (Adafactor) sums over its dimensions
