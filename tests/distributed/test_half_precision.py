@@ -10,6 +10,8 @@ import torch
 from descent.checkpoint.manifest import read_manifest
 from descent.checkpoint.reader import files_of_rank, read_files
 from tests.distributed.replicas import Case, Crew, Report
+from tests.distributed.test_not_finite import RUN as NOT_FINITE
+from tests.distributed.test_not_finite import STEP, OnceNotFinite
 from tests.distributed.test_resume import resumed, saved
 from tests.programs.half_precision import PROGRAM, loop_by_hand
 from tests.programs.program import RUN
@@ -53,3 +55,14 @@ def test_the_scale_is_in_the_checkpoint_and_a_resumed_run_goes_on_with_it(pool: 
     assert (scale, overflows) == (scaler.get_scale(), len(skipped))
     assert overflows >= 2
     assert resumed(pool, case, target, 1).finish().state_sha256 == whole[0].sha256
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_that_fails_once_is_no_overflow(pool: Crew, tmp_path: Path, world: int) -> None:
+    """A gradient that is not finite in one try and finite in the next costs no step: the bits are the undisturbed run's."""
+    case = Case.of([*NOT_FINITE, "precision=fp16"], tmp_path)
+    undisturbed = pool.train(case, 1)[0]
+    struck = pool.train(case, world, tamper={0: OnceNotFinite("gradient")})[0]
+    assert struck.sha256 == undisturbed.sha256
+    assert [notice.step for notice in struck.notices] == [STEP]
+    assert not undisturbed.notices

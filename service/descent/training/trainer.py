@@ -290,7 +290,7 @@ class Trainer:
         notice = None
         try:
             result = self._attempt(generation, given)
-            if not result.committed and not result.overflowed:
+            if not result.committed:
                 result, notice = self._repeat(generation, given, result)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -312,12 +312,18 @@ class Trainer:
         with self.freezing.taken(given.step), self._turns.taken(given.step):
             return train_step(generation.contexts[self._turns.index(given.step)], given)
 
-    def _repeat(self, generation: Generation, given: StepInput, first: StepResult) -> tuple[StepResult, Notice]:
-        """Take the same step once more: the same numbers come out unless hardware failed the first time."""
+    def _repeat(self, generation: Generation, given: StepInput, first: StepResult) -> tuple[StepResult, Notice | None]:
+        """Take the same step once more: the same numbers come out unless hardware failed the first time.
+
+        No notice where the gradient of a scaled loss overflows in both tries: that is how float16 finds its scale.
+        """
         # Before the second try: once that is committed nothing may fail until it is counted.
         answers = nonfinite.exchange(generation.group, first.suspects, [])
         generation.context.stopwatch.begin_step()
         second = self._attempt(generation, given)
+        votes = tuple(a | b for a, b in zip(first.votes, second.votes, strict=True))
+        if second.overflowed:
+            return second._replace(votes=votes), None
         if not second.committed:
             self.control.enter("inspect")
             inspector = nonfinite.Inspector(
@@ -332,7 +338,6 @@ class Trainer:
             fetch = lambda first, stop: self.feed.take(samples[first:stop])  # noqa: E731
             findings = inspector.inspect(given, fetch, self.feed.numbers(samples))
             answers = nonfinite.exchange(generation.group, (), findings)
-        votes = tuple(a | b for a, b in zip(first.votes, second.votes, strict=True))
         notice = nonfinite.notice(
             given.step, generation.membership.generation, generation.balancer.shares, first, second.committed, answers
         )
