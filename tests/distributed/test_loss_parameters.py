@@ -9,9 +9,13 @@ import torch
 from descent.checkpoint.manifest import read_manifest
 from descent.checkpoint.reader import files_of_rank, read_files
 from descent.checkpoint.weights import read_weights
+from descent.cluster.run.tested import test_figures as figures_of_the_test_set
+from descent.config import compose
+from descent.training.plan import prepare
 from tests.distributed.replicas import Case, Crew
 from tests.distributed.test_resume import resumed, saved
 from tests.programs.arcface import PROGRAM, trained_by_hand
+from tests.programs.pictures import Pictures
 from tests.programs.program import RUN
 
 
@@ -30,4 +34,12 @@ def test_they_are_trained_and_saved_beside_the_model(pool: Crew, tmp_path: Path,
     assert weights.keys() == model.state_dict().keys()
     if not more:
         assert all(torch.allclose(weights[n], p, atol=1e-5) for n, p in model.named_parameters())
+    if not more:
+        tested = ["data.test={_target_: tests.programs.pictures.Pictures}"]
+        prepared = prepare(compose([*RUN, *PROGRAM.overrides, *tested]).config, cores=1.0, gpus=0.0)
+        figure = figures_of_the_test_set(case.config, prepared, last)["test/loss"]
+        data = Pictures()
+        with torch.no_grad():
+            expected = float(loss(model.eval()(data.images), data.labels))
+        assert figure == pytest.approx(expected, rel=1e-4)
     assert resumed(pool, case, middle, 1).finish().state_sha256 == whole[0].sha256

@@ -8,7 +8,13 @@ what is exported as the model goes without them.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from descent.checkpoint.manifest import read_manifest
+from descent.checkpoint.reader import read_files
+from descent.errors import CheckpointError
+from descent.storage import Location
 
 LOSS, LOSS_EMA = "loss/", "loss/ema/"
 """What the names of such parameters, and of their averages, begin with in the training state."""
@@ -47,6 +53,24 @@ def detach(model: nn.Module) -> None:
     """Take the parameters away again."""
     for name in attached(model):
         del model._parameters[name]
+
+
+def load_trained(owner: Any, target: Location) -> None:
+    """Give the trained parameters of a loss or a task the values of the checkpoint `target`: the averages, where it has them.
+
+    Raises CheckpointError, StoreError.
+    """
+    own = dict(trained_of(owner))
+    if not own:
+        return
+    manifest = read_manifest(target)
+    tensors = read_files(target, manifest, [name for name in manifest.files if name.startswith(LOSS[:-1] + "-")])
+    with torch.no_grad():
+        for name, parameter in own.items():
+            value = tensors.get(LOSS_EMA + name, tensors.get(LOSS + name))
+            if value is None:
+                raise CheckpointError(f"{target}: has no value for the loss's parameter {name!r}")
+            parameter.copy_(value)
 
 
 def state_name(name: str, attached_names: frozenset[str], prefix: str, prefix_of_loss: str) -> str:

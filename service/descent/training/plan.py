@@ -374,7 +374,8 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
             assert objective is not None
             with torch.autocast("cpu", half, enabled=mixed):
                 found = _check_supervised(config, model, objective, train, evaluate, cut)
-        states, figures = check_evaluation(config, model, found, train, evaluate)
+        held_out = evaluate if evaluate is not None else sets.test
+        states, figures = check_evaluation(config, model, found, train, held_out)
     named = [*figures, *(f"{other}/{name}" for other in sets.others for name in figures)]
     check_figures(config, named, evaluate)
     task = found.task

@@ -20,12 +20,16 @@ def test_figures(config: RunConfig, prepared: "Prepared", target: Location) -> d
     from descent.checkpoint.weights import put_checkpoint_into
     from descent.training.collectives import Group
     from descent.training.evaluation import evaluate, feed_of
+    from descent.training.loss_parameters import load_trained
     from descent.training.measure import Measure
     from descent.training.metric_states import MetricSet
     from descent.training.objective import Reading
+    from descent.training.task import Supervised
 
     assert prepared.test is not None
     put_checkpoint_into(prepared.model, target)
+    task = prepared.task
+    load_trained(task.objective.loss if isinstance(task, Supervised) else task.task, target)
     plan, cpu = prepared.plan, torch.device("cpu")
     measure = Measure(
         prepared.task,
