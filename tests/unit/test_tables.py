@@ -7,15 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.compose import ColumnTransformer
+from sklearn.metrics import r2_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from descent.config import compose
+from descent.config import build, compose
 from descent.data.base import indices_in_root
 from descent.data.csv_file import Csv
 from descent.data.splits import split_indices
 from descent.data.table_columns import Columns
-from descent.errors import DataError
-from descent.training.input.building import build_data
+from descent.errors import ConfigError, DataError
+from descent.models.mlp import MLP
+from descent.training.input.building import build_data, build_sets
+from descent.training.plan import build_model, filled_spec
 
 NUM_ROWS = 80
 
@@ -197,3 +200,91 @@ def test_a_column_with_another_text_in_each_row_is_refused_unless_it_is_named(tm
     with pytest.raises(DataError, match=r"column 'id': 120 different texts: leave it out \(data.drop=\[id\]\), or"):
         Csv(str(tmp_path / "a.csv"), "price")
     assert Csv(str(tmp_path / "a.csv"), "price", ["id"], categories=["id"]).input_shape == (108,)
+
+
+def test_the_test_file_and_further_evaluation_files_follow_the_training_file(tmp_path, file):
+    table(30, seed=2).to_csv(tmp_path / "other.csv", index=False)
+    spec = ["_target_: descent.data.csv_file.Csv", f"path: {tmp_path}/other.csv", "target: price", "drop: [id]"]
+    other = "{" + ", ".join(spec) + "}"
+    given = [f"data.path={file}", "data.target=price", "data.drop=[id]", f"data.test={other}"]
+    sets = build_sets(compose(["data=csv", "loss=mse", *given, f"data.evaluations.more={other}"]).config)
+    for part in (sets.test, sets.others["more"]):
+        assert part.preprocessing is sets.train.preprocessing
+        raw = Csv(str(tmp_path / "other.csv"), "price", ["area"], standardize=False).inputs[:, 0]
+        expected = (raw - sets.train.preprocessing.mean[0]) / sets.train.preprocessing.std[0]
+        torch.testing.assert_close(part.inputs[:, 0], expected.float(), rtol=1e-5, atol=1e-5)
+
+
+# --- values to predict ---
+
+
+def values_config(file, *overrides):
+    return compose(
+        ["data=csv", f"data.path={file}", "data.target=price", "data.drop=[id]", "loss=mse", *overrides]
+    ).config
+
+
+def test_the_model_begins_with_the_scale_of_the_training_rows_and_a_saved_spec_has_it(file):
+    config = values_config(file, *SPLIT_BY_DESCENT)
+    train, _ = build_data(config)
+    rows = indices_in_root(train, np.arange(len(train)))
+    prices = pd.read_csv(file)["price"].to_numpy("f4")[rows].astype("f8")
+    model, inputs = build_model(config, train), train.gather(np.arange(8))[0]
+    np.testing.assert_allclose(model.target_scale, [prices.mean(), prices.std()], rtol=1e-9)
+    plain = MLP(train.input_shape, 1, init="kaiming_normal")
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(inputs), prices.mean() + prices.std() * plain(inputs), rtol=1e-5, atol=0)
+    assert build(filled_spec(config, train), [], "model").target_scale == model.target_scale
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.standardize=false"],
+        ["data.standardize=[area]"],
+        ["loss=bce_with_logits", "data.targets_are=values"],
+        ["data.target=city", "loss=cross_entropy"],
+    ],
+)
+def test_no_scale_is_taken_where_it_means_nothing(file, overrides):
+    config = values_config(file, *overrides)
+    assert build_model(config, build_data(config)[0]).target_scale is None
+
+
+def test_the_scale_is_taken_without_that_of_the_inputs_where_only_the_target_is_named(file):
+    config = values_config(file, "data.standardize=[price]")
+    train, _ = build_data(config)
+    assert build_model(config, train).target_scale is not None
+    assert train.inputs[:, 0].mean() > 50
+
+
+def test_whole_numbers_are_values_for_a_loss_that_compares_values(tmp_path):
+    table().assign(price=lambda t: t.price.astype(int)).to_csv(tmp_path / "a.csv", index=False)
+    train, evaluate = build_data(values_config(tmp_path / "a.csv"))
+    assert (train.num_outputs, evaluate.class_names, train.targets.dtype) == (1, None, torch.float32)
+    train, _ = build_data(values_config(tmp_path / "a.csv", "data.target=month", "loss=cross_entropy"))
+    assert train.num_outputs == 12
+    with pytest.raises(DataError, match=r"column 'city': value '.*' is not a finite number"):
+        build_data(values_config(tmp_path / "a.csv", "data.target=city"))
+
+
+@pytest.mark.parametrize("scale", [[1.0], [0.0, 0.0], [0.0, -1.0], [float("nan"), 1.0], "ab", 3.0])
+def test_scales_that_are_none_are_refused(scale):
+    with pytest.raises(ConfigError, match=r"model.target_scale=.*give \[mean, deviation\]"):
+        MLP([2], 1, target_scale=scale)
+
+
+def test_a_few_steps_explain_prices_of_hundreds_of_thousands(tmp_path):
+    frame = table(400)
+    frame["price"] = 2500 * frame["area"] + frame["city"].map({"Rome": 5e4, "Oslo": 1e5, "Bonn": 0.0})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    config = values_config(tmp_path / "a.csv")
+    train, evaluate = build_data(config)
+    model = build_model(config, train)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(train.inputs), train.targets).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert r2_score(evaluate.targets, model(evaluate.inputs)) > 0.9

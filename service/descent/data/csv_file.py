@@ -13,7 +13,7 @@ from descent.data.bad_records import FLOAT32_MAX, KnownBad, Policy
 from descent.data.regular_files import require_file
 from descent.data.shards import local_file, size_of
 from descent.data.splits import rows_of
-from descent.data.table_columns import Columns, TableData
+from descent.data.table_columns import Columns, TableData, scale_of
 from descent.errors import DataError
 
 _MOST_CATEGORIES = 100  # of a column that nobody named as categories
@@ -33,7 +33,8 @@ class Csv(TableData):
     targets_are: 'classes' or 'values'; null decides: whole numbers or text are classes, numbers of which
     one has a fraction are values. Classes are numbered in sorted order over the whole file;
     `class_names` has them as they are written there.
-    standardize: true, false, or the names of the columns that are standardized: true is all columns of numbers. Mean and
+    standardize: true, false, or the names of the columns that are standardized: true is all columns of numbers. A target
+    of values is left as it is; but the scale of its values is told to the model (`model.target_scale`). Mean and
     standard deviation, and the categories, are those of the training split that (holdout, seed) defines, whichever
     split is asked for; where a run splits the data otherwise, those of its training rows.
     max_mb: a larger file is refused before it is fetched or read. The file is read whole, and meanwhile
@@ -84,7 +85,7 @@ class Csv(TableData):
             raise DataError(f"{path}: no column is left beside the target {target!r}")
         for key, named in (("categories", categories), ("standardize", standardize)):
             for column in named if isinstance(named, list) else ():
-                if column not in chosen:
+                if column not in [*chosen, *([target] if key == "standardize" else [])]:
                     raise DataError(
                         f"data.{key} names {column!r}, which is no input column; there are {', '.join(chosen)}"
                     )
@@ -92,17 +93,20 @@ class Csv(TableData):
         targets, class_names = _targets(table, target, targets_are)
         bad = table.known_bad()
         train = rows_of(len(targets), "train", holdout, seed)
+        usable = train[~table.is_bad[train]]
+        scaled = not class_names and (target in standardize if isinstance(standardize, list) else standardize)
         rows = rows_of(len(targets), split, holdout, seed)
         self.features = chosen
         super().__init__(
             columns.of(rows),
             torch.from_numpy(targets[rows]),
-            columns.learn(train[~table.is_bad[train]]),
+            columns.learn(usable),
             num_outputs=len(class_names) if class_names else 1,
             name=name,
             source=str(path),
             class_names=class_names,
             bad=None if bad is None else bad.of(rows),
+            target_scale=scale_of(targets[usable].astype(np.float32)) if scaled and len(usable) else None,
         )
 
     def decode_settings(self) -> str:

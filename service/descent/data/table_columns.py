@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -127,6 +128,8 @@ class TableData(TensorData):
     """A table in memory, whose preprocessing is learnt of the training samples.
 
     columns, targets, bad: of the samples of this set. preprocessing: learnt of the training samples already.
+    target_scale: (mean, standard deviation) of the training samples' values, which a model may begin with; None where
+    the targets are classes, or nobody wants that.
     """
 
     def __init__(
@@ -140,8 +143,10 @@ class TableData(TensorData):
         source: str,
         class_names: Sequence[str] | None = None,
         bad: KnownBad | None = None,
+        target_scale: tuple[float, float] | None = None,
     ) -> None:
         self._columns = columns
+        self.target_scale = target_scale
         super().__init__(
             self._inputs(preprocessing),
             targets,
@@ -166,6 +171,8 @@ class TableData(TensorData):
         """Learn the preprocessing of these samples: they are the ones to train on. Views must be made afterwards."""
         usable = samples if self._bad is None else samples[~self._bad.is_bad[samples]]
         self._use(self._columns.learn(usable))
+        if self.target_scale is not None:
+            self.target_scale = scale_of(self.targets[torch.from_numpy(usable)].numpy())
 
     def follow(self, train: "TableData", where: str) -> None:
         """Use the preprocessing and the class numbers of the training set.
@@ -207,3 +214,9 @@ class TableData(TensorData):
         number_of = torch.tensor([theirs.index(name) for name in ours])
         self.targets = self.labels = number_of[self.targets]
         self.class_names, self.num_outputs = theirs, train.num_outputs
+
+
+def scale_of(values: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """(mean, standard deviation) of the values, [n, 1]; the deviation of a constant is 1."""
+    mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    return mean, deviation if deviation > 1e-12 * abs(mean) else 1.0

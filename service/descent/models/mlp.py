@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class MLP(nn.Module):
     init: see `descent.models.initialization.initialize`; `init_std` is for `normal` only
     norm: None, batch (Ioffe, Szegedy 2015) or layer (Ba et al. 2016)
     residual: skip connections around every hidden layer but the first (He et al. 2016)
+    target_scale: None, or (mean, deviation): the output is mean + deviation * (W norm(h) + b). So values such as
+      prices come from a network whose own numbers are small, which is what it can learn
 
     Raises ConfigError for arguments out of range, and in forward for inputs of another
     shape, for whole numbers, and for a single sample where batch norm needs two.
@@ -68,6 +71,7 @@ class MLP(nn.Module):
         norm: str | None = None,
         residual: bool = False,
         dropout: float = 0.0,
+        target_scale: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.input_shape = input_sizes(input_shape, "[28,28]")
@@ -91,6 +95,7 @@ class MLP(nn.Module):
             self.layers.append(layer)
             features = width
         self.norm = NORMS[norm](features) if norm is not None and depth else None
+        self.target_scale = None if target_scale is None else _mean_and_deviation(target_scale)
         self.head = nn.Linear(features, num_outputs)
         initialize(self.head, init, "identity", std)
 
@@ -107,7 +112,21 @@ class MLP(nn.Module):
             x = layer(x)
         if self.norm is not None:
             x = self.norm(x)
-        return self.head(x)
+        x = self.head(x)
+        if self.target_scale is None:
+            return x
+        mean, deviation = self.target_scale
+        # Half precision has no room for the digits of a price.
+        return mean + deviation * (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+
+
+def _mean_and_deviation(given: Any) -> tuple[float, float]:
+    numbers = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    if len(numbers) == 2 and all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) and numbers[1] > 0:
+        return float(numbers[0]), float(numbers[1])
+    raise ConfigError(
+        f"model.target_scale={shown(given)}: give [mean, deviation], two numbers, the second above 0; or null"
+    )
 
 
 class _Layer(nn.Module):

@@ -30,6 +30,7 @@ from descent.training.input.building import (
     epoch_order_of,
     keep_precision,
     refuse_unrepeatable,
+    target_scale,
 )
 from descent.training.loss_check import refuse_unseeded
 from descent.training.loss_parameters import attach, detach
@@ -149,9 +150,11 @@ class Prepared:
         return {key: identity_of(data) for key, data in sets.items() if data is not None}
 
 
-def filled_spec(spec: Mapping[str, Any], data: Data, where: str) -> dict[str, Any]:
-    """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set."""
-    filled = dict(spec)
+def filled_spec(config: RunConfig, data: Data) -> dict[str, Any]:
+    """The model's spec with `input_shape`, `num_outputs` and `target_scale`, where null, taken from the data set."""
+    filled, where = dict(config.model), "model"
+    if "target_scale" in filled and filled["target_scale"] is None:
+        filled["target_scale"] = target_scale(config, data)
     given: dict[str, tuple[int, ...] | int | None] = {"input_shape": data.input_shape, "num_outputs": data.num_outputs}
     for key, value in given.items():
         if key in filled and filled[key] is None:
@@ -165,7 +168,7 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
     """The network with its initial weights, which `seed` alone decides."""
     torch.manual_seed(config.seed)
     with python_and_numpy_seeded(config.seed):
-        model = build(filled_spec(config.model, data, "model"), config.trusted_modules, "model")
+        model = build(filled_spec(config, data), config.trusted_modules, "model")
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model._target_={config.model['_target_']}: gives a {type(model).__name__}, not a torch.nn.Module"

@@ -86,7 +86,7 @@ class RunRecorder:
         plan, from_overrides = self._prepared.plan, self._composed.sources is not None
         typed = [shown_override(o) for o in self._composed.overrides if not o.lstrip("+").startswith("resume=")]
         config = self._composed.without_secrets(self._config)
-        model = filled_spec(self._config.model, self._prepared.train, "model")
+        model = filled_spec(self._config, self._prepared.train)
         ended = (
             {"state": result.state, "state_sha256": result.state_sha256, "result": masked(result.to_json())}
             if result

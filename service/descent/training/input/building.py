@@ -17,6 +17,7 @@ from descent.data.bad_records import BadRecords
 from descent.data.base import BatchDataset, Data, Indices, indices_in_root, root_of
 from descent.data.batch import Batch, tensors_of
 from descent.data.cache import use_cache
+from descent.data.csv_file import Csv
 from descent.data.data_thread import in_data_thread
 from descent.data.generators import own_generators
 from descent.data.identity import require_digest
@@ -138,6 +139,22 @@ def _takes_samples(function: Callable[..., Any], arguments: Mapping[str, Any]) -
     return len([name for name in required if name not in arguments]) == 1
 
 
+def target_scale(config: RunConfig, train: Data) -> list[float] | None:
+    """[mean, deviation] of the values that a model is to predict; None where that is nothing to begin with."""
+    root = root_of(train)
+    if not isinstance(root, TableData) or root.target_scale is None or not _predicts_values(config):
+        return None
+    return list(root.target_scale)
+
+
+def _predicts_values(config: RunConfig) -> bool:
+    """Whether the loss compares values with values, so that whole numbers in a table are no classes."""
+    if config.task is not None:
+        return False
+    loss = resolve_target(config.loss["_target_"], config.trusted_modules, "loss._target_")
+    return inspect.isclass(loss) and issubclass(loss, nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss | nn.HuberLoss)
+
+
 def digest_to_compare(train: Data) -> str | None:
     """The digest with which each worker compares its training set; None for a user's class.
 
@@ -226,6 +243,8 @@ def _build(config: RunConfig, spec: Mapping[str, Any], where: str) -> Any:
         target = resolve_target(spec["_target_"], config.trusted_modules, f"{where}._target_")
         follows = inspect.isclass(target) and issubclass(target, BatchDataset) and "on_error" not in spec
         takes_policy = follows and "on_error" in inspect.signature(target).parameters
+        if target is Csv and spec.get("targets_are") is None and _predicts_values(config):
+            spec = {**spec, "targets_are": "values"}
         return build(
             spec, config.trusted_modules, where, **({"on_error": config.data.on_error} if takes_policy else {})
         )
