@@ -28,7 +28,7 @@ RUN = [
 
 
 def chaos(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([DESCENT, "chaos", *arguments], cwd=folder, capture_output=True, text=True, timeout=280)
+    return subprocess.run([DESCENT, "chaos", *arguments], cwd=folder, capture_output=True, text=True, timeout=560)
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,8 @@ class Scaling:
                 f"its start, so it can use {self._slots} workers at the most"
             )
         capacity = self._group.capacity()
+        if capacity is None:
+            return f"workers={request.high}: the cluster doesn't answer; try again"
         if request.high > capacity:
             return f"workers={request.high}: the cluster can place {capacity} of this size"
         return None

@@ -47,8 +47,8 @@ class WorkerGroup(Protocol):
         """How many more workers the cluster could start now."""
         ...
 
-    def capacity(self) -> int:
-        """How many workers the cluster's nodes hold when nothing else runs."""
+    def capacity(self) -> int | None:
+        """How many workers the cluster's nodes hold when nothing else runs; None while the cluster doesn't answer."""
         ...
 
     def owns_cluster(self) -> bool:

@@ -91,8 +91,8 @@ class RayWorkerGroup:
             room = min(room, float(free.get("GPU", 0)) / self._gpus)
         return int(room + 1e-9)
 
-    def capacity(self) -> int:
-        return self._head.ask(lambda: ray_cluster.capacity(self._cpus, self._gpus), 0)
+    def capacity(self) -> int | None:
+        return self._head.ask(lambda: ray_cluster.capacity(self._cpus, self._gpus), None)
 
     def kill_process(self, name: str, delay_s: float) -> None:
         process = psutil.Process() if name == "driver" else ray_cluster.private_process(name)
