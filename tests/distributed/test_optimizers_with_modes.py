@@ -45,3 +45,18 @@ def test_the_held_out_loss_and_the_kept_weights_are_those_after_eval(
     assert resumed(pool, case, middle, 1).finish().state_sha256 == whole[0].sha256
     less = Case.of([*RUN, *PROGRAM.overrides, *ema], tmp_path / "never evaluated", 2)
     assert pool.train(less, 1)[0].losses == whole[0].losses
+
+
+def test_the_norms_by_layer_are_the_gradients_although_the_optimizer_computes_in_their_memory(
+    pool: Crew, tmp_path: Path
+) -> None:
+    """schedulefree divides the gradients where they lie; the first step's are those that SGD gets."""
+
+    def norms(overrides: list[str]) -> dict[str, float]:
+        told = pool.train(Case.of(overrides, tmp_path, 2), 1)[0]
+        return {k: v for k, v in told.records[0].metrics.items() if k.startswith("grad/norm/")}
+
+    model = [
+        override for override in PROGRAM.overrides if not override.startswith(("optimizer", "+optimizer", "~optimizer"))
+    ]
+    assert norms([*RUN, *PROGRAM.overrides]) == norms([*RUN, *model])

@@ -95,7 +95,9 @@ class Trainer:
         metrics = MetricSet.of(config, train.num_outputs).to(device)
         self.evaluator = Evaluator(config, plan, held_out, sets.others, self.state, self.task, metrics, device)
         self.checkpoints = ReplicaCheckpoints(config, plan, run_dir, self.state, self.evaluator, control)
-        self.metrics = StepMetrics(model, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every)
+        self.metrics = StepMetrics(
+            model, self.state.optimizer, self.feed, batch_size=plan.batch_size, every=config.diagnostics.every
+        )
         self.buffers = Buffers(model, plan.changing_buffers, plan.buffer_rules or None)
         self.freezing = Freezing(model, self.state.optimizer)
         self.sentinel = Sentinel(self.state, plan.changing_buffers, config.sentinel_every)
@@ -286,6 +288,7 @@ class Trainer:
         report = (step, seconds_per_sample, time.monotonic())
         loss_scale = 1.0 if self.state.loss_scale is None else self.state.loss_scale.scale
         given = StepInput(step, generation.micro_batches, self._turns.batch_number(step), votes, report, loss_scale)
+        self.metrics.begin(step)
         self.sentinel.begin(step, generation.group.world_size)
         notice = None
         try:
