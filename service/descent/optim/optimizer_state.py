@@ -65,6 +65,13 @@ def named_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return found
 
 
+def check_saveable(trial: torch.optim.Optimizer) -> None:
+    """Raise ConfigError where an optimizer that has taken a step, built by hand on one parameter, keeps what can't be saved."""
+    for group in trial.param_groups:
+        group.setdefault("param_names", ["parameter"])
+    named_state(trial)
+
+
 def load_named_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Replace the whole state by copies of `tensors`, which `named_state` returned.
 

@@ -16,7 +16,7 @@ from descent.errors import ConfigError
 from descent.optim.memory_layout import is_dense
 from descent.optim.modes import to_training
 from descent.optim.muon import MuonWithAdamW
-from descent.optim.optimizer_state import load_named_state, named_state, remember_options
+from descent.optim.optimizer_state import check_saveable, load_named_state, named_state, remember_options
 from descent.optim.parameter_groups import FROM_STEP, Override, as_tuple, groups_of, number, parameter_groups, shown
 
 __all__ = [
@@ -112,7 +112,10 @@ def _checked(factory: Factory, own: dict[str, Any]) -> torch.optim.Optimizer:
     except Exception as error:
         message = f"optimizer._target_={name}: can't take a step on a dense gradient: {error}"
         raise ConfigError(message) from error
-    _refuse_hidden_state(_refusals_named(factory, own, "optimizer"), name)
+    trial = _refusals_named(factory, own, "optimizer")
+    remember_options(trial)
+    _refuse_hidden_state(trial, name)
+    check_saveable(trial)
     return probe
 
 
