@@ -102,3 +102,40 @@ def test_predict_takes_the_files_own_rows_and_the_model_knows_its_classes(tmp_pa
     for values in found:
         np.testing.assert_allclose(values, expected.numpy(), rtol=1e-5, atol=1e-6)
     assert metadata == {"class_names": ["setosa", "versicolor", "virginica"]}
+
+
+def test_predict_takes_a_table_with_texts_as_the_file_has_them(tmp_path):
+    table = pd.DataFrame(
+        {
+            "city": ["Rome", "Oslo", "Bonn"] * 20,
+            "area": range(60),
+            "zone": [f"{i % 4:02d}" for i in range(60)],
+            "price": np.linspace(0.5, 9.5, 60),
+        }
+    )
+    table.to_csv(tmp_path / "houses.csv", index=False)
+    data = Csv(str(tmp_path / "houses.csv"), "price", categories=["zone"])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*data.input_shape, 8), nn.Tanh(), nn.Linear(8, 1))
+    inputs, _ = data.gather(np.arange(4))
+    unknown = data.inputs[:1].clone()
+    unknown[:, :3] = 0  # a city that no row of the file has
+    with torch.no_grad():
+        predictions, expected = model(inputs), model(torch.cat([data.inputs, unknown]))
+    raw = data.preprocessing.undo(inputs)
+    save_model(model, raw, predictions, tmp_path / "model", preprocessing=data.preprocessing)
+    code = (
+        "import json, mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model('model')\n"
+        "table = pd.read_csv('houses.csv')\n"
+        "table = pd.concat([table, table[:1].assign(city='Atlantis')])\n"
+        "found = [model.predict(table).tolist(), model.predict(table.astype({'zone': str, 'area': float})).tolist()]\n"
+        "try:\n    model.predict(table.drop(columns='city'))\nexcept Exception as error:\n    found.append(str(error))\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers, texts, refused = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(numbers, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert texts != numbers, "'0' is not the zone '00': texts are compared as they are"
+    assert "city" in refused

@@ -36,6 +36,29 @@ def as_tensor(values, dtype):
     return torch.from_numpy(np.array(array)).to(getattr(torch, dtype))
 
 
+def as_columns(table, columns, categories):
+    """A table's columns as float64 [n, columns]; of a category, the number of each text, and -1 for an unknown one."""
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise ValueError(f"the table has no column {missing[0]!r}; the model takes {', '.join(columns)}")
+    return np.stack([as_numbers(table[name], categories.get(name)) for name in columns], axis=1)
+
+
+def as_numbers(column, texts):
+    if texts is None:
+        return np.asarray(column, dtype="float64")
+    number_of = {text: number for number, text in enumerate(texts)}
+    by_value = {}  # pandas reads 01 as the number 1
+    for text, number in number_of.items():
+        try:
+            by_value[float(text)] = number
+        except ValueError:
+            pass
+    return np.array(
+        [number_of.get(c.strip(), -1) if isinstance(c, str) else by_value.get(c, -1) for c in column], dtype="float64"
+    )
+
+
 def as_arrays(output):
     if isinstance(output, torch.Tensor):
         return output.numpy()
@@ -58,6 +81,8 @@ class ExportedNetwork(mlflow.pyfunc.PythonModel):
                 return as_arrays(self.network(**tensors))
             (name, dtype), = dtypes.items()
             given = model_input[name] if isinstance(model_input, dict) else model_input
+            if self.inputs["categories"]:
+                given = as_columns(given, self.inputs["columns"], self.inputs["categories"])
             return as_arrays(self.network(as_tensor(given, dtype)))
 
 
@@ -82,11 +107,13 @@ def save_model(
     them. `class_names`, by number, are in the model's metadata.
 
     `predict` takes an array or a table where the model takes one tensor, else a dict of arrays or a table with the
-    names of the sample as columns; it gives arrays in the form of the model's output.
+    names of the sample as columns; it gives arrays in the form of the model's output. Where the preprocessing has
+    categories, `predict` takes a table with the columns of the data's file, texts as they are there.
     """
     import mlflow
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types.schema import AnyType
 
     if isinstance(sample, Tensor):
         sample = Sample.of(model, (sample,), {})
@@ -98,19 +125,27 @@ def save_model(
         for (name, array), shape in zip(arrays.items(), shapes, strict=True)
     ]
     few: Any = {name: array[:2] for name, array in arrays.items()} if sample.num_rows else arrays
+    few = few if by_name else next(iter(few.values()))
+    columns, categories = getattr(preprocessing, "names", ()), getattr(preprocessing, "categories", {})
+    schema = Schema(specs)
+    if categories:
+        few = _as_table(few, columns, categories)
+        # Of any type, because pandas has whole numbers as integers and a signature refuses these for floats.
+        schema = Schema([ColSpec(AnyType(), name) for name in columns])
     outputs = _output_specs(predictions)
     with tempfile.TemporaryDirectory() as temporary:
         script, inputs = Path(temporary) / "predict.py", Path(temporary) / "inputs.json"
         script.write_text(_PREDICT_SCRIPT)
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in sample.tensors.items()}
-        inputs.write_text(json.dumps({"by_name": by_name, "dtypes": dtypes}))
+        known = {"columns": list(columns), "categories": {name: list(texts) for name, texts in categories.items()}}
+        inputs.write_text(json.dumps({"by_name": by_name, "dtypes": dtypes, **known}))
         archive = save_program(program, Path(temporary) / ARCHIVE, model)
         mlflow.pyfunc.save_model(
             path=out_dir,
             python_model=str(script),
             artifacts={"network": str(archive), "inputs": str(inputs)},
-            signature=ModelSignature(Schema(specs), None if outputs is None else Schema(outputs)),
-            input_example=few if by_name else next(iter(few.values())),
+            signature=ModelSignature(schema, None if outputs is None else Schema(outputs)),
+            input_example=few,
             metadata={"class_names": list(class_names)} if class_names else None,
             # given, because inferring them means loading the model in another process
             pip_requirements=[
@@ -122,6 +157,16 @@ def save_model(
     for cache in list(out_dir.rglob("__pycache__")):
         shutil.rmtree(cache)
     return out_dir
+
+
+def _as_table(rows: Any, columns: Sequence[str], categories: Mapping[str, Sequence[str]]) -> Any:
+    """Raw rows [n, columns] as the table that they come from; a category that is unknown has no text."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=list(columns))
+    for name, texts in categories.items():
+        table[name] = [texts[int(number)] if number >= 0 else "" for number in table[name]]
+    return table
 
 
 def _output_specs(predictions: Any) -> list[Any] | None:
