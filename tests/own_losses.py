@@ -101,6 +101,28 @@ def tempered(model: Tempered, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]) * model.temperature, batch[1])
 
 
+class TrainedInside(nn.Module):
+    """Its parameter lies in a layer, and it calls its inner loss `loss`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.loss = nn.Linear(10, 10), nn.CrossEntropyLoss()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        found: Tensor = self.loss(self.head(output), target)
+        return found
+
+
+class TrainedInAnObject:
+    """The same, and no module itself."""
+
+    def __init__(self) -> None:
+        self.head = nn.Linear(10, 10)
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(output), target)
+
+
 class Running(nn.Module):
     """Its buffer changes with every call."""
 

@@ -47,6 +47,19 @@ def test_how_a_loss_is_read(name: str, reading: Reading) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("Trained", ("loss.temperature",)),
+        ("TrainedInside", ("loss.head.bias", "loss.head.weight")),
+        ("TrainedInAnObject", ("loss.head.bias", "loss.head.weight")),
+        ("Focal", ()),
+    ],
+)
+def test_parameters_of_a_loss_are_found_wherever_they_lie(name: str, trained: tuple[str, ...]) -> None:
+    assert with_loss(name).trained_of_loss == trained
+
+
+@pytest.mark.parametrize(
     ("name", "why"),
     [
         ("FocalAroundAMean", r"neither the mean nor the sum.*return \(total, count\).*slots=1"),

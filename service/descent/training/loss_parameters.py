@@ -6,7 +6,6 @@ what is exported as the model goes without them.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,32 +14,37 @@ from descent.checkpoint.manifest import read_manifest
 from descent.checkpoint.reader import read_files
 from descent.errors import CheckpointError
 from descent.storage import Location
+from descent.training.task import OwnTask, Supervised
 
 LOSS, LOSS_EMA = "loss/", "loss/ema/"
 """What the names of such parameters, and of their averages, begin with in the training state."""
 _PREFIX = "loss."
 
 
-def trained_of(owner: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def trained_of(task: Supervised | OwnTask) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of what a loss or a task trains beside the model.
 
-    Of a loss that is a module these are all trainable parameters, of a task those that are its own attributes: the
-    modules that a task holds, such as a teacher, stay as they are.
+    Of a loss these are all trainable parameters, of a task of the user's those that are its own attributes: the modules
+    that a task holds, such as a teacher, stay as they are.
     """
-    if isinstance(owner, nn.Module) and not callable(getattr(owner, "loss", None)):
-        found = dict(owner.named_parameters())
-    else:
-        found = {**getattr(owner, "__dict__", {}), **getattr(owner, "_parameters", {})}
-    for name, value in found.items():
+    whole = isinstance(task, Supervised)
+    owner = task.objective.loss if isinstance(task, Supervised) else task.task
+    if whole and isinstance(owner, nn.Module):
+        yield from ((name, p) for name, p in owner.named_parameters() if p.requires_grad)
+        return
+    for name, value in {**getattr(owner, "__dict__", {}), **getattr(owner, "_parameters", {})}.items():
         if isinstance(value, nn.Parameter) and value.requires_grad:
             yield name, value
+        elif whole and isinstance(value, nn.Module):
+            yield from ((f"{name}.{inner}", p) for inner, p in value.named_parameters() if p.requires_grad)
 
 
-def attach(model: nn.Module, owner: Any) -> None:
-    """Let the model have the owner's trained parameters; the owner keeps them too."""
-    own = {id(parameter) for parameter in model.parameters()}
-    for name, parameter in trained_of(owner):
+def attach(model: nn.Module, task: Supervised | OwnTask) -> None:
+    """Let the model have the trained parameters of the loss or the task, which keeps them too, on the model's device."""
+    own = {id(parameter): parameter.device for parameter in model.parameters()}
+    for name, parameter in trained_of(task):
         if id(parameter) not in own:
+            parameter.data = parameter.data.to(next(iter(own.values())))
             model._parameters[_PREFIX + name] = parameter
 
 
@@ -55,12 +59,12 @@ def detach(model: nn.Module) -> None:
         del model._parameters[name]
 
 
-def load_trained(owner: Any, target: Location) -> None:
+def load_trained(task: Supervised | OwnTask, target: Location) -> None:
     """Give the trained parameters of a loss or a task the values of the checkpoint `target`: the averages, where it has them.
 
     Raises CheckpointError, StoreError.
     """
-    own = dict(trained_of(owner))
+    own = dict(trained_of(task))
     if not own:
         return
     manifest = read_manifest(target)

@@ -33,7 +33,7 @@ from descent.training.input.building import (
     target_scale,
 )
 from descent.training.loss_check import refuse_unseeded
-from descent.training.loss_parameters import attach, detach
+from descent.training.loss_parameters import attach, attached, detach
 from descent.training.objective import Objective, Reading, with_tensors
 from descent.training.phases import Phase, build_phased, check_modules, phases_of
 from descent.training.preflight import (
@@ -142,6 +142,8 @@ class Prepared:
     """What an own task's numbers were understood to mean, in words."""
     test: Data | None = None
     """The set that is evaluated once, at the end."""
+    trained_of_loss: tuple[str, ...] = ()
+    """The names of the loss's, or the task's, own parameters, which are trained with the model."""
 
     @cached_property
     def data_identities(self) -> dict[str, Any]:
@@ -343,8 +345,12 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     model = build_model(config, train)
     keep_precision(model, train, evaluate, sets.test, *sets.others.values())
     check_builds_alike(config, model, train)
-    objective = _objective(config) if own is None else None
-    attach(model, objective.loss if objective is not None else own and own.task)
+    supervised = None
+    if own is not None:
+        attach(model, own)
+    else:
+        supervised = Supervised(_objective(config))
+        attach(model, supervised)
     phases = phases_of(own) if own is not None else ()
     if phases:
         check_modules(phases, model, "task")
@@ -374,9 +380,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
                 else check_task(config, model, own, train, cut)
             )
         else:
-            assert objective is not None
+            assert supervised is not None
             with torch.autocast("cpu", half, enabled=mixed):
-                found = _check_supervised(config, model, objective, train, evaluate, cut)
+                found = _check_supervised(config, model, supervised.objective, train, evaluate, cut)
         held_out = evaluate if evaluate is not None else sets.test
         states, figures = check_evaluation(config, model, found, train, held_out)
     named = [*figures, *(f"{other}/{name}" for other in sets.others for name in figures)]
@@ -412,8 +418,9 @@ def prepare(config: RunConfig, *, cores: float, gpus: float) -> Prepared:
     source = evaluate if evaluate is not None else train
     few = read(config, source, np.arange(min(4, len(source))), "data")
     sample = as_pair(few, "data")[0] if own is None else few
+    of_loss = tuple(sorted(attached(model)))
     detach(model)
-    return Prepared(plan, model, train, evaluate, task, sample, found.understood, sets.test)
+    return Prepared(plan, model, train, evaluate, task, sample, found.understood, sets.test, of_loss)
 
 
 def _objective(config: RunConfig) -> Objective:

@@ -86,7 +86,7 @@ class Trainer:
         model = first_model(config, train, device)
         keep_precision(model, train, held_out, *sets.others.values())
         self.task = own.to(device, self._autocast)
-        attach(model, own.task if isinstance(own, OwnTask) else own.objective.loss)
+        attach(model, own)
         self.state = first_state(config, plan, model, device)
         self._forward = compiled(model, exact) if config.compile else model
         self.order = SampleOrder.of(train, plan.batch_size, config.seed, epoch_order_of(config, train, plan.batch_size))

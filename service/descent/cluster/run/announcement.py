@@ -44,6 +44,12 @@ def announce(
     )
     if prepared.understood:
         print_line(console, f"task: the loss {'of' if plan.phases else 'is'} {prepared.understood}")
+    if prepared.trained_of_loss:
+        print_line(
+            console,
+            f"the loss has parameters of its own, which are trained too: {', '.join(prepared.trained_of_loss)} "
+            "(requires_grad_(False) in its __init__ leaves them as they are)",
+        )
     follows = [f"{k}={v}" for k, v in (("slots", "workers"), ("reduction", "fast")) if getattr(config, k) == v]
     if follows and plan.max_workers > 1:
         print_line(console, f"{' and '.join(follows)}: the result's bits hold for {workers} only")

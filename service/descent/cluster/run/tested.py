@@ -24,12 +24,10 @@ def test_figures(config: RunConfig, prepared: "Prepared", target: Location) -> d
     from descent.training.measure import Measure
     from descent.training.metric_states import MetricSet
     from descent.training.objective import Reading
-    from descent.training.task import Supervised
 
     assert prepared.test is not None
     put_checkpoint_into(prepared.model, target)
-    task = prepared.task
-    load_trained(task.objective.loss if isinstance(task, Supervised) else task.task, target)
+    load_trained(prepared.task, target)
     plan, cpu = prepared.plan, torch.device("cpu")
     measure = Measure(
         prepared.task,
