@@ -7,6 +7,7 @@ from torch import nn
 from descent.config import RunConfig, compose
 from descent.errors import ConfigError
 from descent.training.plan import build_loss, build_schedule, prepare
+from descent.training.task import build_task
 from tests import own_optim
 
 TRUSTED = "trusted_modules=[tests]"
@@ -64,6 +65,14 @@ def test_lists_and_numbers_become_the_tensors_that_torchs_losses_want() -> None:
         assert torch.equal(loss(output, targets), nn.BCEWithLogitsLoss(pos_weight=wanted)(output, targets))
     with pytest.raises(ConfigError, match=r"loss\.weight=\['a'\]: must be a number, or a list of numbers"):
         build_loss(_config("loss=cross_entropy", "+loss.weight=[a]"))
+
+
+@pytest.mark.parametrize("name", ["Projected", "ProjectedModule"])
+def test_modules_that_a_task_holds_are_in_evaluation_mode(name: str) -> None:
+    """Whether or not the task is a module itself."""
+    found = build_task(_config("task=custom", f"task._target_=tests.programs.refused.{name}"))
+    assert found is not None
+    assert not found.task.head.training
 
 
 def test_class_weights_of_a_config_pass_the_preflight() -> None:

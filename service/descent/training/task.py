@@ -284,6 +284,8 @@ def build_task(config: RunConfig) -> OwnTask | None:
     for value in vars(task).values() if hasattr(task, "__dict__") else ():
         if isinstance(value, nn.Module):
             value.eval()
+    for module in task.children() if isinstance(task, nn.Module) else ():
+        module.eval()
     return OwnTask.of(task, where)
 
 
