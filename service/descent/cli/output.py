@@ -105,7 +105,7 @@ def _print_figures(console: Console, result: "RunResult") -> None:
         rows.append(("state sha256", result.state_sha256[:16] + "…", ""))
     width = max(len(value) for _, value, _ in rows)
     for name, value, note in rows:
-        print_line(console, f"{name:<14}{value:<{width}}  {note}".rstrip())
+        print_line(console, f"{name:<{max(14, 2 + max(len(row[0]) for row in rows))}}{value:<{width}}  {note}".rstrip())
 
 
 def _print_places(console: Console, result: "RunResult") -> None:

@@ -70,6 +70,30 @@ class Found:
     """The losses that take turns, with what their numbers mean."""
 
 
+@contextlib.contextmanager
+def _steady(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in training mode, but for the layers whose output depends on chance or on the
+    other samples of a batch (dropout, batch norm)."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode, in which attention drops nothing either."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 class _Samples(NamedTuple):
     """A batch and how to get parts of it."""
 
@@ -79,6 +103,8 @@ class _Samples(NamedTuple):
     """The samples first … stop-1 as a batch, cut out of the whole."""
     collated: Callable[[int, int], Batch]
     """The same samples, collated anew."""
+    steady: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = _steady
+    """The mode of the model in which numbers are compared."""
 
 
 def check_task(
@@ -277,29 +303,23 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.detach().nan_to_num(), other.detach().nan_to_num())
 
 
-@contextlib.contextmanager
-def _steady(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in training mode, but for the layers whose output depends on chance or on the
-    other samples of a batch (dropout, batch norm)."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-            module.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
 def _meaning(task: OwnTask, model: nn.Module, samples: _Samples, *, whole: bool) -> tuple[OwnTask, float, str]:
     """(the task with its reading, loss terms a sample, what was understood): whether the numbers add up over parts."""
     n = samples.num
     if task.couples:
         _check_features(task, model, samples)
         return replace(task, reading=Reading.SAMPLES), 1.0, "computed from the features of the whole global batch"
-    with _steady(model), torch.no_grad(), own_generators(seed=0) as drew:
-        raw = task.raw_loss(model, samples.batch)
-        chance = bool(drew())
+    chance = False
+    for steady in (_steady, _evaluating):
+        with steady(model), torch.no_grad(), own_generators(seed=0) as drew:
+            try:
+                raw = task.raw_loss(model, samples.batch)
+            except Exception:  # a model that has no loss in evaluation mode
+                break
+            chance = bool(drew())
+        if not chance:
+            samples = samples._replace(steady=steady)
+            break
     value = raw["loss"] if isinstance(raw, Mapping) and "loss" in raw else raw
     comparable = not (chance or whole or n < 2)
     unchecked = " (not checked, because the loss draws random numbers)" if chance else ""
@@ -377,7 +397,7 @@ class _Parts(NamedTuple):
 
 def _parts(task: OwnTask, model: nn.Module, samples: _Samples, part: Callable[[int, int], Batch], cut: int) -> _Parts:
     def numbers(batch: Batch, num: int) -> tuple[float, float]:
-        with _steady(model), torch.no_grad(), own_generators(seed=0):
+        with samples.steady(model), torch.no_grad(), own_generators(seed=0):
             found = _loss(task, model, samples._replace(batch=batch, num=num))
         return float(found.total), float(found.terms)
 
@@ -401,7 +421,8 @@ def _bare(task: OwnTask, model: nn.Module, samples: _Samples) -> OwnTask:
             ignoring[0, -1:], ignoring[-1, labels.shape[1] // 2 :] = labels[0, -1:], IGNORED
         batch = with_labels(samples.batch, ignoring)
         with contextlib.suppress(ConfigError):  # a model that knows no label to ignore
-            cut = _Samples(batch, samples.num, lambda a, b: rows(batch, a, b), lambda a, b: rows(batch, a, b))
+            part = lambda a, b: rows(batch, a, b)  # noqa: E731
+            cut = samples._replace(batch=batch, part=part, collated=part)
             fitting = _fitting(task, model, cut, fitting) or fitting
     if fitting:
         return replace(task, reading=fitting[0])
