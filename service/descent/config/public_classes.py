@@ -62,6 +62,7 @@ DESCENT_CLASSES: Mapping[Kind, tuple[str, ...]] = {
         "descent.data.csv_file.Csv",
         "descent.data.digits.Digits",
         "descent.data.hugging_face.HuggingFace",
+        "descent.data.hugging_face.HuggingFaceRows",
         "descent.data.idx.IdxFolder",
         "descent.data.images.Images",
         "descent.data.mnist5k.Mnist5k",

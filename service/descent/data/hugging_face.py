@@ -142,6 +142,50 @@ class HuggingFace(BatchDataset):
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
+class HuggingFaceRows:
+    """Samples are dicts {column: tensor or text}, for models and collate functions that take columns by name.
+
+    path: the folder that `save_to_disk` wrote. part: which data set of a DatasetDict. columns: null for all.
+    `classes` has the names of the classes where one of the columns is of classes.
+
+    Raises DataError where the library is missing, for a folder that the library can't load, and for unknown columns.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        columns: list[str] | str | None = None,
+        part: str | None = None,
+        name: str = "hugging_face_rows",
+    ) -> None:
+        if path is None:
+            raise DataError("data.path is not set: give the folder that save_to_disk wrote")
+        self.name, self.source = name, path
+        data = _load(path, part)
+        chosen = (
+            list(data.column_names) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+        )
+        for column in chosen:
+            if column not in data.column_names:
+                raise DataError(f"{path}: no column {column!r}; there are {', '.join(data.column_names)}")
+        if not chosen:
+            raise DataError("data.columns is empty: name at least one column, or null for all")
+        labels = [data.features[c] for c in chosen if isinstance(data.features[c], _library().ClassLabel)]
+        self.classes = list(labels[0].names) if len(labels) == 1 else None
+        self._data = data.select_columns(chosen).with_format("torch")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._data[index]
+        return row
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self._data.__getitems__(indices)
+        return rows
+
+
 def _library() -> Any:
     try:
         import datasets
