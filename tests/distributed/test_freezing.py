@@ -15,6 +15,9 @@ from descent.training.input.sampling import SampleOrder
 from descent.training.plan import build_data, build_model
 from tests.distributed.replicas import Case, Crew
 from tests.distributed.test_resume import resumed, saved
+from tests.programs.gan import PROGRAM as GAN
+from tests.programs.program import RUN as PLAIN_RUN
+from tests.programs.temperature import PROGRAM as TEMPERATURE
 
 STEPS, BATCH, FIRST = 8, 24, 5
 OWN = ["model=custom", "model._target_=tests.own_optim.Backboned", "trusted_modules=[tests]"]
@@ -136,7 +139,7 @@ def test_a_model_that_releases_parameters_later_is_stopped_at_that_step(pool: Cr
         ("{match: backbone, from_step: 0.5}", r"groups\[0\]\.from_step=0.5: must be the number of a step"),
         ("{match: backbone, from_step: 9}", r"from_step=9: the run has 8 steps, so 'backbone\.1\.weight' is never"),
         ("{match: nothing, freeze: true}", r"groups\[0\]\.match=nothing: matches no"),
-        ("{match: ., freeze: true}", "every parameter is frozen"),
+        ("{match: ., freeze: true}", "no parameters to train that optimizer.groups leaves unfrozen"),
         ("{match: ., from_step: 3}", "nothing would be trained before step 3"),
         ("{match: backbone, freeze: true}, {match: backbone, lr: 0.1}", r"groups\[1\]\.match=backbone: .*frozen"),
     ],
@@ -144,3 +147,30 @@ def test_a_model_that_releases_parameters_later_is_stopped_at_that_step(pool: Cr
 def test_what_cannot_be_frozen_so_is_refused(tmp_path: Path, group: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Case.of([*RUN, f"optimizer.groups=[{group}]"], tmp_path)
+
+
+def test_the_parameters_of_a_loss_are_frozen_by_their_names(pool: Crew, tmp_path: Path) -> None:
+    values = {}
+    for how in ("from_step: 4", "freeze: true"):
+        case = Case.of(
+            [*PLAIN_RUN, *TEMPERATURE.overrides, f"optimizer.groups=[{{match: '^loss', {how}}}]"], tmp_path / how, 2
+        )
+        _, targets = saved(pool, case, 2, 3, 6)
+        found = [read_checkpoint(to_location(str(target)))[0] for target in targets]
+        name = next(name for name in found[0] if name.startswith("loss/"))
+        values[how] = [float(tensors[name]) for tensors in found]
+    assert (
+        values["freeze: true"][0] == values["freeze: true"][1] == values["from_step: 4"][0] != values["from_step: 4"][1]
+    )
+
+
+def test_a_phase_begins_later_with_a_part_of_its_modules(pool: Crew, tmp_path: Path) -> None:
+    later = "+optimizer.phases.generator.groups=[{match: 'generator.0', from_step: 5}]"
+    case = Case.of([*PLAIN_RUN, *GAN.overrides, later], tmp_path, 2)
+    whole, (before, after) = saved(pool, case, 2, 3, 6)
+    at_3, at_6 = (read_checkpoint(to_location(str(target)))[0] for target in (before, after))
+    assert not torch.equal(at_3["model/generator.3.weight"], at_6["model/generator.3.weight"])
+    first = build_model(case.config, build_data(case.config)[0]).state_dict()
+    assert torch.equal(at_3["model/generator.0.weight"], first["generator.0.weight"])
+    assert not torch.equal(at_6["model/generator.0.weight"], first["generator.0.weight"])
+    assert whole[0].sha256 == resumed(pool, case, before, 1).finish().state_sha256

@@ -100,9 +100,10 @@ def groups_of(options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return entries
 
 
-def freeze(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+def freeze(model: nn.Module, groups: Sequence[Mapping[str, Any]], *, whole: bool = True) -> None:
     """Let the parameters for which `optimizer.groups` says `freeze: true` require no gradient.
 
+    whole: whether the model has all of its parameters; those of a loss come later.
     Raises ConfigError for an entry of the wrong form, and for one with `freeze: true` that applies to no parameter.
     """
     overrides = [Override(index, entry) for index, entry in enumerate(groups)]
@@ -115,6 +116,8 @@ def freeze(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
         if hit is not None and hit.freezes:
             parameter.requires_grad_(False)
             taken.add(hit.index)
+    if not whole:
+        return
     for override in overrides:
         if override.freezes and override.index not in taken:
             raise ConfigError(override.why_unused(list(names.values()), model))

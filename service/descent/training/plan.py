@@ -177,7 +177,7 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         )
     if any(is_lazy(p) for p in model.parameters()):
         materialize(config, model, data)
-    freeze(model, groups_of(config.optimizer))
+    freeze(model, groups_of(config.optimizer), whole=False)
     for name, parameter in model.named_parameters():
         if shares_places(parameter):
             raise ConfigError(
@@ -189,7 +189,9 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
         if module._buffers[name] is not None:
             own_buffer(module, name)  # an expanded buffer could not be written to, and a checkpoint does that
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train")
+        frozen = any(entry.get("freeze") for entry in groups_of(config.optimizer))
+        why = " that optimizer.groups leaves unfrozen" if frozen else ""
+        raise ConfigError(f"model._target_={config.model['_target_']}: has no parameters to train{why}")
     return model
 
 
