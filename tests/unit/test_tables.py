@@ -240,8 +240,8 @@ def test_the_model_begins_with_the_scale_of_the_training_rows_and_a_saved_spec_h
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["data.standardize=false"],
-        ["data.standardize=[area]"],
+        ["data.target_scale=false"],
+        ["data.target_scale=null"],
         ["loss=bce_with_logits", "data.targets_are=values"],
         ["data.target=city", "loss=cross_entropy"],
     ],
@@ -249,13 +249,6 @@ def test_the_model_begins_with_the_scale_of_the_training_rows_and_a_saved_spec_h
 def test_no_scale_is_taken_where_it_means_nothing(file, overrides):
     config = values_config(file, *overrides)
     assert build_model(config, build_data(config)[0]).target_scale is None
-
-
-def test_the_scale_is_taken_without_that_of_the_inputs_where_only_the_target_is_named(file):
-    config = values_config(file, "data.standardize=[price]")
-    train, _ = build_data(config)
-    assert build_model(config, train).target_scale is not None
-    assert train.inputs[:, 0].mean() > 50
 
 
 def test_whole_numbers_are_values_for_a_loss_that_compares_values(tmp_path):

@@ -30,11 +30,12 @@ class Csv(TableData):
     categories: names of columns that are taken as categories, whatever they hold (postcodes, months). A column in
     which no cell is a number is taken so anyway.
     delimiter: one character; '\\t' stands for a tab.
+    target_scale: whether a model that takes `target_scale` is told mean and deviation of the values to predict, which are
+    left as they are.
     targets_are: 'classes' or 'values'; null decides: whole numbers or text are classes, numbers of which
     one has a fraction are values. Classes are numbered in sorted order over the whole file;
     `class_names` has them as they are written there.
-    standardize: true, false, or the names of the columns that are standardized: true is all columns of numbers. A target
-    of values is left as it is; but the scale of its values is told to the model (`model.target_scale`). Mean and
+    standardize: true, false, or the names of the columns that are standardized: true is all columns of numbers. Mean and
     standard deviation, and the categories, are those of the training split that (holdout, seed) defines, whichever
     split is asked for; where a run splits the data otherwise, those of its training rows.
     max_mb: a larger file is refused before it is fetched or read. The file is read whole, and meanwhile
@@ -62,6 +63,7 @@ class Csv(TableData):
         name: str = "csv",
         drop: list[str] | None = None,
         categories: list[str] | None = None,
+        target_scale: bool | None = False,
     ) -> None:
         features, drop, categories = _names(features), _names(drop), _names(categories)
         standardize = standardize if isinstance(standardize, bool) else _names(standardize) or False
@@ -85,7 +87,7 @@ class Csv(TableData):
             raise DataError(f"{path}: no column is left beside the target {target!r}")
         for key, named in (("categories", categories), ("standardize", standardize)):
             for column in named if isinstance(named, list) else ():
-                if column not in [*chosen, *([target] if key == "standardize" else [])]:
+                if column not in chosen:
                     raise DataError(
                         f"data.{key} names {column!r}, which is no input column; there are {', '.join(chosen)}"
                     )
@@ -94,7 +96,7 @@ class Csv(TableData):
         bad = table.known_bad()
         train = rows_of(len(targets), "train", holdout, seed)
         usable = train[~table.is_bad[train]]
-        scaled = not class_names and (target in standardize if isinstance(standardize, list) else standardize)
+        scaled = bool(target_scale) and not class_names
         rows = rows_of(len(targets), split, holdout, seed)
         self.features = chosen
         super().__init__(

@@ -153,10 +153,11 @@ class Prepared:
 
 
 def filled_spec(config: RunConfig, data: Data) -> dict[str, Any]:
-    """The model's spec with `input_shape`, `num_outputs` and `target_scale`, where null, taken from the data set."""
+    """The model's spec with `input_shape: null` and `num_outputs: null` taken from the data set, and its `target_scale`."""
     filled, where = dict(config.model), "model"
-    if "target_scale" in filled and filled["target_scale"] is None:
-        filled["target_scale"] = target_scale(config, data)
+    scale = target_scale(config, data)
+    if scale is not None and filled.get("target_scale") is None:
+        filled["target_scale"] = scale
     given: dict[str, tuple[int, ...] | int | None] = {"input_shape": data.input_shape, "num_outputs": data.num_outputs}
     for key, value in given.items():
         if key in filled and filled[key] is None:

@@ -140,9 +140,12 @@ def _takes_samples(function: Callable[..., Any], arguments: Mapping[str, Any]) -
 
 
 def target_scale(config: RunConfig, train: Data) -> list[float] | None:
-    """[mean, deviation] of the values that a model is to predict; None where that is nothing to begin with."""
+    """[mean, deviation] of the values that a model is to predict; None where it takes none."""
     root = root_of(train)
     if not isinstance(root, TableData) or root.target_scale is None or not _predicts_values(config):
+        return None
+    model = resolve_target(config.model["_target_"], config.trusted_modules, "model._target_")
+    if not inspect.isclass(model) or "target_scale" not in inspect.signature(model).parameters:
         return None
     return list(root.target_scale)
 
