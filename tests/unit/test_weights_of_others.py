@@ -49,7 +49,7 @@ def begin(source: Path, strict: bool = True, key: str | None = None, rules: Any 
     return model, InitialWeights(source, strict, key, rules).put_into(fresh(model))
 
 
-# -- Hugging Face, timm, torchvision ------------------------------------------------------
+# -- Hugging Face, torchvision, timm ------------------------------------------------------
 
 
 def bert() -> Any:
@@ -94,27 +94,18 @@ def test_the_base_model_of_hugging_face_begins_a_model_with_a_head(tmp_path: Pat
     assert equal(ours.bert, theirs.bert)
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_files_of_torchvision_and_timm(library: str, tmp_path: Path) -> None:
-    def made() -> nn.Module:
-        if library == "torchvision":
-            from torchvision.models import resnet18
-
-            return resnet18(num_classes=7)
-        import timm
-
-        return timm.create_model("vit_tiny_patch16_224", num_classes=7, depth=1, img_size=32)
-
-    theirs, ours = fresh(made()), fresh(made())
-    if library == "torchvision":  # the ImageNet example's checkpoint, trained with DataParallel
-        name = "model_best.pth.tar"
-        saved = {"epoch": 3, "arch": "resnet18", "best_acc1": torch.tensor(71.0), "optimizer": {"state": {}}}
-        torch.save({**saved, "state_dict": state(theirs, "module.")}, tmp_path / name)
-    else:
-        name = "last.pth.tar"
-        torch.save({"epoch": 1, "args": argparse.Namespace(lr=0.1), "state_dict": theirs.state_dict()}, tmp_path / name)
-    assert InitialWeights(tmp_path / name).put_into(ours) is None
-    assert equal(ours, theirs)
+def test_the_checkpoints_of_torchvisions_and_timms_scripts(tmp_path: Path) -> None:
+    """The ImageNet example trains with DataParallel; timm's script keeps its arguments, and averages beside the weights."""
+    theirs, source = fresh(Net()), tmp_path / "model_best.pth.tar"
+    saved = {"epoch": 3, "arch": "resnet18", "best_acc1": torch.tensor(71.0), "optimizer": {"state": {}}}
+    torch.save({**saved, "state_dict": state(theirs, "module.")}, source)
+    ours, said = begin(source)
+    assert equal(ours, theirs) and said is None
+    plain, averaged = fresh(Net()), fresh(Net())
+    kept = {"epoch": 1, "arch": "vit", "args": argparse.Namespace(lr=0.1), "metric": np.float64(71.0), "version": 2}
+    torch.save({**kept, "state_dict": plain.state_dict(), "state_dict_ema": averaged.state_dict()}, source)
+    ours, _ = begin(source)
+    assert equal(ours, averaged)
 
 
 # -- checkpoints of training programs -----------------------------------------------------
