@@ -41,7 +41,7 @@ _HARMLESS_PASSES = {
 }
 _HARMLESS_KEYS = {
     *("input", "inputs", "target", "targets", "feature", "features", "label", "labels", "image", "images", "text"),
-    *("column", "row", "sort", "group", "primary", "foreign", "index", "id", "name", "class", "sample", "batch"),
+    *("column", "row", "sort", "group", "primary", "foreign", "index", "id", "name", "class", "sample", "batch", "init"),
     *("data", "state", "metric", "query", "value", "dict", "cache", "json", "partition", "shuffle", "public", "mask"),
 }
 """`target_key` names a column; `openai_key` is a secret."""
