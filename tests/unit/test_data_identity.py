@@ -167,7 +167,8 @@ def test_a_file_that_changes_while_a_run_reads_it_is_named(tmp_path, monkeypatch
     elif change == "time":
         os.utime(file, ns=(0, 0))
     else:
-        with file.open("ab") as grows:  # the next batch may be read from the mapped file at this moment: it must not shrink
+        # The next batch may be read from the mapped file at this moment: the file must not shrink.
+        with file.open("ab") as grows:
             grows.write(b"more")
     word = "is gone" if change == "gone" else "has changed"
     with pytest.raises(DataError, match=rf"{file.name} {word} while the run was reading it: put it back"):

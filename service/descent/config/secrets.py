@@ -41,8 +41,9 @@ _HARMLESS_PASSES = {
 }
 _HARMLESS_KEYS = {
     *("input", "inputs", "target", "targets", "feature", "features", "label", "labels", "image", "images", "text"),
-    *("column", "row", "sort", "group", "primary", "foreign", "index", "id", "name", "class", "sample", "batch", "init"),
+    *("column", "row", "sort", "group", "primary", "foreign", "index", "id", "name", "class", "sample", "batch"),
     *("data", "state", "metric", "query", "value", "dict", "cache", "json", "partition", "shuffle", "public", "mask"),
+    "init",
 }
 """`target_key` names a column; `openai_key` is a secret."""
 _HARMLESS_TOKENS = {
