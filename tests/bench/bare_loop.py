@@ -35,6 +35,18 @@ def batches(
             yield inputs[at], targets[at]
 
 
+def own_batches(subject: Subject) -> Iterator[dict[str, Tensor]]:
+    """Shuffled batches of one of the user's own trainings, each a dict of tensors."""
+    from tests.bench import own_programs
+
+    data = getattr(own_programs, subject.own)()
+    while True:
+        order = torch.randperm(len(data))
+        for start in range(0, len(data) - subject.batch + 1, subject.batch):
+            at = order[start : start + subject.batch]
+            yield {name: column[at] for name, column in data.columns.items()}
+
+
 class Loop:
     """One variant with a model and an optimizer of its own."""
 
@@ -45,13 +57,22 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=fused)
         self.loss = nn.CrossEntropyLoss()
         self.look = not fastest
-        self.batches = batches(*data, subject.batch)
+        self.batches = own_batches(subject) if subject.own else batches(*data, subject.batch)
+        if subject.own:
+            from tests.bench import own_programs
+
+            self.own_loss = getattr(own_programs, f"loss_of_{subject.own}")
+        self.own = bool(subject.own)
         self.steps, self.wall_s, self.cpu_s = 0, 0.0, 0.0
 
     def step(self) -> None:
-        inputs, targets = next(self.batches)
+        batch = next(self.batches)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.model(inputs), targets)
+        if self.own:
+            loss = self.own_loss(self.model, batch)
+        else:
+            inputs, targets = batch
+            loss = self.loss(self.model(inputs), targets)
         loss.backward()
         self.optimizer.step()
         if self.look:

@@ -24,17 +24,35 @@ class Subject:
     width: int = 0
     resnet: tuple[int, ...] = ()
     """Channels per stage; empty: a fully connected network of `depth` and `width`."""
+    own: str = ""
+    """The user's own training in its place, of `own_programs.py`: "pictures" or "sentences"."""
 
     def overrides(self) -> list[str]:
         """The same for `descent train`; evaluation only at the end, as the loops by hand have none."""
+        if self.own:
+            return [*self._own_overrides(), *self._common()]
         model = (
             ["model=resnet", "model.blocks=1", f"model.widths=[{','.join(map(str, self.resnet))}]"]
             if self.resnet
             else ["model=mlp", f"model.depth={self.depth}", f"model.width={self.width}"]
         )
+        return [*model, "data=digits", *self._common()]
+
+    def _own_overrides(self) -> list[str]:
+        where = "tests.bench.own_programs"
+        task = ["task=auto"] if self.own == "sentences" else ["task=custom", f"task._target_={where}.loss_of_pictures"]
         return [
-            *model,
-            "data=digits",
+            "model=custom",
+            f"model._target_={where}.{'bert' if self.own == 'sentences' else 'network'}",
+            "data=custom",
+            f"data.train._target_={where}.{self.own}",
+            "data.holdout=0",
+            *task,
+            "trusted_modules=[tests]",
+        ]
+
+    def _common(self) -> list[str]:
+        return [
             "optimizer=adamw",
             f"optimizer.lr={LEARNING_RATE}",
             "schedule=constant",
@@ -47,6 +65,10 @@ class Subject:
     def build(self) -> nn.Module:
         """The network as somebody would write it: [B, 1, 8, 8] to [B, 10]."""
         torch.manual_seed(0)
+        if self.own:
+            from tests.bench import own_programs
+
+            return own_programs.bert() if self.own == "sentences" else own_programs.network()
         if self.resnet:
             from descent.models.resnet import ResNet
 
@@ -65,6 +87,8 @@ SUBJECTS = {
         Subject("10ms", batch=128, depth=3, width=512),
         Subject("100ms", batch=256, depth=3, width=1088),
         Subject("resnet", batch=64, resnet=(16, 32)),
+        Subject("dict", batch=128, own="pictures"),
+        Subject("hugging_face", batch=8, own="sentences"),
     )
 }
 
