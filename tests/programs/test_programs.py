@@ -15,7 +15,7 @@ import tests.programs
 from tests.distributed.led import assert_survives
 from tests.distributed.replicas import Case, Crew, fail
 from tests.distributed.test_resume import resumed, saved
-from tests.programs import digits_classifier, mixup
+from tests.programs import digits_classifier, mixup, multi_label
 from tests.programs.program import RUN, STEPS, Program
 
 MODULES = [importlib.import_module(f"tests.programs.{m.name}") for m in pkgutil.iter_modules(tests.programs.__path__)]
@@ -57,3 +57,10 @@ def test_an_order_of_its_own_is_the_same_for_any_world_and_after_a_resume(pool: 
     alone, (target,) = saved(pool, replace(case, run_dir=tmp_path / "whole"), 1, 3)
     assert {told.sha256 for told in pool.train(case, 3)} == {alone[0].sha256}
     assert resumed(pool, case, target, 2).finish().state_sha256 == alone[0].sha256
+
+
+def test_labels_as_floats_are_compared_by_metrics_of_labels(pool: Crew, tmp_path: Path) -> None:
+    case = Case.of([*RUN, *multi_label.MEASURED], tmp_path, 3)
+    alone = pool.train(case, 1)[0]
+    assert {"eval/f1", "eval/auc", "eval/loss"} <= alone.metrics[-1][1].keys()
+    assert [told.metrics for told in pool.train(case, 3)] == [alone.metrics] * 3

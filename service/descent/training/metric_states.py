@@ -67,7 +67,7 @@ class MetricSet:
         for name, metric in self.metrics.items():
             metric.reset()
             try:
-                metric.update(preds, target)
+                metric.update(preds, _as_labels(target) if _wants_labels(metric) else target)
             except Exception as error:
                 raise TrainingError(f"metrics.{name}: can't compare these predictions: {in_one_line(error)}") from error
             for state, reduce in metric._reductions.items():
@@ -127,6 +127,18 @@ def _as_tensor(value: Any, kind: str) -> Tensor:
         return torch.cat(rows).detach() if rows else torch.zeros(0)
     tensor: Tensor = value.detach()
     return tensor[None] if kind == "rows" else tensor
+
+
+def _wants_labels(metric: Any) -> bool:
+    """Whether the metric compares classes, which it takes as whole numbers."""
+    return type(metric).__module__.startswith("torchmetrics.classification.")
+
+
+def _as_labels(target: Any) -> Any:
+    """Labels that a loss takes as 0.0 and 1.0 as whole numbers; probabilities as they are."""
+    if isinstance(target, Tensor) and target.is_floating_point() and torch.equal(target, target.round()):
+        return target.long()
+    return target
 
 
 def _wide(value: Any) -> Any:

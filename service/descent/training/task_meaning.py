@@ -78,6 +78,7 @@ def few_of(samples: Samples, first: int, stop: int) -> Samples:
 
 
 def samples_of(config: RunConfig, data: Data, count: int, *, spread: bool = False) -> Samples:
+    """Some training samples as one batch: the first ones, or `spread` over the data set. Raises DataError."""
     chosen = np.linspace(0, len(data) - 1, count).astype(np.int64) if spread else np.arange(count)
     with own_generators(seed=0):
         batch = read(config, data, chosen, "data.train")
