@@ -58,6 +58,16 @@ def plots(history: History, out_dir: Path, incidents: Sequence[tuple[int, str]] 
     return paths
 
 
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, whose parts don't overlap."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Draw a figure into a file."""
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
 def downsample(steps: NDArray[Any], values: NDArray[Any], buckets: int = BUCKETS) -> Curve:
     """At most 2 points per bucket, its lowest and its highest, in order: no spike is lost.
 

@@ -292,6 +292,8 @@ class RunRecorder:
         try:
             self._allocate_model()
             line = kept.keep(outcome.checkpoint, name, outcome.step, last_points(log))
+            with self._best_effort("the confusion matrix and the worst samples"):
+                self._log_class_report(outcome.step)
         except Exception as error:
             # The training is done and its checkpoint is safe: a model that can't be kept must not undo that.
             line = " ".join(str(error).split())[:200]
@@ -306,6 +308,13 @@ class RunRecorder:
         )
         self.tracker.set_tags({"descent.export_error": line})
         return None
+
+    def _log_class_report(self, step: int) -> None:
+        """Keep how a classifier does on each class; the prepared model has the final weights by now."""
+        from descent.cluster.run.class_artifacts import FOLDER, write_class_report
+
+        for path in write_class_report(self._config, self._prepared, self._run_dir, step):
+            self.tracker.log_file(path, FOLDER)
 
     def abandon(self) -> None:
         """The run has broken off: say so in tracking, if delivery has begun; otherwise leave no trace there."""
