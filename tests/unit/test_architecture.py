@@ -26,6 +26,7 @@ DOORS = {
     "hydra": ("config/",),
     "omegaconf": ("config/",),
     "ray": ("cluster/",),
+    "ray.cloudpickle": ("cluster/workers/parcel.py",),
     "mlflow": ("tracking/",),
     "boto3": ("storage/",),
     "botocore": ("storage/",),

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from descent.config.given import is_placeholder
+from descent.config.given import resolve as resolve_given
 from descent.config.import_path import refuse_shadowed
 from descent.config.public_classes import KINDS_BY_GROUP, is_public, public_class, public_names
 from descent.config.secrets import redact
@@ -99,6 +101,8 @@ def resolve_target(path: str, trusted_modules: Iterable[str], where: str) -> Cal
     trusted_modules = tuple(trusted_modules)
     if not isinstance(path, str) or not _is_dotted(path):
         raise ConfigError(f"{where}={_of_type(path)}: needs the form package.module.Class")
+    if is_placeholder(path):
+        return resolve_given(path, where)
     # A path is imported only if it is trusted, because importing runs code.
     if _under(path, trusted_modules):
         return _trusted(path, trusted_modules, where)

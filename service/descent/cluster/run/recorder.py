@@ -13,8 +13,9 @@ from descent.cluster.record import run_log
 from descent.cluster.record.run_log import RunLog
 from descent.cluster.run.left_over import settle_left_over
 from descent.cluster.run.note import as_csv, note_of
+from descent.cluster.run.objects import call_of
 from descent.cluster.run.result import RunResult, best_kept, last_points
-from descent.config import Composed, flatten
+from descent.config import Composed, flatten, given
 from descent.config.overrides import shown_override
 from descent.config.secrets import masked
 from descent.messages import TerminalState
@@ -180,6 +181,8 @@ class RunRecorder:
 
         if self._composed.sources is None:
             return "descent.train(RunConfig(…))"
+        if any(given.placeholders(self._config.to_dict())):
+            return call_of(self._composed.overrides)
         words = [word for folder in self._composed.config_dirs for word in ("--config-dir", folder)]
         return shlex.join(["descent", "train", *words, *map(shown_override, self._composed.overrides)])
 

@@ -34,7 +34,7 @@ from descent.cluster.run.resume import (
     run_to_resume,
 )
 from descent.cluster.run.signals import StopSignals
-from descent.config import Composed
+from descent.config import Composed, given
 from descent.config.import_path import append_current_folder
 from descent.config.secrets import redact
 from descent.errors import CheckpointError, ConfigError
@@ -44,6 +44,7 @@ from descent.tracking.check import check_tracking
 if TYPE_CHECKING:
     from descent.cluster.control.checkpoints import CheckpointCommitter
     from descent.cluster.control.outcome import Outcome
+    from descent.cluster.workers.parcel import Parcel
     from descent.cluster.workers.ray_cluster import Cluster
     from descent.training.plan import Plan, Prepared
 
@@ -91,6 +92,9 @@ class Run:
             self._lock = RunLock(resumed_dir, f"resume={composed.config.resume}")
             self.composed, self.resumed = resume(composed, resumed_dir)
         self.config = self.composed.config
+        where = f"resume={self.config.resume}" if resumed_dir is not None else "config"
+        which = f"resume={resumed_dir.name!r}, " if resumed_dir is not None else ""
+        given.require_all(self.config.to_dict(), where, f"descent.train({which}{{}})")
         self.output_dir = Path(self.config.output_dir).expanduser().resolve()
         self.run_dir = resumed_dir or self.output_dir / "runs" / name_of(self.composed)
         if not self.resumed and (self.run_dir / run_log.RUN_FILE).exists():
@@ -122,7 +126,9 @@ class Run:
         if self.resumed is not None and self.resumed.finished is not None and self.resumed.same_length:
             return self.resumed.already_finished()
         private = self.config.ray.address is None and not ray_cluster.is_connected()
-        self._connecting = self._ray_thread.submit(ray_cluster.connect, self.config.ray.address)
+        parcel = self._packed_objects()
+        size = parcel.size if parcel is not None else 0
+        self._connecting = self._ray_thread.submit(ray_cluster.connect, self.config.ray.address, size)
         if private:
             prepared = self._prepare(ray_cluster.local_cores(), _local_gpus())
             cluster = self._connecting.result()
@@ -139,7 +145,21 @@ class Run:
             wanted=f"workers={workers}" + (f" and spares={spares}" if spares else ""),
         )
         injector.check(self.config.chaos, workers, private=ray_cluster.is_private())
-        return self._train(prepared, cluster)
+        return self._train(prepared, cluster, parcel)
+
+    def _packed_objects(self) -> "Parcel | None":
+        """What `descent.train` got as objects, ready to travel to the workers; None without any."""
+        wanted = set(given.placeholders(self.config.to_dict()))
+        objects = {target: one for target, one in given.all_registered().items() if target in wanted}
+        if not objects:
+            return None
+        from descent.cluster.workers import ray_cluster
+
+        if not ray_cluster.is_connected():
+            ray_cluster.set_environment(self.config.ray.address)
+        from descent.cluster.workers.parcel import Parcel
+
+        return Parcel(objects)
 
     def _prepare(self, cores: float, gpus: float) -> "Prepared":
         """Data, model and every derived number. `cores` and `gpus`: what the cluster has in all."""
@@ -172,7 +192,7 @@ class Run:
             require_same(prepared.model, self.resumed.frozen, f"resume={self.config.resume}")
         return prepared
 
-    def _train(self, prepared: "Prepared", cluster: "Cluster") -> RunResult:
+    def _train(self, prepared: "Prepared", cluster: "Cluster", parcel: "Parcel | None") -> RunResult:
         """Start the workers, give them to the controller, and record what comes of it."""
         from descent.cluster.control.controller import Controller
         from descent.cluster.workers.ray_group import RayWorkerGroup
@@ -190,7 +210,8 @@ class Run:
         config = self.composed.without_secrets(self.config)
         observers = Observers(self._user_observers, config, self.run_dir, recorder.tracker, display.note)
         listeners = ListenerGroup(display, recorder.tracker, observers)
-        group = RayWorkerGroup(self._worker_spec(plan, cluster), cpus=self.config.resources.cpus, gpus=plan.gpus)
+        spec = self._worker_spec(plan, cluster)
+        group = RayWorkerGroup(spec, cpus=self.config.resources.cpus, gpus=plan.gpus, parcel=parcel)
         group.start(plan.max_workers + self.config.spares)
         try:
             committer = self._committer()

@@ -1,6 +1,7 @@
 """The model of a run with its trained weights: `descent.load`."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from descent.checkpoint.reader import list_checkpoints, newest_checkpoint
 from descent.cluster.record import run_log
 from descent.cluster.run.kept_model import WEIGHTS
 from descent.cluster.run.resume import find_weights
-from descent.config import RunConfig, recompose
+from descent.config import RunConfig, given, recompose
 from descent.config.environment import with_variables
 from descent.config.import_path import append_current_folder
 from descent.errors import CheckpointError
@@ -18,21 +19,26 @@ from descent.storage import Location
 if TYPE_CHECKING:
     from torch import nn
 
+    from descent.cluster.run.result import RunResult
+
 _OF_TRAINING = ("tracking", "optimizer", "schedule", "loss", "resume", "init_from", "name", "output_dir")
 """Groups of the config that the model doesn't depend on: what they read from the environment isn't needed."""
 
 
 def load(
-    run: str | Path,
+    run: "str | Path | RunResult",
     *,
+    model: "nn.Module | Callable[[], nn.Module] | None" = None,
     step: int | None = None,
     trusted_modules: Sequence[str] = (),
     output_dir: str | Path = ".descent",
 ) -> "nn.Module":
     """Build the model of a run and put its trained weights into it; in evaluation mode, on the CPU.
 
-    run: the run's name, its MLflow run id, its folder, the folder of one of its checkpoints, or a copy of the artifact
+    run: what `descent.train` returned, the run's name, its MLflow run id, its folder, the folder of one of its checkpoints, or a copy of the artifact
         folder `model` that MLflow has of a run whose model could not be exported.
+    model: the network, or a function that makes one, for a run whose model came from Python as an object; a network is
+        copied, and the copy gets the weights.
     step: the checkpoint of this step instead of the newest.
     trusted_modules: your own modules that may be imported for the model's class. A run's folder can
         come from anywhere, so what it trusted itself does not count.
@@ -46,6 +52,9 @@ def load(
         model = descent.load("1125-0930-ab12-digits-mlp")
         model = descent.load(result.run_dir, trusted_modules=["my_model"])
     """
+    from torch import nn
+
+    run = getattr(run, "run_dir", run)
     run_dir = run_log.find_run(str(run), Path(output_dir).expanduser(), "run")
     saved = run_log.read_run_file(run_dir)
     append_current_folder()
@@ -54,18 +63,22 @@ def load(
     config = recompose({**tree, "trusted_modules": list(trusted_modules)})
     target = _checkpoint(str(run), run_dir, config, step)
     spec = saved.get("model")
-    model = _model(config, None if spec is None else with_variables(spec, "model"))
+    if model is None:
+        given.require_all({"model": config.model}, f"run={run_dir.name}", f"descent.load({run_dir.name!r}, {{}})")
+        network = _model(config, None if spec is None else with_variables(spec, "model"))
+    else:
+        network = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
 
     from descent.checkpoint.frozen import are_left_out
     from descent.checkpoint.weights import InitialWeights, put_checkpoint_into
 
-    if config.init_from is not None and are_left_out(model, config.checkpoint.save_frozen):
+    if config.init_from is not None and are_left_out(network, config.checkpoint.save_frozen):
         # The checkpoint may go without the frozen parameters, which came from there.
         begin = find_weights(config)
         assert begin is not None
-        InitialWeights(begin, config.init_strict, config.init_key, config.init_rules).put_into(model)
-    put_checkpoint_into(model, target)
-    return model.eval()
+        InitialWeights(begin, config.init_strict, config.init_key, config.init_rules).put_into(network)
+    put_checkpoint_into(network, target)
+    return network.eval()
 
 
 def _checkpoint(run: str, run_dir: Path, config: RunConfig, step: int | None) -> Location:

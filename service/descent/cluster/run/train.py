@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from descent.cluster.run.console import SilentConsole, Starting
+from descent.cluster.run.objects import is_object, split_objects
 from descent.cluster.run.result import RunResult
 from descent.cluster.run.resume import with_implied_length
 from descent.config import Composed, RunConfig, compose
+from descent.config.given import registered
 from descent.config.import_path import append_current_folder
 from descent.config.schema import flatten
 from descent.errors import ConfigError, DescentError
@@ -25,6 +27,7 @@ def train(
     *,
     config_dirs: Sequence[str | Path] = (),
     progress: bool = False,
+    **more: Any,
 ) -> RunResult:
     """Train a model and return what came of it; the same as the command `descent train`.
 
@@ -32,6 +35,11 @@ def train(
         overrides as the command line has them: `["experiment=digits", "optimizer.lr=0.1"]`,
         overrides as a mapping, nested or dotted: `{"experiment": "digits", "optimizer": {"lr": 0.1}}`,
         a whole configuration: what `descent.config.compose` returned, or its `RunConfig`.
+    more: further keys of the config, as Python's keywords: `epochs=5`, `optimizer={"lr": 0.1}`, `**{"optimizer.lr": 0.1}`.
+        Some of them also take objects, classes and functions as they are, from a notebook's cell too:
+        model: a network, or a class or function that makes one; task, loss, schedule: what the config's groups name;
+        data, evaluate_data: a map-style Dataset, a list of samples, or a tuple of tensors (inputs, targets).
+        Objects travel to the workers through Ray and are written nowhere, so a resume must be given them again.
     config_dirs: folders with configuration groups of your own.
     progress: show on stderr what the command line shows; without it, warnings alone go to the logger `descent`.
 
@@ -52,6 +60,8 @@ def train(
         model = descent.load(result.run_dir)
 
         descent.train({"resume": result.name, "epochs": 10})
+
+        descent.train(model=Net(), data=(inputs, targets), loss=my_loss, epochs=5, optimizer={"lr": 0.1})
     """
     from descent.cluster.run.run import Run
 
@@ -59,14 +69,31 @@ def train(
     console = Console(stderr=True) if progress else SilentConsole()
     starting = Starting(console)
     try:
-        composed = _composed(config, config_dirs)
+        composed, objects = _with_objects(config, config_dirs, more)
         try:
-            with Run(composed, console, started_at, starting) as run:
+            with registered(objects), Run(composed, console, started_at, starting) as run:
                 return run.execute()
         except DescentError as error:
             raise composed.located(error) from None
     finally:
         starting.stop()
+
+
+def _with_objects(
+    config: Overrides | RunConfig | Composed, config_dirs: Sequence[str | Path], more: Mapping[str, Any]
+) -> tuple[Composed, dict[str, Any]]:
+    """The configuration, and the objects that its placeholders stand for."""
+    if not more:
+        return _composed(config, config_dirs), {}
+    if isinstance(config, Composed | RunConfig):
+        raise ConfigError(f"{next(iter(more))}=…: goes with overrides, not with a whole configuration")
+    objects = {key: value for key, value in more.items() if is_object(key, value)}
+    dirs = [str(folder) for folder in config_dirs]
+    of_objects, register = split_objects(objects, dirs)
+    plain = overrides_of({key: value for key, value in more.items() if key not in objects})
+    typed = overrides_of(config) if isinstance(config, Mapping) else [str(override) for override in config]
+    with registered(register):
+        return compose_overrides([*typed, *of_objects, *plain], dirs), register
 
 
 def _composed(config: Overrides | RunConfig | Composed, config_dirs: Sequence[str | Path]) -> Composed:

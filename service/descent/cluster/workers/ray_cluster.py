@@ -37,6 +37,9 @@ _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 _LEAVE_S = 10.0
 """How long leaving another's cluster may take."""
+_SMALLEST_OBJECT_STORE = 128 << 20
+_object_bytes = _SMALLEST_OBJECT_STORE
+"""The size of the private cluster's memory for objects."""
 
 _TOKEN = ""
 _PREFIX, _LOCK = "descent-ray-", "in-use.lock"
@@ -74,27 +77,37 @@ def local_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def connect(address: str | None) -> Cluster:
+def set_environment(address: str | None) -> None:
+    """The variables that Ray reads, some of them when `ray` is first imported: so this comes before that import."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    if address is not None:
+        os.environ.pop(_LOOPBACK_ONLY, None)
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = _token()
+    # Inherited by the workers, so that sets of texts have one order in all of them and in every run.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ[_LOOPBACK_ONLY] = "0"
+
+
+def connect(address: str | None, object_bytes: int = 0) -> Cluster:
     """Start a private cluster (address None) or join the one at `address`.
 
     The private one listens on 127.0.0.1 alone, asks for a token that this process and its children
     have, keeps its sockets and logs in a folder that only the user can enter, and ends with
     `disconnect`. A process that is connected to Ray already keeps that connection.
+
+    object_bytes: how much the private cluster's memory for objects must hold at least.
     Raises ClusterError if there is none at `address`, or if the installed Ray is too old.
     """
+    global _object_bytes
     _refuse_old_ray(version("ray"))
     if is_connected():
         return _shared(address)
-    for key, value in _QUIET.items():
-        os.environ.setdefault(key, value)
-    if address is None:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = _token()
-        # Inherited by the workers, so that sets of texts have one order in all of them and in every run.
-        os.environ.setdefault("PYTHONHASHSEED", "0")
-        os.environ[_LOOPBACK_ONLY] = "0"
-    else:
-        os.environ.pop(_LOOPBACK_ONLY, None)
+    # Half of it stays free: Ray moves objects to the disk where its memory is nearly full.
+    _object_bytes = max(_SMALLEST_OBJECT_STORE, 2 * object_bytes)
+    set_environment(address)
     import ray
     from ray._private import ray_constants
 
@@ -188,7 +201,7 @@ def _initialize(address: str | None) -> None:
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(_private_folder()),
-                object_store_memory=128 << 20,
+                object_store_memory=_object_bytes,
                 logging_level="ERROR",
                 log_to_driver=True,
                 job_config=_job_config(),
@@ -237,7 +250,7 @@ def restart_private() -> None:
     # Ray sets handlers of its own when it starts in the main thread; the run's stay in force.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     disconnect()
-    connect(None)
+    connect(None, _object_bytes // 2)
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)

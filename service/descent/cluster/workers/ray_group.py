@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from descent.cluster.workers import ray_cluster
 from descent.cluster.workers.group import WorkerInfo
 from descent.cluster.workers.head import Head
+from descent.cluster.workers.parcel import Parcel
 from descent.cluster.workers.worker import Worker
 from descent.messages import Acknowledged, Fault, Membership, WorkerSpec, WorkerStatus
 
@@ -38,9 +39,9 @@ class _Handle:
 class RayWorkerGroup:
     """All workers of a run, of every generation, as Ray actors; see `group.WorkerGroup` for what each method means."""
 
-    def __init__(self, template: WorkerSpec, *, cpus: float, gpus: float) -> None:
-        """template: each worker's spec but for its id. cpus, gpus: of one worker."""
-        self._template, self._cpus, self._gpus = template, cpus, gpus
+    def __init__(self, template: WorkerSpec, *, cpus: float, gpus: float, parcel: Parcel | None = None) -> None:
+        """template: each worker's spec but for its id. cpus, gpus: of one worker. parcel: objects that all workers need."""
+        self._template, self._cpus, self._gpus, self._parcel = template, cpus, gpus, parcel
         self._workers: dict[str, WorkerInfo] = {}
         self._handles: dict[str, _Handle] = {}
         self._owns_cluster = ray_cluster.is_private()
@@ -52,6 +53,7 @@ class RayWorkerGroup:
 
     def start(self, count: int) -> list[str]:
         started = []
+        given = [] if self._parcel is None else [self._parcel.reference()]
         for _ in range(count):
             worker_id = f"w{len(self._workers)}"
             spec = replace(self._template, worker_id=worker_id)
@@ -60,7 +62,7 @@ class RayWorkerGroup:
             options: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0}
             if not spec.loopback:  # the workers of a private cluster inherit this from the driver
                 options["runtime_env"] = {"env_vars": {"PYTHONHASHSEED": "0"}}
-            actor = ray.remote(Worker).options(name=name, **options).remote(spec)
+            actor = ray.remote(Worker).options(name=name, **options).remote(spec, *given)
             self._handles[worker_id] = _Handle(actor, answered_at=time.monotonic())
             self._workers[worker_id] = WorkerInfo(worker_id)
             started.append(worker_id)
@@ -78,6 +80,8 @@ class RayWorkerGroup:
         for worker in self._workers.values():
             if not worker.dead:
                 worker.dead, worker.cause, worker.excused = True, "its cluster was lost", True
+        if self._parcel is not None:
+            self._parcel.forget_cluster()
         ray_cluster.restart_private()
         self._head = Head()
 

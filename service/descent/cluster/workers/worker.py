@@ -16,11 +16,12 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 
+from descent.cluster.workers.parcel import open_parcel
 from descent.config.import_path import use_import_paths
 from descent.messages import (
     Acknowledged,
@@ -58,11 +59,11 @@ def _bind_interface(address: str) -> None:
 class WorkerProcess:
     """One device and one replica, in a process of its own; `Worker` is the same as a Ray actor."""
 
-    def __init__(self, spec: WorkerSpec, node: str = "") -> None:
-        """node: the cluster's id of the machine."""
+    def __init__(self, spec: WorkerSpec, node: str = "", parcel: Any = None) -> None:
+        """node: the cluster's id of the machine. parcel: the content of a `parcel.Parcel`, where there is one."""
         os.umask(0o077)  # a run's files are for its owner only
         use_import_paths(spec.import_paths)
-        self._spec, self._node = spec, node
+        self._spec, self._node, self._parcel = spec, node, parcel
         self._position = (WorkerState.STARTING, -1)
         """(state, generation): one value, so that no poll sees the state of one generation with another's number."""
         self._failure: WorkerFailure | None = None
@@ -103,6 +104,9 @@ class WorkerProcess:
         from descent.training.plan import Plan
         from descent.training.trainer import Control, Trainer
 
+        if self._parcel is not None:
+            open_parcel(self._parcel)
+            self._parcel = None  # its memory is free from now on
         plan = Plan.from_dict(self._spec.plan)
         control = self._control = Control(notify=self._notify)
         device = torch.device("cuda", 0) if plan.device == "cuda" else torch.device("cpu")
@@ -258,12 +262,12 @@ def _is_acknowledged(record: TrainingRecord, acknowledged: Acknowledged) -> bool
 class Worker(WorkerProcess):
     """A worker as the Ray actor that `ray_group.RayWorkerGroup` starts: it knows its node, and a SIGTERM makes it leave."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, parcel: Any = None) -> None:
         if spec.loopback:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         else:
             _bind_interface(ray.util.get_node_ip_address())
-        super().__init__(spec, ray.get_runtime_context().get_node_id())
+        super().__init__(spec, ray.get_runtime_context().get_node_id(), parcel)
         self._leave_on_sigterm()
 
     def _leave_on_sigterm(self) -> None:
