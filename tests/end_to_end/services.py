@@ -156,6 +156,7 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         f"--port={port}",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",  # not Ray's default, which another test's cluster may have
         f"--temp-dir={temporary}",
         *SMALL,
     ]
@@ -163,7 +164,8 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         with process(head, folder / "head.log", environment):
             until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz"), "the Ray head")
             address = f"{own_address()}:{port}"
-            with process([RAY, "start", f"--address={address}", *SMALL], folder / "node.log", environment):
+            agent = f"--dashboard-agent-listen-port={free_port()}"
+            with process([RAY, "start", f"--address={address}", agent, *SMALL], folder / "node.log", environment):
                 yield f"http://127.0.0.1:{dashboard}"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

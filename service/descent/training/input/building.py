@@ -31,6 +31,7 @@ from descent.training.input.samplers import EpochOrder
 
 _COMPARED, _COMPARED_AT_LEAST = 64, 4  # samples that are read twice
 _COMPARE_S = 3.0
+_TRIES = 5
 _DEFAULT_HOLDOUT = 0.1
 
 
@@ -312,19 +313,23 @@ def _read_for_a_while(data: Data) -> tuple[list[int], list[Batch | None]]:
 def _sample(data: Data, index: int) -> Batch | None:
     """One sample, read with seeded generators; None for a bad record. Raises DataError where it draws unexpectedly."""
     indices: Indices = np.array([index], dtype=np.int64)
-    with own_generators() as drew:
-        try:
-            if data.draws_random_numbers:
-                return data.gather_seeded(indices, [stream_seed(0, index)])
-            pair = data.gather(indices)
-        except BadRecords:
-            return None
-        if drew():
-            raise DataError(
-                f"sample {index} of {data.source} draws random numbers ({', '.join(sorted(drew()))}), most others don't: "
-                "give the class the attribute draws_random_numbers = True, so that all are read with seeded generators"
-            )
-    return pair
+    drawn: set[str] = set()
+    for _ in range(_TRIES):
+        with own_generators() as drew:
+            try:
+                if data.draws_random_numbers:
+                    return data.gather_seeded(indices, [stream_seed(0, index)])
+                batch = data.gather(indices)
+            except BadRecords:
+                return None
+            drawn = drew()
+        if not drawn:
+            return batch
+        # Perhaps another thread of the process drew in this moment; a sample that draws does so each time.
+    raise DataError(
+        f"sample {index} of {data.source} draws random numbers ({', '.join(sorted(drawn))}), most others don't: "
+        "give the class the attribute draws_random_numbers = True, so that all are read with seeded generators"
+    )
 
 
 def _equal(one: Batch | None, other: Batch | None) -> bool:
